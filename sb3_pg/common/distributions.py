@@ -1,0 +1,249 @@
+"""Action distributions as formulas: log-probability, entropy, KL and Fisher matrix of a batch.
+
+A *family* turns the outputs of a network into numbers, on NumPy arrays and torch tensors alike. Its parameters
+are a tuple of arrays with one row per sample: ``(mean, log_std)`` for the Gaussian (``log_std`` may also be one
+row for all), ``(logits,)`` for the others. Quantities are summed over action dimensions, which are independent:
+the joint distribution is what a trust region is about.
+"""
+
+import math
+from typing import Protocol
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.distributions import Distribution
+
+from sb3_pg.common.arrays import Array, namespace
+
+Parameters = tuple[Array, ...]
+
+
+class Family(Protocol):
+    """The formulas of one kind of action distribution."""
+
+    def log_prob(self, parameters: Parameters, actions: Array) -> Array:
+        """Log-probability (density) of each row of ``actions``, shape (n,)."""
+
+    def d_log_prob(self, parameters: Parameters, actions: Array) -> Parameters:
+        """The derivative of each row's log-probability with respect to that row's parameters."""
+
+    def entropy(self, parameters: Parameters) -> Array:
+        """Entropy of each row in nats, shape (n,)."""
+
+    def d_entropy(self, parameters: Parameters) -> Parameters:
+        """The derivative of each row's entropy with respect to that row's parameters."""
+
+    def kl(self, old: Parameters, new: Parameters) -> Array:
+        """KL(old || new) of each row in nats, shape (n,)."""
+
+    def fisher(self, parameters: Parameters, tangent: Parameters) -> Parameters:
+        """Each row's Fisher matrix (with respect to its parameters) times a tangent vector."""
+
+    def noise(self, n_rows: int) -> np.ndarray:
+        """Random numbers with which ``sample`` draws ``n_rows`` actions, (n_rows, k), from NumPy's generator."""
+
+    def sample(self, parameters: Parameters, noise: Array) -> Array:
+        """One action for each row, drawn with the given noise."""
+
+    def mode(self, parameters: Parameters) -> Array:
+        """The most likely action of each row."""
+
+
+class Gaussian:
+    """Independent normal actions: parameters (mean, log_std), (n, k) each, or (k,) for log_std."""
+
+    def __init__(self, n_dims: int) -> None:
+        self.n_dims = n_dims
+
+    def log_prob(self, parameters: Parameters, actions: Array) -> Array:
+        mean, log_std = parameters
+        xp = namespace(mean)
+        z = (actions - mean) * xp.exp(-log_std)
+        constant = 0.5 * self.n_dims * math.log(2.0 * math.pi)
+        return -0.5 * xp.sum(z * z, axis=-1) - xp.sum(log_std, axis=-1) - constant
+
+    def d_log_prob(self, parameters: Parameters, actions: Array) -> Parameters:
+        mean, log_std = parameters
+        precision = namespace(mean).exp(-log_std)
+        z = (actions - mean) * precision
+        return z * precision, z * z - 1.0
+
+    def entropy(self, parameters: Parameters) -> Array:
+        mean, log_std = parameters
+        xp = namespace(mean)
+        per_row = xp.sum(log_std + xp.zeros_like(mean), axis=-1)
+        return per_row + 0.5 * self.n_dims * (1.0 + math.log(2.0 * math.pi))
+
+    def d_entropy(self, parameters: Parameters) -> Parameters:
+        mean, _ = parameters
+        xp = namespace(mean)
+        return xp.zeros_like(mean), xp.ones_like(mean)
+
+    def kl(self, old: Parameters, new: Parameters) -> Array:
+        (old_mean, old_log_std), (mean, log_std) = old, new
+        xp = namespace(mean)
+        # Written with expm1 so that equal standard deviations give exactly zero, not rounding noise.
+        change = 2.0 * (old_log_std - log_std)
+        distance = (old_mean - mean) * xp.exp(-log_std)
+        return 0.5 * xp.sum(xp.expm1(change) - change + distance * distance, axis=-1)
+
+    def fisher(self, parameters: Parameters, tangent: Parameters) -> Parameters:
+        mean, log_std = parameters
+        return tangent[0] * namespace(mean).exp(-2.0 * log_std), 2.0 * tangent[1]
+
+    def noise(self, n_rows: int) -> np.ndarray:
+        return np.random.standard_normal((n_rows, self.n_dims))
+
+    def sample(self, parameters: Parameters, noise: Array) -> Array:
+        mean, log_std = parameters
+        return mean + namespace(mean).exp(log_std) * noise
+
+    def mode(self, parameters: Parameters) -> Array:
+        return parameters[0]
+
+
+class Categorical:
+    """One or several independent choices: parameters (logits,), (n, sum of ``sizes``).
+
+    :param sizes: number of options of each choice; actions are (n, len(sizes)) integers, or (n,) for one choice
+    """
+
+    def __init__(self, sizes: list[int]) -> None:
+        ends = np.cumsum(sizes)
+        self.n_logits = int(ends[-1])
+        self.blocks = [slice(int(end - size), int(end)) for end, size in zip(ends, sizes, strict=True)]
+
+    def _log_softmax(self, logits: Array) -> list[Array]:
+        xp = namespace(logits)
+        normalised = []
+        for block in self.blocks:
+            x = logits[:, block]
+            x = x - xp.max(x, axis=-1, keepdims=True)
+            normalised.append(x - xp.log(xp.sum(xp.exp(x), axis=-1, keepdims=True)))
+        return normalised
+
+    def _chosen(self, actions: Array) -> list[Array]:
+        return [actions] if actions.ndim == 1 else [actions[:, i] for i in range(len(self.blocks))]
+
+    def log_prob(self, parameters: Parameters, actions: Array) -> Array:
+        xp = namespace(parameters[0])
+        row = xp.arange(len(actions))
+        blocks = zip(self._log_softmax(parameters[0]), self._chosen(actions), strict=True)
+        return sum(log_p[row, chosen] for log_p, chosen in blocks)
+
+    def d_log_prob(self, parameters: Parameters, actions: Array) -> Parameters:
+        xp = namespace(parameters[0])
+        row = xp.arange(len(actions))
+        derivative = []
+        for log_p, chosen in zip(self._log_softmax(parameters[0]), self._chosen(actions), strict=True):
+            d = -xp.exp(log_p)
+            d[row, chosen] += 1.0
+            derivative.append(d)
+        return (derivative[0] if len(derivative) == 1 else xp.concat(derivative, axis=-1),)
+
+    def entropy(self, parameters: Parameters) -> Array:
+        xp = namespace(parameters[0])
+        return sum(-xp.sum(xp.exp(log_p) * log_p, axis=-1) for log_p in self._log_softmax(parameters[0]))
+
+    def d_entropy(self, parameters: Parameters) -> Parameters:
+        xp = namespace(parameters[0])
+        derivative = []
+        for log_p in self._log_softmax(parameters[0]):
+            p = xp.exp(log_p)
+            entropy = -xp.sum(p * log_p, axis=-1, keepdims=True)
+            derivative.append(-p * (log_p + entropy))
+        return (derivative[0] if len(derivative) == 1 else xp.concat(derivative, axis=-1),)
+
+    def kl(self, old: Parameters, new: Parameters) -> Array:
+        xp = namespace(new[0])
+        blocks = zip(self._log_softmax(old[0]), self._log_softmax(new[0]), strict=True)
+        return sum(xp.sum(xp.exp(p) * (p - q), axis=-1) for p, q in blocks)
+
+    def fisher(self, parameters: Parameters, tangent: Parameters) -> Parameters:
+        xp = namespace(parameters[0])
+        product = []
+        for log_p, block in zip(self._log_softmax(parameters[0]), self.blocks, strict=True):
+            p, t = xp.exp(log_p), tangent[0][:, block]
+            product.append(p * (t - xp.sum(p * t, axis=-1, keepdims=True)))
+        return (product[0] if len(product) == 1 else xp.concat(product, axis=-1),)
+
+    def noise(self, n_rows: int) -> np.ndarray:
+        return np.random.gumbel(size=(n_rows, self.n_logits))
+
+    def sample(self, parameters: Parameters, noise: Array) -> Array:
+        # The Gumbel-max trick: the largest perturbed logit is distributed as the softmax.
+        return self.mode((parameters[0] + noise,))
+
+    def mode(self, parameters: Parameters) -> Array:
+        xp = namespace(parameters[0])
+        if len(self.blocks) == 1:
+            return xp.argmax(parameters[0], axis=-1)
+        return xp.stack([xp.argmax(parameters[0][:, block], axis=-1) for block in self.blocks], axis=-1)
+
+
+class Bernoulli:
+    """Independent yes/no actions: parameters (logits,), (n, k); actions are zeros and ones."""
+
+    def __init__(self, n_dims: int) -> None:
+        self.n_dims = n_dims
+
+    @staticmethod
+    def _softplus(x: Array) -> Array:
+        xp = namespace(x)
+        return xp.log1p(xp.exp(-xp.abs(x))) + xp.where(x > 0, x, xp.zeros_like(x))
+
+    @staticmethod
+    def _sigmoid(x: Array) -> Array:
+        xp = namespace(x)
+        return 0.5 * (1.0 + xp.tanh(0.5 * x))
+
+    def log_prob(self, parameters: Parameters, actions: Array) -> Array:
+        (logits,) = parameters
+        return namespace(logits).sum(actions * logits - self._softplus(logits), axis=-1)
+
+    def d_log_prob(self, parameters: Parameters, actions: Array) -> Parameters:
+        return (actions - self._sigmoid(parameters[0]),)
+
+    def entropy(self, parameters: Parameters) -> Array:
+        (logits,) = parameters
+        return namespace(logits).sum(self._softplus(logits) - logits * self._sigmoid(logits), axis=-1)
+
+    def d_entropy(self, parameters: Parameters) -> Parameters:
+        (logits,) = parameters
+        p = self._sigmoid(logits)
+        return (-logits * p * (1.0 - p),)
+
+    def kl(self, old: Parameters, new: Parameters) -> Array:
+        (p, q) = old[0], new[0]
+        terms = self._sigmoid(p) * (p - q) - self._softplus(p) + self._softplus(q)
+        return namespace(p).sum(terms, axis=-1)
+
+    def fisher(self, parameters: Parameters, tangent: Parameters) -> Parameters:
+        p = self._sigmoid(parameters[0])
+        return (p * (1.0 - p) * tangent[0],)
+
+    def noise(self, n_rows: int) -> np.ndarray:
+        return np.random.logistic(size=(n_rows, self.n_dims))
+
+    def sample(self, parameters: Parameters, noise: Array) -> Array:
+        return self.mode((parameters[0] + noise,))
+
+    def mode(self, parameters: Parameters) -> Array:
+        return namespace(parameters[0]).astype(parameters[0] > 0, parameters[0].dtype)
+
+
+def describe(distribution: Distribution) -> tuple[Family, Parameters] | None:
+    """The family and parameters (in the graph) of an SB3 distribution, or None if its kind is unknown.
+
+    A squashed Gaussian is described before squashing: KL and Fisher matrix do not change under a bijection.
+    """
+    inner = distribution.distribution
+    if isinstance(inner, th.distributions.Normal):
+        return Gaussian(inner.loc.shape[-1]), (inner.loc, inner.scale.log())
+    if isinstance(inner, th.distributions.Bernoulli):
+        return Bernoulli(inner.logits.shape[-1]), (inner.logits,)
+    choices = inner if isinstance(inner, list) else [inner]
+    if all(isinstance(choice, th.distributions.Categorical) for choice in choices):
+        logits: list[th.Tensor] = [choice.logits for choice in choices]  # type: ignore[attr-defined]
+        return Categorical([x.shape[-1] for x in logits]), (th.cat(logits, dim=-1),)
+    return None

@@ -1,0 +1,98 @@
+"""Errors and checks: what is wrong, where, and what to do about it."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+
+class ArgumentError(ValueError, AssertionError):
+    """An argument that cannot work. Also an ``AssertionError``, because SB3 raises that in the same places."""
+
+
+class NonFiniteError(ValueError):
+    """An observation, reward, action or gradient that is not a finite number."""
+
+
+def check_number(name: str, value: Any, low: float = 0.0, high: float = math.inf, *, above_low: bool = False) -> None:
+    """Check one coefficient before training; a schedule is checked when it is evaluated.
+
+    :param name: the argument's name, for the message
+    :param value: a number, or a schedule (then nothing is checked)
+    :param low: the smallest allowed value
+    :param high: the largest allowed value
+    :param above_low: whether ``low`` itself is excluded
+    :raises ArgumentError: the value is not a finite number within the limits
+    """
+    if callable(value):
+        return
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ArgumentError(f"`{name}` must be a number or a schedule, not {value!r}.") from None
+    if not math.isfinite(number) or not low <= number <= high or (above_low and number == low):
+        sign = ">" if above_low else ">="
+        upper = "" if high == math.inf else f" and <= {high:g}"
+        raise ArgumentError(f"`{name}` must be a finite number {sign} {low:g}{upper}, not {value!r}.")
+
+
+def check_count(name: str, value: Any, low: int = 1) -> None:
+    """Check an argument that counts something.
+
+    :raises ArgumentError: the value is not a whole number of at least ``low``
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
+        raise ArgumentError(f"`{name}` must be a whole number >= {low}, not {value!r}.")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Check an argument that names one of several options.
+
+    :raises ArgumentError: the value is none of ``choices``
+    """
+    choices = list(choices)
+    if not any(value is choice or value == choice for choice in choices):
+        raise ArgumentError(f"`{name}` must be one of {', '.join(map(repr, choices))}, not {value!r}.")
+
+
+def evaluate_schedule(name: str, value: Any, progress_remaining: float) -> float:
+    """The present value of a coefficient that may be a schedule.
+
+    :param name: the argument's name, for the message
+    :param value: a number or a function of the remaining progress (from 1 to 0)
+    :param progress_remaining: between 0 and 1
+    :raises ArgumentError: a schedule gave a negative or non-finite number
+    """
+    number = float(value(progress_remaining)) if callable(value) else float(value)
+    if not math.isfinite(number) or number < 0:
+        raise ArgumentError(
+            f"The schedule of `{name}` gave {number} at progress_remaining={progress_remaining:g}; "
+            "it must give finite numbers >= 0 from 1 (start) to 0 (end)."
+        )
+    return number
+
+
+def require_finite(what: str, x: Any, first_step: int = 0) -> None:
+    """Check a recorded array of shape (n_steps, n_envs, ...), or a dictionary of them.
+
+    :param what: what the array holds, for the message
+    :param first_step: number of the array's first row in the rollout, for the message
+    :raises NonFiniteError: naming the environment and the step of the first value that is not finite
+    """
+    if isinstance(x, dict):
+        for key, value in x.items():
+            require_finite(f"{what} {key!r}", value, first_step)
+        return
+    # A sum is finite if all terms are (or overflows, then the full check follows): the cheap test first.
+    if x.dtype.kind != "f" or np.isfinite(np.sum(x, dtype=np.float64)):
+        return
+    bad = np.argwhere(~np.isfinite(x))
+    if len(bad) == 0:
+        return
+    step, env = int(bad[0][0]) + first_step, int(bad[0][1])
+    raise NonFiniteError(
+        f"The {what} of environment {env} at step {step} of this rollout is not finite ({x[tuple(bad[0])]}). "
+        "The policy is unchanged since its last update and can be saved. Look for a division by zero or a "
+        "diverging simulation in the environment."
+    )

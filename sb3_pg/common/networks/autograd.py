@@ -1,0 +1,263 @@
+"""Any ActorCriticPolicy on any device, differentiated by torch."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import Distribution, kl_divergence
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import obs_as_tensor
+
+from sb3_pg.common.arrays import Array, length, take
+from sb3_pg.common.distributions import Parameters, describe
+from sb3_pg.common.networks.protocol import Fisher, KnownEarly
+
+#: The methods by which SB3's policy acts and judges. If a subclass changes one of them, its ``forward`` acts,
+#: as in SB3, and what ``forward`` says about values and log-probabilities is believed.
+_ACTING = ("forward", "evaluate_actions", "get_distribution", "predict_values", "extract_features")
+
+#: Numbers in the observations of one chunk of a judging pass: 16 MB of float32, so that a rollout of images does
+#: not become float32, and the activations of a convolution, all at once.
+_CHUNK_NUMBERS = 1 << 22
+
+
+class AutogradNetwork:
+    """Acts, judges and steps through the policy's own methods.
+
+    :param policy: any ActorCriticPolicy, SB3's or a subclass with its own modules, distributions or features
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, why: str = "") -> None:
+        self.policy = policy
+        self.description = "autograd" + (f" ({why})" if why else "")
+        self.judges_while_acting = any(
+            getattr(type(policy), name) is not getattr(ActorCriticPolicy, name) or name in policy.__dict__
+            for name in _ACTING
+        )
+        self._outputs: tuple[th.Tensor | None, th.Tensor | None, th.Tensor | None] = (None, None, None)
+        self._actor: list[th.nn.Parameter] = []
+        use_fused_adam(policy.optimizer)
+
+    def refresh(self) -> None:
+        self._actor = []
+
+    # Act
+
+    def act(self, observations: Any) -> tuple[np.ndarray, KnownEarly | None]:
+        with th.no_grad():
+            tensor: Any = obs_as_tensor(observations, self.policy.device)
+            if self.judges_while_acting:
+                actions, values, log_prob = self.policy(tensor)
+                return actions.cpu().numpy(), (values, log_prob)
+            actions = self.policy.get_distribution(tensor).get_actions()
+        shape: tuple[int, ...] = self.policy.action_space.shape or ()
+        return actions.cpu().numpy().reshape(-1, *shape), None
+
+    # Judge
+
+    def asarray(self, x: Any) -> Array:
+        if isinstance(x, dict):
+            return {key: self.asarray(value) for key, value in x.items()}
+        return th.as_tensor(x, device=self.policy.device)
+
+    def actions(self, x: np.ndarray) -> th.Tensor:
+        if isinstance(self.policy.action_space, spaces.Discrete):
+            return th.as_tensor(x, device=self.policy.device).long().flatten()
+        return th.as_tensor(x.astype(np.float32, copy=False), device=self.policy.device)
+
+    def values(self, observations: Any) -> np.ndarray:
+        with th.no_grad():
+            found = [
+                self.policy.predict_values(self.asarray(take(observations, chunk)))
+                for chunk in self._chunks(observations)
+            ]
+        return th.cat(found).flatten().cpu().numpy()
+
+    def judge(self, observations: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        values, log_probs = [], []
+        with th.no_grad():
+            for chunk in self._chunks(observations):
+                v, log_prob, _ = self.policy.evaluate_actions(
+                    self.asarray(take(observations, chunk)), self.actions(actions[chunk])
+                )
+                values.append(v.flatten())
+                log_probs.append(log_prob)
+        return th.cat(values).cpu().numpy(), th.cat(log_probs).cpu().numpy()
+
+    @staticmethod
+    def _chunks(observations: Any) -> list[slice]:
+        first = observations.values() if isinstance(observations, dict) else [observations]
+        numbers = sum(int(np.prod(x.shape[1:])) for x in first)
+        n, size = length(observations), max(1, _CHUNK_NUMBERS // max(numbers, 1))
+        return [slice(start, start + size) for start in range(0, n, size)]
+
+    # Step
+
+    def evaluate(self, observations: Array, actions: Array | None) -> tuple[Array, Array, Array]:
+        if actions is None:
+            values = self.policy.predict_values(observations).flatten()
+            self._outputs = (None, None, values)
+            return None, None, values.detach()
+        values, log_prob, entropy = self.policy.evaluate_actions(observations, actions)
+        values = values.flatten()
+        if entropy is None:
+            entropy = -log_prob  # no closed form (squashed Gaussian): its one-sample estimate, as in SB3
+        self._outputs = (log_prob, entropy, values)
+        return log_prob.detach(), entropy.detach(), values.detach()
+
+    def backward(self, d_log_prob: Array | None, d_entropy: float | None, d_value: Array | None) -> None:
+        self.policy.optimizer.zero_grad(set_to_none=True)
+        log_prob, entropy, values = self._outputs
+        outputs, derivatives = [], []
+        if d_log_prob is not None and log_prob is not None:
+            outputs.append(log_prob)
+            derivatives.append(d_log_prob)
+        if d_entropy and entropy is not None and entropy.requires_grad:
+            outputs.append(entropy)
+            derivatives.append(th.full_like(entropy, d_entropy))
+        if d_value is not None and values is not None:
+            outputs.append(values)
+            derivatives.append(d_value)
+        th.autograd.backward(outputs, derivatives)
+        self._outputs = (None, None, None)
+
+    def step(self, max_grad_norm: float | None, *, hold_actor: bool = False) -> float:
+        parameters = [p for p in self.policy.parameters() if p.grad is not None]
+        if hold_actor:
+            held = {id(p) for p in self._actor}
+            for p in parameters:
+                if id(p) in held:
+                    p.grad = None
+            parameters = [p for p in parameters if p.grad is not None]
+        norm = th.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        size = float(norm)
+        if not np.isfinite(size):
+            return size
+        if max_grad_norm is not None:
+            th.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+        self.policy.optimizer.step()
+        return size
+
+    # The actor's parameters as one vector
+
+    def find_actor(self, observations: Array, actions: Array) -> None:
+        # From the graph and not from names: a Dict key "value_map" or a layer "query_key_value" may well act.
+        if self._actor:
+            return
+        log_prob = self.policy.evaluate_actions(take(observations, slice(0, 1)), actions[:1])[1]
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        gradients = th.autograd.grad(log_prob.sum(), trained, allow_unused=True)
+        self._actor = [p for p, g in zip(trained, gradients, strict=True) if g is not None]
+
+    def get_actor(self) -> Array:
+        return th.cat([p.detach().reshape(-1) for p in self._actor])
+
+    def set_actor(self, vector: Array) -> None:
+        with th.no_grad():
+            for p, piece in zip(self._actor, _split(vector, self._actor), strict=True):
+                p.copy_(piece)
+
+    # Natural gradient
+
+    def actor_gradient(self, observations: Array, actions: Array, d_log_prob: Array, d_entropy: float | None) -> Array:
+        self.evaluate(observations, actions)
+        self.backward(d_log_prob, d_entropy, None)
+        flat = _flat([p.grad for p in self._actor], self._actor)
+        self.policy.optimizer.zero_grad(set_to_none=True)
+        return flat
+
+    def fisher(self, observations: Array) -> Fisher:
+        distribution = self.policy.get_distribution(observations)
+        described = describe(distribution)
+        if described is None:
+            return self._fisher_from_kl(distribution, length(observations))
+        family, outputs = described
+        values = tuple(z.detach() for z in outputs)
+        # J v without forward-mode differentiation: the gradient g(u) = J^T u is linear in u, so differentiating
+        # g . v with respect to u gives J v. One backward pass recorded here serves every product.
+        probes = [th.zeros_like(z, requires_grad=True) for z in outputs]
+        recorded = th.autograd.grad(outputs, self._actor, probes, create_graph=True, materialize_grads=True)
+
+        def product(vector: th.Tensor) -> th.Tensor:
+            pieces = _split(vector, self._actor)
+            tangent = th.autograd.grad(recorded, probes, pieces, retain_graph=True, materialize_grads=True)
+            weighted = [w / length(observations) for w in family.fisher(values, tangent)]
+            back = th.autograd.grad(outputs, self._actor, weighted, retain_graph=True, materialize_grads=True)
+            return _flat(list(back), self._actor)
+
+        return product
+
+    def _fisher_from_kl(self, distribution: Distribution, n: int) -> Fisher:
+        """For a distribution of unknown kind: the Hessian of KL(old || new) at new = old, by double backward."""
+        kl = self._torch_kl(_detached(distribution), distribution).sum() / n
+        gradient = _flat(
+            list(th.autograd.grad(kl, self._actor, create_graph=True, materialize_grads=True)), self._actor
+        )
+
+        def product(vector: th.Tensor) -> th.Tensor:
+            back = th.autograd.grad(gradient @ vector, self._actor, retain_graph=True, materialize_grads=True)
+            return _flat(list(back), self._actor)
+
+        return product
+
+    def actor(self, observations: Array, actions: Array) -> tuple[Array, Array, Parameters]:
+        with th.no_grad():
+            distribution = self.policy.get_distribution(observations)
+            log_prob = distribution.log_prob(actions)
+            entropy = distribution.entropy()
+            described = describe(distribution)
+        # SB3's policies keep one distribution object and overwrite its inside; the inside is what to remember.
+        parameters = described if described is not None else (None, _detached(distribution))
+        return log_prob, -log_prob if entropy is None else entropy, parameters
+
+    def kl(self, old: Any, new: Any) -> Array:
+        family, parameters = new
+        if family is None:
+            return self._torch_kl(old[1], parameters)
+        return family.kl(old[1], parameters)
+
+    @staticmethod
+    def _torch_kl(old: Distribution, new: Distribution) -> th.Tensor:
+        per_dimension = kl_divergence(old, new)
+        return per_dimension.flatten(1).sum(dim=1) if per_dimension.ndim > 1 else per_dimension
+
+
+def _detached(distribution: Distribution) -> Distribution:
+    """A copy of an SB3 distribution whose torch distribution is out of the graph."""
+    twin = copy.copy(distribution)
+    inner: Any = distribution.distribution
+    arguments = {
+        name: value.detach()
+        for name in inner.arg_constraints
+        if isinstance(value := inner.__dict__.get(name), th.Tensor)
+    }
+    twin.distribution = type(inner)(**arguments)
+    return twin
+
+
+def _flat(pieces: list[Any], parameters: list[th.nn.Parameter]) -> th.Tensor:
+    """One vector of gradients, zero where a parameter has none."""
+    return th.cat([(th.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(pieces, parameters, strict=True)])
+
+
+def _split(vector: th.Tensor, parameters: list[th.nn.Parameter]) -> list[th.Tensor]:
+    """A flat vector in pieces of the parameters' shapes."""
+    pieces = th.split(vector, [p.numel() for p in parameters])
+    return [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
+
+
+def use_fused_adam(optimizer: th.optim.Optimizer) -> None:
+    """Let Adam and AdamW update all parameters in one kernel: the same numbers in about a quarter of the time.
+
+    Only before the optimizer's first step, because on a GPU a fused optimizer keeps its step counts elsewhere, and
+    only where the user has not chosen an implementation.
+    """
+    if type(optimizer) not in (th.optim.Adam, th.optim.AdamW) or optimizer.state:
+        return
+    for group in optimizer.param_groups:
+        chosen = group.get("fused") is not None or group.get("foreach") is not None
+        supported = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"])
+        if supported and not chosen and not group.get("differentiable") and not group.get("capturable"):
+            group["fused"] = True
