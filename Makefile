@@ -1,0 +1,58 @@
+# `make help` lists what can be made.
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dev
+
+# Of `make run`; an empty one leaves the choice to the demo.
+ALGO ?= trpo
+ENV ?= HalfCheetah-v5
+TIMESTEPS ?=
+N_ENVS ?=
+SEED ?= 0
+OUT ?=
+
+# The networks are small: more threads than one only get into each other's way.
+OMP_NUM_THREADS ?= 1
+export OMP_NUM_THREADS
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(EXTRAS)
+SOURCES := sb3_pg tests benchmarks
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint type format clean install
+
+help:  ## list the targets and variables
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "Variables of run: ALGO=reinforce|trpo|ppo ENV=id TIMESTEPS=n N_ENVS=n SEED=n OUT=folder; of all: PYTHON=python3"
+
+run: $(STAMP)  ## train, evaluate, save, load and draw (about a minute)
+	$(BIN)/python -m sb3_pg.demo --algo $(ALGO) --env $(ENV) --seed $(SEED) \
+		$(if $(TIMESTEPS),--timesteps $(TIMESTEPS)) $(if $(N_ENVS),--n-envs $(N_ENVS)) $(if $(OUT),--out $(OUT))
+
+test: lint type  ## lint, types and tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+type: $(STAMP)  ## mypy, strict
+	$(BIN)/mypy
+
+format: $(STAMP)  ## let ruff repair and format
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+install: $(STAMP)  ## make .venv and install into it
+
+# Made anew when the dependencies change.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	touch $@
+
+clean:  ## remove .venv, caches and build files; keeps runs/
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
