@@ -33,3 +33,8 @@ def take(x: Array, index: Any) -> Array:
 def length(x: Array) -> int:
     """The number of rows of an array or of a Dict observation."""
     return len(next(iter(x.values()))) if isinstance(x, dict) else len(x)
+
+
+def mean_of(minibatches: list[Array]) -> float:
+    """The mean over the samples of all minibatches, with one transfer from the device; NaN if there are none."""
+    return float(namespace(minibatches[0]).concat(minibatches).mean()) if minibatches else float("nan")

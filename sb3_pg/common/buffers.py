@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -216,11 +217,16 @@ class Batch:
     def __getitem__(self, index: Any) -> "Batch":
         return Batch(*(take(x, index) for x in self.__dict__.values()))
 
-    def minibatches(self, batch_size: int | None) -> Generator["Batch", None, None]:
-        """Consecutive pieces of ``batch_size`` samples, the last one possibly shorter; all at once for None."""
-        size = batch_size or len(self)
-        for start in range(0, len(self), size):
-            yield self[start : start + size]
+    def minibatches(self, batch_size: int | None, *, even: bool = False) -> Generator["Batch", None, None]:
+        """Consecutive pieces of ``batch_size`` samples; all at once for None.
+
+        :param even: spread a shorter last piece over all, so that none is much smaller than the others
+        """
+        n = len(self)
+        size = batch_size or n
+        edges = np.linspace(0, n, -(-n // size) + 1).astype(int) if even else [*range(0, n, size), n]
+        for start, end in pairwise(edges):
+            yield self[start:end]
 
 
 def whole_batch(buffer: sb3_buffers.RolloutBuffer, network: Network, keep: np.ndarray | None = None) -> Batch:

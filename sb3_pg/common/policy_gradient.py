@@ -35,7 +35,6 @@ from sb3_pg.common.errors import (
     ArgumentError,
     NonFiniteError,
     check_choice,
-    check_count,
     check_number,
     evaluate_schedule,
     require_finite,
@@ -451,7 +450,8 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
             recorded = dict(self.logger.name_to_value)
             self.dump_logs(iteration)
         # SB3 leaves the last update's values in the logger, where programs read them.
-        self.logger.name_to_value.update(recorded)
+        for name, value in recorded.items():
+            self.logger.name_to_value.setdefault(name, value)
         callback.on_training_end()
         return self
 

@@ -10,9 +10,10 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, update_learning_rate
 
-from sb3_pg.common.arrays import Array, namespace
+from sb3_pg.common.arrays import Array, mean_of, namespace
 from sb3_pg.common.buffers import Batch, epoch, whole_batch
 from sb3_pg.common.errors import ArgumentError, check_choice, check_count, check_number
+from sb3_pg.common.networks import Network
 from sb3_pg.common.objectives import (
     clipped_squared_error,
     clipped_surrogate,
@@ -21,7 +22,6 @@ from sb3_pg.common.objectives import (
     squared_error,
     surrogate,
 )
-from sb3_pg.common.networks import Network
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
 
 SelfPPO = TypeVar("SelfPPO", bound="PPO")
@@ -310,7 +310,7 @@ class PPO(PolicyGradientAlgorithm):
                 self._take_step(minibatch, self.max_grad_norm, hold_actor=stopping.stopped)
             self._n_updates += 1
             if self.adaptive_lr and len(seen) > first:
-                self._adapt_learning_rate(_mean([kl_penalty(log_ratio)[0] for log_ratio, _, _ in seen[first:]]))
+                self._adapt_learning_rate(mean_of([kl_penalty(log_ratio)[0] for log_ratio, _, _ in seen[first:]]))
         stopping.end(minibatch)
         if self.target_kl is not None:
             self.logger.record("train/early_stop", float(stopping.stopped))
@@ -363,13 +363,13 @@ class PPO(PolicyGradientAlgorithm):
         """Log the means over all minibatches of the update, and adapt the KL coefficient."""
         record, clip_range = self.logger.record, self._coefficient("clip_range")
         log_ratios = [log_ratio for log_ratio, _, _ in seen]
-        kl = _mean([kl_penalty(log_ratio)[0] for log_ratio in log_ratios])
-        entropy = _mean([entropy for _, _, entropy in seen])
+        kl = mean_of([kl_penalty(log_ratio)[0] for log_ratio in log_ratios])
+        entropy = mean_of([entropy for _, _, entropy in seen])
         record("train/entropy_loss", -entropy)
-        record("train/policy_gradient_loss", _mean([loss for _, loss, _ in seen]))
-        record("train/value_loss", _mean(value_losses))
+        record("train/policy_gradient_loss", mean_of([loss for _, loss, _ in seen]))
+        record("train/value_loss", mean_of(value_losses))
         record("train/approx_kl", kl)
-        record("train/clip_fraction", _mean([_outside(log_ratio, clip_range) for log_ratio in log_ratios]))
+        record("train/clip_fraction", mean_of([_outside(log_ratio, clip_range) for log_ratio in log_ratios]))
         last_losses = [float(x.mean()) for x in (seen[-1][1], seen[-1][2], value_losses[-1])] if seen else [0.0] * 3
         record("train/loss", last_losses[0] - ent_coef * last_losses[1] + vf_coef * last_losses[2])
         record("train/clip_range", clip_range)
@@ -413,8 +413,3 @@ def _is_constant(value: Any) -> bool:
 def _outside(log_ratio: Array, clip_range: float) -> Array:
     xp = namespace(log_ratio)
     return xp.astype(xp.abs(xp.expm1(log_ratio)) > clip_range, log_ratio.dtype)
-
-
-def _mean(minibatches: list[Array]) -> float:
-    """The mean over the samples of all minibatches, with one transfer from the device."""
-    return float(namespace(minibatches[0]).concat(minibatches).mean()) if minibatches else float("nan")

@@ -10,8 +10,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_pg.common.arrays import Array, take
-from sb3_pg.common.buffers import Batch, RolloutBuffer, epoch, flat_arrays, shuffled, whole_batch
+from sb3_pg.common.arrays import Array, mean_of, take
+from sb3_pg.common.buffers import Batch, RolloutBuffer, flat_arrays, shuffled, whole_batch
 from sb3_pg.common.errors import ArgumentError, check_choice, check_count, check_number
 from sb3_pg.common.objectives import policy_gradient, squared_error
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
@@ -112,7 +112,7 @@ class REINFORCE(PolicyGradientAlgorithm):
         *,
         baseline: str | Baseline | None = "value",
         ema_decay: float = 0.9,
-        batch_size: int | None = 64,
+        batch_size: int | None = None,
         n_critic_updates: int = 4,
         critic_batch_size: int = 64,
         max_episode_steps: int | None = None,
@@ -181,12 +181,6 @@ class REINFORCE(PolicyGradientAlgorithm):
                 raise ArgumentError(
                     f"`rollout_buffer_class={self.rollout_buffer_class.__name__}` has a fixed length, but whole "
                     "episodes differ in theirs. Derive it from sb3_pg.common.buffers.RolloutBuffer, or pass n_steps."
-                )
-        if self.env is not None and self.normalize_advantage and self.n_steps is not None:
-            if self.n_steps * self.n_envs < 2:
-                raise ArgumentError(
-                    "`n_steps * n_envs` must be greater than 1 to normalise advantages. Currently n_steps="
-                    f"{self.n_steps} and n_envs={self.n_envs}; raise one or pass normalize_advantage=False."
                 )
 
     def _make_rollout_buffer(self) -> sb3_buffers.RolloutBuffer:
@@ -267,23 +261,23 @@ class REINFORCE(PolicyGradientAlgorithm):
 
         policy_losses, value_losses, entropies = [], [], []
         ordered = batch if self.batch_size is None else shuffled(batch, self.rollout_buffer)
-        for minibatch in ordered.minibatches(self.batch_size):
+        for minibatch in ordered.minibatches(self.batch_size, even=True):
             n = len(minibatch)
             log_prob, entropy, value = network.evaluate(minibatch.observations, minibatch.actions)
             loss, d_log_prob = policy_gradient(log_prob, minibatch.advantages)
             value_loss, d_value = squared_error(value, minibatch.returns)
             network.backward(d_log_prob / n, -ent_coef / n, d_value * (vf_coef / n) if vf_coef else None)
             self._take_step(minibatch, self.max_grad_norm)
-            policy_losses.append(float(loss.mean()))
-            value_losses.append(float(value_loss.mean()))
-            entropies.append(float(entropy.mean()))
+            policy_losses.append(loss)
+            value_losses.append(value_loss)
+            entropies.append(entropy)
         if self.baseline == "value":
             value_losses = self._fit_critic(batch) or value_losses
 
         self._n_updates += 1
-        self.logger.record("train/entropy_loss", -np.mean(entropies))
-        self.logger.record("train/policy_loss", np.mean(policy_losses))
-        self.logger.record("train/value_loss", np.mean(value_losses))
+        self.logger.record("train/entropy_loss", -mean_of(entropies))
+        self.logger.record("train/policy_loss", mean_of(policy_losses))
+        self.logger.record("train/value_loss", mean_of(value_losses))
         self.logger.record("train/samples_used", len(batch) / keep.size)
         self._record_common()
 
@@ -334,17 +328,17 @@ class REINFORCE(PolicyGradientAlgorithm):
             )
         return baseline
 
-    def _fit_critic(self, batch: Batch) -> list[float]:
+    def _fit_critic(self, batch: Batch) -> list[Array]:
         """Further passes for the value network alone; whatever the actor uses too stays as it is."""
         self.network.find_actor(batch.observations, batch.actions)
-        losses: list[float] = []
+        losses: list[Array] = []
         for _ in range(self.n_critic_updates):
-            for minibatch in epoch(batch, self.rollout_buffer, self.network, self.critic_batch_size):
+            for minibatch in shuffled(batch, self.rollout_buffer).minibatches(self.critic_batch_size, even=True):
                 _, _, value = self.network.evaluate(minibatch.observations, None)
                 loss, d_value = squared_error(value, minibatch.returns)
                 self.network.backward(None, None, d_value / len(minibatch))
                 self._take_step(minibatch, self.max_grad_norm, hold_actor=True)
-                losses.append(float(loss.mean()))
+                losses.append(loss)
         return losses
 
     def learn(

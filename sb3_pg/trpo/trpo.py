@@ -8,7 +8,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
-from sb3_pg.common.arrays import Array, take
+from sb3_pg.common.arrays import Array, mean_of, take
 from sb3_pg.common.buffers import Batch, epoch, whole_batch
 from sb3_pg.common.errors import ArgumentError, check_count, check_number
 from sb3_pg.common.objectives import squared_error, surrogate
@@ -247,7 +247,7 @@ class TRPO(PolicyGradientAlgorithm):
                 # Whatever the actor shares with the critic stays: moving it would move the policy as well.
                 self._take_step(minibatch, max_grad_norm=None, hold_actor=True)
                 losses.append(loss)
-        return float(sum(loss.mean() for loss in losses)) / len(losses) if losses else math.nan
+        return mean_of(losses)
 
     def learn(
         self: SelfTRPO,

@@ -54,7 +54,7 @@ class Network(Protocol):
 
     # Step
     def evaluate(self, observations: Array, actions: Array | None) -> tuple[Array, Array, Array]:
-        """log pi(a|s), entropy and V of each row, (n,) each, remembering what ``backward`` needs.
+        """Log pi(a|s), entropy and V of each row, (n,) each, remembering what ``backward`` needs.
 
         Without actions only the critic runs, and the first two are None.
         """
@@ -93,7 +93,7 @@ class Network(Protocol):
         """The actor's Fisher information matrix at its present parameters, averaged over observations."""
 
     def actor(self, observations: Array, actions: Array) -> tuple[Array, Array, Parameters]:
-        """log pi(a|s), entropy and the distribution's parameters of each row, without gradients."""
+        """Log pi(a|s), entropy and the distribution's parameters of each row, without gradients."""
 
     def kl(self, old: Parameters, new: Parameters) -> Array:
         """KL(old || new) of each row in nats, summed over action dimensions, (n,)."""
