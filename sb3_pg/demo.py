@@ -6,6 +6,7 @@ both back, checks that the loaded model scores the same, and draws the learning 
 
 import argparse
 import importlib.util
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -29,8 +30,7 @@ from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
 
 ALGORITHMS: dict[str, type[PolicyGradientAlgorithm]] = {"reinforce": REINFORCE, "trpo": TRPO, "ppo": PPO}
 
-#: For continuous actions, with normalised observations and rewards. TRPO's are rl-zoo's for HalfCheetah, but for
-#: ``target_kl``, which means the joint KL here.
+#: For continuous actions, with normalised observations and rewards. TRPO's are rl-zoo's for HalfCheetah.
 CONTINUOUS: dict[str, dict[str, Any]] = {
     "reinforce": {"n_episodes": 4, "gae_lambda": 0.95, "n_critic_updates": 10},
     "trpo": {
@@ -42,7 +42,6 @@ CONTINUOUS: dict[str, dict[str, Any]] = {
         "cg_max_steps": 25,
         "n_critic_updates": 20,
         "sub_sampling_factor": 1,
-        "target_kl": 0.1,
     },
     "ppo": {"n_steps": 1024, "batch_size": 64, "n_epochs": 10},
 }
@@ -53,6 +52,9 @@ DISCRETE: dict[str, dict[str, Any]] = {
     "trpo": {"n_steps": 512, "batch_size": 128, "gae_lambda": 0.98, "n_critic_updates": 20},
     "ppo": {"n_steps": 256, "batch_size": 64, "n_epochs": 10, "gae_lambda": 0.98},
 }
+
+#: rl-zoo's for HalfCheetah, where the KL is averaged over action dimensions; ours is summed.
+TARGET_KL_PER_ACTION_DIMENSION = 0.04
 
 #: (environments, steps in all): the defaults
 CONTINUOUS_SIZE, DISCRETE_SIZE = (2, 150_000), (4, 50_000)
@@ -222,7 +224,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--env", default="HalfCheetah-v5", metavar="ID", help="default: HalfCheetah-v5 (needs mujoco)")
     parser.add_argument("--timesteps", type=positive, metavar="N", help="environment steps in all")
     parser.add_argument("--n-envs", type=positive, metavar="N", help="parallel environments")
-    parser.add_argument("--seed", type=natural, default=0, metavar="S", help="default: 0")
+    parser.add_argument("--seed", type=natural, default=1, metavar="S", help="default: 1")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/ALGO-ENV-SEED")
     options = parser.parse_args(arguments)
     if options.out is None:
@@ -272,7 +274,9 @@ def set_up(options: argparse.Namespace) -> tuple[PolicyGradientAlgorithm, VecEnv
     env = make_vec_env(options.env, n_envs=options.n_envs or n_envs, seed=options.seed)
     if continuous:
         env = VecNormalize(env)
-    arguments = (CONTINUOUS if continuous else DISCRETE)[options.algo]
+    arguments = dict((CONTINUOUS if continuous else DISCRETE)[options.algo])
+    if continuous and options.algo == "trpo":
+        arguments["target_kl"] = TARGET_KL_PER_ACTION_DIMENSION * math.prod(env.action_space.shape or ())
     device = "auto" if policy == "CnnPolicy" else "cpu"
     return ALGORITHMS[options.algo](policy, env, seed=options.seed, device=device, **arguments), env
 
