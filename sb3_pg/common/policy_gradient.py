@@ -236,14 +236,14 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
             n_steps = rollout_buffer.pos
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
-            actions, known = network.act(self._last_obs)
-            values, log_probs = known or (None, None)
-            clipped_actions = self._to_action_space(actions)
             try:
+                actions, known = network.act(self._last_obs)
+                clipped_actions = self._to_action_space(actions)
                 new_obs, rewards, dones, infos = env.step(clipped_actions)
             except Exception:
-                self._explain_failed_step(actions, n_steps)
+                self._explain_failed_step(n_steps)
                 raise
+            values, log_probs = known or (None, None)
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())
             keep_going = callback.on_step()
@@ -308,12 +308,11 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         starts: Any = self._last_episode_starts
         buffer.add(self._last_obs, actions, rewards, starts, values, log_probs)  # type: ignore[arg-type]
 
-    def _explain_failed_step(self, actions: np.ndarray, step: int) -> None:
-        """When an environment fails on what it was given, say so if that was not a finite number."""
+    def _explain_failed_step(self, step: int) -> None:
+        """When the policy or an environment fails on an observation that is not finite, say that instead."""
         observations: Any = self._last_obs
         row = {k: v[None] for k, v in observations.items()} if isinstance(observations, dict) else observations[None]
         require_finite("observation", row, step)
-        require_finite("action", actions[None], step)
 
     # ------------------------------------------------------------------ judge
 

@@ -1,7 +1,9 @@
 """Any ActorCriticPolicy on any device, differentiated by torch."""
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch as th
@@ -21,6 +23,28 @@ _ACTING = ("forward", "evaluate_actions", "get_distribution", "predict_values", 
 #: Numbers in the observations of one chunk of a judging pass: 16 MB of float32, so that a rollout of images does
 #: not become float32, and the activations of a convolution, all at once.
 _CHUNK_NUMBERS = 1 << 22
+
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def _without_validation(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Spare torch's distributions their checks of every parameter and action while ``method`` runs.
+
+    Rollouts are checked for numbers that are not finite once, when they are judged.
+    """
+
+    @wraps(method)
+    def lean(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        before = th.distributions.Distribution._validate_args
+        th.distributions.Distribution.set_default_validate_args(False)
+        try:
+            return method(*args, **kwargs)
+        finally:
+            th.distributions.Distribution.set_default_validate_args(before)
+
+    return lean
 
 
 class AutogradNetwork:
@@ -45,6 +69,7 @@ class AutogradNetwork:
 
     # Act
 
+    @_without_validation
     def act(self, observations: Any) -> tuple[np.ndarray, KnownEarly | None]:
         with th.no_grad():
             tensor: Any = obs_as_tensor(observations, self.policy.device)
@@ -75,6 +100,7 @@ class AutogradNetwork:
             ]
         return th.cat(found).flatten().cpu().numpy()
 
+    @_without_validation
     def judge(self, observations: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         values, log_probs = [], []
         with th.no_grad():
@@ -95,6 +121,7 @@ class AutogradNetwork:
 
     # Step
 
+    @_without_validation
     def evaluate(self, observations: Array, actions: Array | None) -> tuple[Array, Array, Array]:
         if actions is None:
             values = self.policy.predict_values(observations).flatten()
@@ -142,6 +169,7 @@ class AutogradNetwork:
 
     # The actor's parameters as one vector
 
+    @_without_validation
     def find_actor(self, observations: Array, actions: Array) -> None:
         # From the graph and not from names: a Dict key "value_map" or a layer "query_key_value" may well act.
         if self._actor:
@@ -168,6 +196,7 @@ class AutogradNetwork:
         self.policy.optimizer.zero_grad(set_to_none=True)
         return flat
 
+    @_without_validation
     def fisher(self, observations: Array) -> Fisher:
         distribution = self.policy.get_distribution(observations)
         described = describe(distribution)
@@ -202,6 +231,7 @@ class AutogradNetwork:
 
         return product
 
+    @_without_validation
     def actor(self, observations: Array, actions: Array) -> tuple[Array, Array, Parameters]:
         with th.no_grad():
             distribution = self.policy.get_distribution(observations)
