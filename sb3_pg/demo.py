@@ -113,6 +113,20 @@ class Score:
 # ---------------------------------------------------------------- environments
 
 
+def quieten_mujoco() -> None:
+    """Keep MuJoCo's remarks on what is deprecated in Gymnasium's models off the screen, but no other warning."""
+    try:
+        import mujoco  # type: ignore[import-untyped]
+    except ImportError:
+        return
+
+    def warn(message: str) -> None:
+        if "deprecated" not in message:
+            print(f"MuJoCo: {message}", file=sys.stderr)
+
+    mujoco.set_mju_user_warning(warn)
+
+
 def check_environment(env_id: str) -> gym.Env[Any, Any]:
     """Make the environment once, to see whether it can be made and what its spaces are."""
     try:
@@ -200,8 +214,10 @@ def draw(log: EpisodeLog, title: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     window = max(2, min(20, len(log.returns) // 5))
     axes.plot(log.steps, log.returns, color="#9db7d5", linewidth=0.8, label="episode")
-    mean = running_mean(log.returns, window)
-    axes.plot(log.steps, mean, color="#1f4e8c", linewidth=2.2, label=f"mean of the last {window} episodes")
+    # Environments may finish together: one point for each step, or the mean would draw stairs.
+    last = np.flatnonzero(np.diff(log.steps, append=-1))
+    mean, steps = running_mean(log.returns, window)[last], np.asarray(log.steps)[last]
+    axes.plot(steps, mean, color="#1f4e8c", linewidth=2.2, label=f"mean of the last {window} episodes")
     axes.set_title(title, loc="left", fontsize=12)
     axes.set_xlabel("environment steps")
     axes.set_ylabel("episode return")
@@ -295,6 +311,7 @@ def run(options: argparse.Namespace) -> bool:
 
     :return: whether the loaded model scores what the saved one does
     """
+    quieten_mujoco()
     model, env = set_up(options)
     files = prepare(options.out)
     name, eval_seed = type(model).__name__, options.seed + 10_000

@@ -33,6 +33,14 @@ def test_demo_saves_the_statistics_of_continuous_control(tmp_path, capsys, monke
     assert (tmp_path / "vecnormalize.pkl").exists()
 
 
+def test_a_run_without_a_finished_episode_has_an_empty_curve(tmp_path):
+    arguments = ["--algo", "ppo", "--env", "Pendulum-v1", "--timesteps", "64", "--out", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CONTINUOUS["ppo"], "n_steps", 32)
+        assert main(arguments) == 0
+    assert (tmp_path / "learning_curve.png").exists()
+
+
 def test_every_algorithm_has_settings():
     assert set(CONTINUOUS) == set(DISCRETE) == {"reinforce", "trpo", "ppo"}
 
