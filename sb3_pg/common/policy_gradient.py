@@ -17,6 +17,8 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common import buffers as sb3_buffers
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import is_wrapped
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
@@ -28,6 +30,7 @@ from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.patch_gym import _patch_env
 
 from sb3_pg.common.arrays import Array, namespace, take
 from sb3_pg.common.buffers import Batch, RolloutBuffer, flat_arrays
@@ -40,6 +43,7 @@ from sb3_pg.common.errors import (
     require_finite,
 )
 from sb3_pg.common.networks import Network, make_network
+from sb3_pg.common.vec_env import DummyVecEnv
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="PolicyGradientAlgorithm")
 
@@ -135,6 +139,18 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         self._rollout_is_unfinished = False
 
     # ------------------------------------------------------------------ setup
+
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        """SB3's wrappers, with our DummyVecEnv around a single environment."""
+        if not isinstance(env, VecEnv):
+            single = _patch_env(env)
+            if monitor_wrapper and not is_wrapped(single, Monitor):
+                if verbose >= 1:
+                    print("Wrapping the env with a `Monitor` wrapper")
+                single = Monitor(single)
+            env = DummyVecEnv([lambda: single])
+        return OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
     def _setup_model(self) -> None:
         self._check_arguments()

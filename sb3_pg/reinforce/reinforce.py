@@ -87,7 +87,7 @@ class REINFORCE(PolicyGradientAlgorithm):
         self,
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str | None,
-        learning_rate: float | Schedule = 1e-3,
+        learning_rate: float | Schedule = 5e-3,
         n_episodes: int = 8,
         n_steps: int | None = None,
         gamma: float = 0.99,
