@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from hypothesis import settings
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 th.set_num_threads(1)
+
+# The same examples in every run, and no time limit for one: the machine may be busy.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 ACTION_SPACES: dict[str, spaces.Space] = {
     "box": spaces.Box(-1.0, 1.0, (2,)),
