@@ -1,0 +1,350 @@
+"""Time ``learn()`` of ours and of the peers side by side, and write table, data and figures to benchmarks/speed/.
+
+    python benchmarks/speed.py                 # everything, about half an hour on one core
+    python benchmarks/speed.py --only cartpole # the rows whose name contains a word
+    python benchmarks/speed.py --report        # draw the table and the figures again from the data
+
+Each row runs ours and its peer alternately in one process with one thread; the first update of each is warm-up and
+not timed; the figures are medians of ``--repeats`` runs with the range beside. Both sides get the same settings,
+which the table prints. The *limit* is the time that stepping the same environments takes with a constant action and
+SB3's own vectorised environment, so that everybody sees how much of the rest is the algorithm's.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__" and os.environ.get("OMP_NUM_THREADS") != "1":
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+import numpy as np
+import sb3_contrib
+import stable_baselines3
+import torch as th
+from stable_baselines3.common import vec_env as sb3_vec_env
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
+
+import sb3_pg
+from sb3_pg.common import vec_env as our_vec_env
+
+OUT = Path(__file__).parent / "speed"
+
+ENVS: dict[str, Any] = {
+    "CartPole-v1": "CartPole-v1",
+    "HalfCheetah-v5": "HalfCheetah-v5",
+    "Images 84x84": lambda: FakeImageEnv(screen_height=84, screen_width=84, n_channels=1, discrete=True),
+    "Dict of vector and image": lambda: SimpleMultiObsEnv(random_start=False),
+}
+
+
+@dataclass
+class Row:
+    """One comparison: an algorithm and its peer on one task with the same settings."""
+
+    group: str
+    ours: str
+    peer: str
+    env: str
+    n_envs: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    policy: str = "MlpPolicy"
+    net_arch: list[int] | None = None
+    normalize: bool = False
+    updates: int = 2
+    wanted: float | None = None
+
+    @property
+    def name(self) -> str:
+        parts = [self.ours, "vs", self.peer, self.env, f"{self.n_envs} envs", self.policy]
+        parts += ["VecNormalize"] if self.normalize else []
+        parts += [f"net {self.net_arch}"] if self.net_arch else []
+        return " ".join([*parts, *(f"{k}={v}" for k, v in self.settings.items())])
+
+
+ZOO_TRPO = {"n_steps": 1024, "batch_size": 128, "cg_max_steps": 25, "n_critic_updates": 20, "target_kl": 0.04}
+SMALL = {"n_steps": 256, "batch_size": 256}
+
+
+def main_rows() -> list[Row]:
+    """The comparisons of the table."""
+    cart, cheetah = "CartPole-v1", "HalfCheetah-v5"
+    rows = [
+        Row("main", "PPO", "SB3 PPO", cart, 1, wanted=9),
+        Row("main", "PPO", "SB3 PPO", cart, 2, {"n_steps": 1024}),
+        Row("main", "PPO", "SB3 PPO", cart, 8, SMALL, wanted=4.5),
+        Row("main", "PPO", "SB3 PPO", cheetah, 1, wanted=5.5),
+        Row("main", "PPO", "SB3 PPO", cheetah, 2, {"n_steps": 1024}),
+        Row("main", "PPO", "SB3 PPO", cheetah, 8, SMALL, wanted=3),
+        Row("main", "TRPO", "contrib TRPO", cart, 1, wanted=9),
+        Row("main", "TRPO", "contrib TRPO", cart, 8, {"n_steps": 256}),
+        Row("main", "TRPO", "contrib TRPO", cheetah, 1, wanted=5),
+        Row("main", "TRPO", "contrib TRPO", cheetah, 2, ZOO_TRPO, wanted=4),
+        Row("main", "TRPO", "contrib TRPO", cheetah, 2, ZOO_TRPO, normalize=True, wanted=4),
+        Row("main", "TRPO", "contrib TRPO", cheetah, 8, {"n_steps": 256}),
+        Row("main", "REINFORCE", "SB3 A2C", cart, 8, updates=6, wanted=4),
+    ]
+    images, mixed = "Images 84x84", "Dict of vector and image"
+    few = {"n_steps": 128, "batch_size": 64}
+    rows += [
+        Row("main", "PPO", "SB3 PPO", images, 2, few | {"n_epochs": 4}, "CnnPolicy", wanted=1.3),
+        Row("main", "TRPO", "contrib TRPO", images, 2, few, "CnnPolicy", wanted=1.3),
+        Row("main", "PPO", "SB3 PPO", mixed, 2, few | {"n_epochs": 4}, "MultiInputPolicy", wanted=1.3),
+        Row("main", "TRPO", "contrib TRPO", mixed, 2, few, "MultiInputPolicy", wanted=1.3),
+    ]
+    sbx = [(cart, 1, {}), (cheetah, 1, {}), (cart, 8, SMALL), (cheetah, 8, SMALL)]
+    return rows + [Row("main", "PPO", "sbx PPO", env, n, settings, wanted=2) for env, n, settings in sbx]
+
+
+def growth_rows() -> list[Row]:
+    """How the ratio changes with the number of environments, the width of the network and the rollout."""
+    cart = "CartPole-v1"
+    rows = [
+        Row("environments", "PPO", "SB3 PPO", cart, n, {"n_steps": 2048 // n, "batch_size": 256})
+        for n in (1, 2, 4, 8, 16, 32, 64)
+    ]
+    rows += [
+        Row("width", "PPO", "SB3 PPO", cart, 8, SMALL, net_arch=[w, w], updates=1) for w in (64, 128, 256, 512, 1024)
+    ]
+    return rows + [
+        Row("rollout", "PPO", "SB3 PPO", cart, 8, {"n_steps": n, "batch_size": 256}, updates=1)
+        for n in (64, 256, 1024, 4096)
+    ]
+
+
+def algorithms() -> dict[str, Any]:
+    """Every algorithm by the name that rows use; sbx only where it is installed."""
+    found: dict[str, Any] = {
+        "PPO": sb3_pg.PPO,
+        "TRPO": sb3_pg.TRPO,
+        "REINFORCE": sb3_pg.REINFORCE,
+        "SB3 PPO": stable_baselines3.PPO,
+        "SB3 A2C": stable_baselines3.A2C,
+        "contrib TRPO": sb3_contrib.TRPO,
+    }
+    try:
+        import sbx
+
+        found["sbx PPO"] = sbx.PPO
+    except ImportError:
+        print("sbx is not installed (pip install sbx-rl): its rows are left out")
+    return found
+
+
+def make_env(row: Row, library: Any) -> Any:
+    env = make_vec_env(ENVS[row.env], row.n_envs, seed=0, vec_env_cls=library.DummyVecEnv)
+    return library.VecNormalize(env) if row.normalize else env
+
+
+def make_model(row: Row, name: str, kind: Any) -> Any:
+    ours = name == row.ours
+    settings = {} if kind in (sb3_pg.REINFORCE, stable_baselines3.A2C) else row.settings
+    policy_kwargs = {"net_arch": row.net_arch} if row.net_arch else {}
+    env = make_env(row, our_vec_env if ours else sb3_vec_env)
+    return kind(row.policy, env, seed=0, policy_kwargs=policy_kwargs, **settings, **({} if "sbx" in name else CPU))
+
+
+CPU = {"device": "cpu"}
+
+
+def steps_of(row: Row) -> int:
+    """Environment steps of one timed run: whole rollouts of both sides."""
+    return row.updates * row.settings.get("n_steps", 2048) * (row.n_envs if "n_steps" in row.settings else 1)
+
+
+def time_learn(model: Any, steps: int) -> float:
+    before, start = model.num_timesteps, time.perf_counter()
+    model.learn(steps, reset_num_timesteps=False, log_interval=10**9)
+    return (time.perf_counter() - start) / (model.num_timesteps - before)
+
+
+def time_limit(row: Row, steps: int) -> float:
+    """Seconds per environment step with a constant action and nothing else."""
+    env = make_env(row, sb3_vec_env)
+    env.reset()
+    actions = np.stack([env.action_space.sample()] * row.n_envs)
+    start = time.perf_counter()
+    for _ in range(steps // row.n_envs):
+        env.step(actions)
+    return (time.perf_counter() - start) / (steps // row.n_envs * row.n_envs)
+
+
+def phases(row: Row, kind: Any, steps: int) -> dict[str, float]:
+    """Share of ours in acting, judging, stepping and the environment, from one run with a clock around each."""
+    model = make_model(row, row.ours, kind)
+    time_learn(model, steps)
+    spent = dict.fromkeys(("environment", "act", "judge", "step"), 0.0)
+
+    def clocked(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            spent[phase] += time.perf_counter() - start
+            return result
+
+        return run
+
+    network, env = model.network, model.env
+    env.step = clocked("environment", env.step)
+    network.act = clocked("act", network.act)
+    model.judge = clocked("judge", model.judge)
+    model.train = clocked("step", model.train)
+    total = time_learn(model, steps) * steps
+    spent["rest"] = max(total - sum(spent.values()), 0.0)
+    return {name: seconds / total for name, seconds in spent.items()}
+
+
+def measure(row: Row, kinds: dict[str, Any], repeats: int) -> dict[str, Any]:
+    steps = steps_of(row)
+    sides = {name: make_model(row, name, kinds[name]) for name in (row.ours, row.peer)}
+    for model in sides.values():
+        time_learn(model, steps // row.updates)  # warm-up
+    times: dict[str, list[float]] = {"ours": [], "peer": [], "limit": []}
+    for _ in range(repeats):
+        times["ours"].append(time_learn(sides[row.ours], steps))
+        times["peer"].append(time_learn(sides[row.peer], steps))
+        times["limit"].append(time_limit(row, min(steps, 4096)))
+    engine = sides[row.ours].network.description
+    return {**asdict(row), "name": row.name, "seconds_per_step": times, "engine": engine, "steps": steps} | {
+        "phases": phases(row, kinds[row.ours], steps)
+    }
+
+
+# ------------------------------------------------------------------ report
+
+
+def ratio(result: dict[str, Any]) -> float:
+    times = result["seconds_per_step"]
+    return statistics.median(p / o for p, o in zip(times["peer"], times["ours"], strict=True))
+
+
+def spread(result: dict[str, Any]) -> str:
+    times = result["seconds_per_step"]
+    ratios = sorted(p / o for p, o in zip(times["peer"], times["ours"], strict=True))
+    return f"{ratios[0]:.1f}-{ratios[-1]:.1f}"
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "| ours / peer | task | settings | steps/s | peer's steps/s | ratio (range) | wanted | time / limit "
+        "| environment / act / judge / step / rest |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        median = {side: statistics.median(times) for side, times in r["seconds_per_step"].items()}
+        parts = [f"{k}={v}" for k, v in r["settings"].items()] or ["defaults"]
+        parts += [f"net_arch={r['net_arch']}"] if r["net_arch"] else []
+        parts += ["VecNormalize"] if r["normalize"] else []
+        share = " / ".join(f"{100 * r['phases'][p]:.0f}" for p in ("environment", "act", "judge", "step", "rest"))
+        wanted = "" if r["wanted"] is None else f">= {r['wanted']:g}"
+        lines.append(
+            f"| {r['ours']} / {r['peer']} | {r['env']}, {r['n_envs']} env, {r['policy']} | {', '.join(parts)} "
+            f"| {1 / median['ours']:,.0f} | {1 / median['peer']:,.0f} | {ratio(r):.1f} ({spread(r)}) | {wanted} "
+            f"| {median['ours'] / median['limit']:.1f} | {share} % |"
+        )
+    return "\n".join(lines)
+
+
+def write_report(data: dict[str, Any]) -> None:
+    results = list(data["rows"].values())
+    order = {row.name: i for i, row in enumerate(main_rows() + growth_rows())}
+    results.sort(key=lambda r: order.get(r["name"], 999))
+    text = [
+        "# Speed",
+        "",
+        f"Made by `benchmarks/speed.py` on {data['machine']}. One thread; median of {data['repeats']} alternating runs.",
+        "",
+        table([r for r in results if r["group"] == "main"]),
+        "",
+        "## Growth",
+        "",
+        table([r for r in results if r["group"] != "main"]),
+        "",
+    ]
+    (OUT / "table.md").write_text("\n".join(text))
+    draw(results)
+    print("\n".join(text))
+
+
+def draw(results: list[dict[str, Any]]) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    main = [r for r in results if r["group"] == "main"]
+    figure, axis = plt.subplots(figsize=(9, 0.38 * len(main) + 1.4), layout="constrained")
+    colors = {"PPO": "#4477aa", "TRPO": "#228833", "REINFORCE": "#ccbb44"}
+    labels = [f"{r['ours']} vs {r['peer']}, {r['env']}, {r['n_envs']} env" + (" +norm" * r["normalize"]) for r in main]
+    axis.barh(range(len(main)), [ratio(r) for r in main], color=[colors[r["ours"]] for r in main])
+    for i, r in enumerate(main):
+        axis.text(ratio(r) + 0.08, i, f"{ratio(r):.1f}", va="center", fontsize=8)
+        if r["wanted"]:
+            axis.plot([r["wanted"]] * 2, [i - 0.4, i + 0.4], color="black", lw=1)
+    axis.set(yticks=range(len(main)), yticklabels=labels, xlabel="times as fast as the peer (line: wanted)")
+    axis.axvline(1, color="gray", lw=0.8, ls=":")
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(OUT / "ratios.png", dpi=150)
+
+    groups = [g for g in ("environments", "width", "rollout") if any(r["group"] == g for r in results)]
+    if not groups:
+        return
+    figure, axes = plt.subplots(1, len(groups), figsize=(3.6 * len(groups), 3.2), layout="constrained", squeeze=False)
+    value = {
+        "environments": lambda r: r["n_envs"],
+        "width": lambda r: r["net_arch"][0],
+        "rollout": lambda r: r["settings"]["n_steps"] * r["n_envs"],
+    }
+    for axis, group in zip(axes[0], groups, strict=True):
+        rows = [r for r in results if r["group"] == group]
+        x = [value[group](r) for r in rows]
+        for side, color in (("ours", "#4477aa"), ("peer", "#cc6677"), ("limit", "gray")):
+            y = [1 / statistics.median(r["seconds_per_step"][side]) for r in rows]
+            axis.plot(x, y, "o-", ms=4, color=color, label={"peer": "SB3"}.get(side, side))
+        axis.set(xscale="log", yscale="log", xlabel=group, ylabel="environment steps per second")
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle("PPO on CartPole-v1", fontsize=10)
+    figure.savefig(OUT / "growth.png", dpi=150)
+
+
+def machine() -> str:
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if "model name" in line), "?")
+    return f"{cpu} ({os.cpu_count()} cores), Python {platform.python_version()}, torch {th.__version__}, NumPy {np.__version__}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="rows whose name contains this, any case")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--report", action="store_true", help="only draw the report again")
+    args = parser.parse_args()
+    OUT.mkdir(exist_ok=True)
+    path = OUT / "results.json"
+    data = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    if not args.report:
+        th.set_num_threads(1)
+        kinds = algorithms()
+        data |= {"machine": machine(), "repeats": args.repeats}
+        for row in main_rows() + growth_rows():
+            if row.peer in kinds and args.only.lower() in row.name.lower():
+                result = measure(row, kinds, args.repeats)
+                data["rows"][row.name] = result
+                print(f"{ratio(result):5.1f} ({spread(result)})  {row.name}", flush=True)
+                path.write_text(json.dumps(data, indent=1))
+    write_report(data)
+
+
+if __name__ == "__main__":
+    main()
