@@ -214,7 +214,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
     def network(self) -> Network:
         """The policy as the algorithm sees it; made anew when ``policy`` is replaced."""
         if self._network is None or self._network.policy is not self.policy:
-            self._network = make_network(self.policy)
+            self._network = make_network(self.policy, self.engine)
         return self._network
 
     def _coefficient(self, name: str) -> float:

@@ -3,11 +3,21 @@
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_pg.common.networks.autograd import AutogradNetwork
+from sb3_pg.common.networks.closed_form import ClosedFormNetwork, Unsuitable
 from sb3_pg.common.networks.protocol import Fisher, Network
 
-__all__ = ["AutogradNetwork", "Fisher", "Network", "make_network"]
+__all__ = ["AutogradNetwork", "ClosedFormNetwork", "Fisher", "Network", "make_network"]
 
 
-def make_network(policy: ActorCriticPolicy) -> Network:
-    """The fastest network that computes exactly what ``policy`` does."""
-    return AutogradNetwork(policy)
+def make_network(policy: ActorCriticPolicy, engine: str = "auto") -> Network:
+    """The fastest network that computes exactly what ``policy`` does.
+
+    :param policy: any ActorCriticPolicy
+    :param engine: "autograd" always takes torch's
+    """
+    if engine == "autograd":
+        return AutogradNetwork(policy, "engine='autograd'")
+    try:
+        return ClosedFormNetwork(policy)
+    except Unsuitable as reason:
+        return AutogradNetwork(policy, str(reason))
