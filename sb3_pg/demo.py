@@ -32,7 +32,13 @@ ALGORITHMS: dict[str, type[PolicyGradientAlgorithm]] = {"reinforce": REINFORCE, 
 
 #: For continuous actions, with normalised observations and rewards. TRPO's are rl-zoo's for HalfCheetah.
 CONTINUOUS: dict[str, dict[str, Any]] = {
-    "reinforce": {"n_episodes": 4, "gae_lambda": 0.95, "n_critic_updates": 10},
+    "reinforce": {
+        "n_episodes": 2,
+        "batch_size": 16,
+        "learning_rate": 1e-3,
+        "gae_lambda": 0.95,
+        "n_critic_updates": 10,
+    },
     "trpo": {
         "n_steps": 1024,
         "batch_size": 128,
