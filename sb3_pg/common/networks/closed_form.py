@@ -317,19 +317,17 @@ class Blueprint:
         self.critic: Layers = [*_layers(policy.mlp_extractor.value_net), (_linear(policy.value_net), None)]
         self.family = _family(policy.action_dist)
         self.log_std: nn.Parameter | None = policy.log_std if isinstance(self.family, Gaussian) else None
-        _check_parameters(self.parameters())
-
-    def parameters(self) -> list[th.Tensor]:
-        """The actor's and then the critic's, each in the order of ``policy.parameters()``."""
-        first: list[th.Tensor] = [] if self.log_std is None else [self.log_std]
-        return first + [p for layer, _ in [*self.actor, *self.critic] for p in (layer.weight, layer.bias)]
+        #: the actor's and then the critic's, each in the order of ``policy.parameters()``
+        self.parameters: list[th.Tensor] = [] if self.log_std is None else [self.log_std]
+        for layer, _ in [*self.actor, *self.critic]:
+            self.parameters += (layer.weight, layer.bias)
+        _check_parameters(self.parameters)
 
     def fingerprint(self) -> list[Any]:
         """Equal for two blueprints if views made for one are right for the other."""
-        memory = [(p, p.data_ptr()) for p in self.parameters()]
-        identities: list[Any] = [(id(p), pointer, p.dtype) for p, pointer in memory]
+        memory: list[Any] = [(id(p), p.data_ptr(), p.dtype) for p in self.parameters]
         activations = [f and (type(f), f.extra_repr()) for _, f in [*self.actor, *self.critic]]
-        return identities + activations + list(vars(self.family).items())
+        return [*memory, *activations, type(self.family), *vars(self.family).items()]
 
 
 def _check_code(policy: ActorCriticPolicy) -> None:
@@ -434,7 +432,7 @@ class ClosedFormNetwork:
 
     def _build(self, blueprint: Blueprint) -> None:
         """Make views of the parameters and of one flat vector of all gradients, the actor's first."""
-        parameters = blueprint.parameters()
+        parameters = blueprint.parameters
         self._fingerprint = blueprint.fingerprint()
         self._family = blueprint.family
         self._dtype = _DTYPES[parameters[0].dtype]
