@@ -52,6 +52,7 @@ def check_update(observation, action, n_envs, engine, **options):
     before = th.nn.utils.parameters_to_vector(ours.policy.parameters()).detach()
     copy_rollout(theirs, ours)
     for model in (theirs, ours):
+        model._current_progress_remaining = 0.5  # for schedules
         np.random.seed(1)
         model.train()
     check_same(theirs, ours)
@@ -125,13 +126,17 @@ def test_log(action):
 
 
 @pytest.mark.parametrize("n_envs", [1, 3])
-@pytest.mark.parametrize("action", ACTION_SPACES)
-def test_learning(action, n_envs):
+@pytest.mark.parametrize(
+    ("action", "options"),
+    [*[(action, {}) for action in ACTION_SPACES], ("box", {"use_sde": True, "sde_sample_freq": 4})],
+)
+def test_learning(action, options, n_envs):
     """Acting and judging included: with torch's random numbers, several updates of learning are SB3's.
 
     Episodes end and are truncated within the rollouts and at their ends.
     """
-    theirs, ours = pair("box", action, n_envs, "autograd", policy_kwargs={"net_arch": [8]})
+    options = {"policy_kwargs": {"net_arch": [8]}, "learning_rate": lambda progress: 2e-3 * progress, **options}
+    theirs, ours = pair("box", action, n_envs, "autograd", **options)
     for model in (theirs, ours):
         model.set_random_seed(5)
         model.learn(3 * 24 * n_envs)
