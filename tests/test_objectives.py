@@ -26,7 +26,7 @@ POLICY_LOSSES = {
 VALUES, OLD_VALUES, TARGETS = (x.ravel() for x in np.meshgrid(*[[-1.5, -0.3, -0.1, 0.0, 0.1, 0.3, 1.5]] * 3))
 VALUE_LOSSES = {
     "squared": lambda value, target, _: objectives.squared_error(value, target),
-    "clipped": partial(objectives.clipped_squared_error, clip=0.25),
+    "clipped": partial(objectives.clipped_squared_error, clip_range=0.25),
 }
 
 

@@ -11,6 +11,8 @@ They are written against the array API standard, so the same text serves NumPy (
 
 from typing import Any
 
+import numpy as np
+
 from sb3_pg.common.arrays import Array, namespace
 
 __all__ = [
@@ -22,6 +24,13 @@ __all__ = [
     "squared_error",
     "surrogate",
 ]
+
+
+def clip(x: Array, low: float, high: float) -> Array:
+    """Keep ``x`` within bounds; ``np.clip`` checks its arguments for longer than this takes on a minibatch."""
+    if isinstance(x, np.ndarray):
+        return np.minimum(np.maximum(x, low), high)
+    return namespace(x).clip(x, low, high)
 
 
 def policy_gradient(log_prob: Array, advantage: Array) -> tuple[Array, Array]:
@@ -51,7 +60,7 @@ def clipped_surrogate(
     xp = namespace(log_ratio)
     ratio = xp.exp(log_ratio)
     unclipped = ratio * advantage
-    clipped = xp.clip(ratio, 1.0 - low, 1.0 + high) * advantage
+    clipped = clip(ratio, 1.0 - low, 1.0 + high) * advantage
     # Where the clipped branch is the smaller one the ratio is outside the range, so its derivative is zero.
     gain = xp.minimum(unclipped, clipped)
     active = unclipped <= clipped
@@ -60,7 +69,7 @@ def clipped_surrogate(
         bounded = (advantage < 0) & (gain < floor)
         gain = xp.where(bounded, floor, gain)
         active = active & ~bounded
-    return -gain, -unclipped * xp.astype(active, unclipped.dtype)
+    return -gain, -unclipped * active
 
 
 def simple_policy_optimization(log_ratio: Array, advantage: Array, epsilon: float = 0.2) -> tuple[Array, Array]:
@@ -93,18 +102,18 @@ def squared_error(value: Array, target: Array) -> tuple[Array, Array]:
     return error * error, 2.0 * error
 
 
-def clipped_squared_error(value: Array, target: Array, old_value: Array, clip: float) -> tuple[Array, Array]:
+def clipped_squared_error(value: Array, target: Array, old_value: Array, clip_range: float) -> tuple[Array, Array]:
     """PPO's pessimistic value loss: the larger of the errors of ``v`` and of ``v`` kept near ``v_old``.
 
     :param old_value: the prediction before the update
-    :param clip: how far the value may move from ``old_value``, in the units of the return; smaller is more cautious
+    :param clip_range: how far the value may move from ``old_value``, in units of the return; smaller is more cautious
     """
     xp: Any = namespace(value)
     change = value - old_value
     error = value - target
-    clipped_error = old_value + xp.clip(change, -clip, clip) - target
+    clipped_error = old_value + clip(change, -clip_range, clip_range) - target
     unclipped_is_larger = error * error >= clipped_error * clipped_error
-    inside = xp.abs(change) <= clip
+    inside = xp.abs(change) <= clip_range
     loss = xp.where(unclipped_is_larger, error * error, clipped_error * clipped_error)
     derivative = xp.where(unclipped_is_larger | inside, 2.0 * error, xp.zeros_like(error))
     return loss, derivative

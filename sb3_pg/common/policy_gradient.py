@@ -32,7 +32,7 @@ from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.patch_gym import _patch_env
 
-from sb3_pg.common.arrays import Array, namespace, take
+from sb3_pg.common.arrays import Array, take
 from sb3_pg.common.buffers import Batch, RolloutBuffer, flat_arrays
 from sb3_pg.common.errors import (
     ArgumentError,
@@ -378,8 +378,9 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         """Advantages with mean 0 and standard deviation 1; one alone is left as it is (SB3 issue 325)."""
         if len(advantages) < 2:
             return advantages
-        xp = namespace(advantages)
-        return (advantages - xp.mean(advantages)) / (xp.std(advantages, correction=1) + 1e-8)
+        centered = advantages - advantages.mean()
+        deviation = (centered @ centered / (len(advantages) - 1)) ** 0.5
+        return centered / (deviation + 1e-8)
 
     def _take_step(self, batch: Batch, max_grad_norm: float | None, *, hold_actor: bool = False) -> None:
         """Let the optimizer move the parameters by the gradients just made.

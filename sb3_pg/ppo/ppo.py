@@ -336,8 +336,8 @@ class PPO(PolicyGradientAlgorithm):
     def _make_value_loss(self) -> Callable[[Array, Batch], tuple[Array, Array]]:
         if self.clip_range_vf is None:
             return lambda value, batch: squared_error(value, batch.returns)
-        clip = self._coefficient("clip_range_vf")
-        return lambda value, batch: clipped_squared_error(value, batch.returns, batch.old_values, clip)
+        clip_range = self._coefficient("clip_range_vf")
+        return lambda value, batch: clipped_squared_error(value, batch.returns, batch.old_values, clip_range)
 
     def _present_kl_coef(self) -> float:
         return self._coefficient("kl_coef") if self._adapted_kl_coef is None else self._adapted_kl_coef

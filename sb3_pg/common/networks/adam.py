@@ -1,0 +1,113 @@
+"""Adam as a few operations on whole vectors, with its state where torch's optimizer keeps it."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch as th
+
+
+def is_plain_adam(optimizer: Any) -> bool:
+    """Whether ``FlatAdam`` makes the same step: Adam or AdamW with one group, no variants, hooks or schedulers."""
+    if type(optimizer) not in (th.optim.Adam, th.optim.AdamW) or len(optimizer.param_groups) != 1:
+        return False
+    group = optimizer.param_groups[0]
+    variants = any(group.get(name) for name in ("amsgrad", "maximize", "capturable", "differentiable"))
+    decays = type(optimizer) is th.optim.Adam and group["weight_decay"] != 0
+    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return not (variants or decays or hooks or "step" in optimizer.__dict__ or isinstance(group["lr"], th.Tensor))
+
+
+class FlatAdam:
+    """The step of torch's Adam or AdamW for parameters whose gradients lie one after the other in one vector.
+
+    On a small network most of the torch optimizer's step goes into visiting the parameters one by one. Here the
+    moments of all are views of two flat vectors. The optimizer's own state holds those views, so saving, loading and
+    going on with torch's own step see nothing unusual.
+
+    :param optimizer: a torch optimizer that ``is_plain_adam``
+    :param parameters: those of its parameters that take their steps together
+    """
+
+    def __init__(self, optimizer: Any, parameters: list[th.Tensor]) -> None:
+        self._optimizer = optimizer
+        self._parameters = parameters
+        self._arrays = [p.detach().numpy() for p in parameters]
+        sizes = [p.numel() for p in parameters]
+        dtype = self._arrays[0].dtype
+        self._m, self._v, self._change = (np.zeros(sum(sizes), dtype) for _ in range(3))
+        # A count for each, as torch has it: saved and loaded, one tensor for all would count every step many times.
+        self._steps = np.zeros(len(parameters), np.float32)
+        self._step_views = list(th.from_numpy(self._steps).unbind())
+        self._pieces = [
+            piece.reshape(array.shape)
+            for piece, array in zip(np.split(self._change, np.cumsum(sizes)[:-1]), self._arrays, strict=True)
+        ]
+        self._views = [
+            [part.view_as(p) for part, p in zip(th.split(th.from_numpy(x), sizes), parameters, strict=True)]
+            for x in (self._m, self._v)
+        ]
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """Continue from the optimizer's state.
+
+        :raises ValueError: its parameters have made different numbers of steps
+        """
+        states = [self._optimizer.state.get(p, {}) for p in self._parameters]
+        steps = {float(state.get("step", 0.0)) for state in states}
+        if len(steps) > 1:
+            raise ValueError("the parameters have made different numbers of steps")
+        self._steps[:] = steps.pop()
+        for state, m, v in zip(states, *self._views, strict=True):
+            if state:
+                m.copy_(state["exp_avg"])
+                v.copy_(state["exp_avg_sq"])
+        if any(states):
+            self._publish()
+
+    def _publish(self) -> None:
+        """Let the optimizer's state be our views."""
+        for p, step, m, v in zip(self._parameters, self._step_views, *self._views, strict=True):
+            self._optimizer.state[p].update(step=step, exp_avg=m, exp_avg_sq=v)
+
+    def is_current(self) -> bool:
+        """Whether the optimizer's state is still ours and not, for example, a loaded one."""
+        states = [self._optimizer.state.get(p, {}) for p in self._parameters]
+        if not self._steps[0]:
+            return not any(states)
+        return all(
+            state.get("exp_avg") is m and state.get("step") is step
+            for state, m, step in zip(states, self._views[0], self._step_views, strict=True)
+        )
+
+    def step(self, gradient: np.ndarray) -> None:
+        """Move the parameters (Kingma and Ba 2015, algorithm 1, with its rearrangement at the end of section 2).
+
+        :param gradient: of all parameters, flat
+        """
+        group = self._optimizer.param_groups[0]
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        if not self._steps[0]:
+            self._publish()
+        self._steps += 1.0
+        t = float(self._steps[0])
+        m, v, change = self._m, self._v, self._change
+        np.multiply(gradient, 1.0 - beta1, out=change)
+        m *= beta1
+        m += change
+        np.multiply(gradient, gradient, out=change)
+        change *= 1.0 - beta2
+        v *= beta2
+        v += change
+        np.sqrt(v, out=change)
+        # lr m^ / (sqrt(v^) + eps), where m^ = m / (1 - beta1^t) and v^ = v / (1 - beta2^t)
+        root = math.sqrt(1.0 - beta2**t)
+        change += group["eps"] * root
+        np.divide(m, change, out=change)
+        change *= lr * root / (1.0 - beta1**t)
+        decay = group["weight_decay"]
+        for array, piece in zip(self._arrays, self._pieces, strict=True):
+            if decay:
+                array *= 1.0 - lr * decay
+            array -= piece
