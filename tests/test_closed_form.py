@@ -181,9 +181,19 @@ def test_agrees_on_every_observation_space(observation, shared):
 
 def logits(policy, observations):
     with th.no_grad():
-        features = policy.extract_features(th.as_tensor(observations), policy.pi_features_extractor)
+        features = policy.extract_features(th.as_tensor(observations))
         features = features if policy.share_features_extractor else features[0]
         return policy.action_net(policy.mlp_extractor.forward_actor(features))
+
+
+def test_judges_long_rollouts_in_chunks(monkeypatch):
+    policy = make_policy("multidiscrete", "discrete")
+    network = make_network(policy)
+    observations, actions = draw(policy)
+    values, log_probs = network.judge(observations, actions)
+    monkeypatch.setattr("sb3_pg.common.networks.closed_form._CHUNK_ROWS", 4)
+    for found, expected in zip(network.judge(observations, actions), (values, log_probs), strict=True):
+        close(found, expected, 1e-5)
 
 
 @pytest.mark.parametrize("normalize_images", [True, False])
@@ -574,6 +584,12 @@ def test_a_policy_that_leaves_closed_form_goes_on_with_autograd(change):
     network.refresh()
     assert type(network) is AutogradNetwork
     assert BEYOND[change] in network.description
+
+
+def test_a_copy_looks_at_its_own_policy():
+    network = make_network(make_policy())
+    dropout(network.policy)
+    assert type(copy.deepcopy(network)) is AutogradNetwork
 
 
 def test_learning_goes_on_with_autograd():

@@ -459,9 +459,10 @@ class ClosedFormNetwork:
         try:
             blueprint = Blueprint(self.policy)
         except Unsuitable as reason:
-            self._offer(actor=False, critic=False)
-            policy, self.__class__ = self.policy, AutogradNetwork  # type: ignore[assignment]
+            policy = self.policy
+            policy.zero_grad(set_to_none=True)
             self.__dict__.clear()
+            self.__class__ = AutogradNetwork  # type: ignore[assignment]
             AutogradNetwork.__init__(self, policy, str(reason))  # type: ignore[arg-type]
             return
         if blueprint.fingerprint() != self._fingerprint:
@@ -470,10 +471,11 @@ class ClosedFormNetwork:
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of views would be of no use: a copied or unpickled network looks at its own policy.
-        return {"policy": self.policy}
+        return {"policy": self.policy, "description": self.description, "_fingerprint": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["policy"])  # type: ignore[misc]
+        self.__dict__.update(state)
+        self.refresh()
 
     # Act
 
@@ -505,7 +507,7 @@ class ClosedFormNetwork:
     @_quiet
     def values(self, observations: Any) -> np.ndarray:
         found = [self._critic(self._encode(observations[chunk])) for chunk in _chunks(len(observations))]
-        return np.concatenate(found).reshape(-1).astype(np.float32, copy=False)
+        return np.concatenate(found, dtype=np.float32).reshape(-1)
 
     @_quiet
     def judge(self, observations: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -513,7 +515,7 @@ class ClosedFormNetwork:
         for chunk in _chunks(len(observations)):
             parameters = self._parameters(self._actor(self._encode(observations[chunk])))
             log_probs.append(self._family.log_prob(parameters, self.actions(actions[chunk])))
-        return self.values(observations), np.concatenate(log_probs).astype(np.float32, copy=False)
+        return self.values(observations), np.concatenate(log_probs, dtype=np.float32)
 
     # Step
 
@@ -522,9 +524,7 @@ class ClosedFormNetwork:
         self._forget()
         x = self._encode(observations)
         values, self._critic_trace = self._critic.forward(x)
-        if actions is None:
-            return None, None, values.reshape(-1)
-        log_prob, entropy = self._evaluate_actor(x, actions)
+        log_prob, entropy = (None, None) if actions is None else self._evaluate_actor(x, actions)
         return log_prob, entropy, values.reshape(-1)
 
     def _evaluate_actor(self, x: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
