@@ -105,10 +105,19 @@ def test_unsupported_action_space(algorithm):
         algorithm("MlpPolicy", env)
 
 
-def test_a_schedule_that_turns_negative_is_named():
-    model = PPO("MlpPolicy", Faulty(), n_steps=8, batch_size=8, ent_coef=lambda p: p - 0.9, policy_kwargs=TINY)
-    with pytest.raises(ArgumentError, match=r"schedule of `ent_coef` gave -0\.\d+ at progress_remaining=0\.5"):
+@pytest.mark.parametrize("name", ["ent_coef", "learning_rate", "clip_range"])
+def test_a_schedule_that_turns_negative_is_named(name):
+    schedule = {name: lambda progress_remaining: progress_remaining - 0.9}
+    model = PPO("MlpPolicy", Faulty(), n_steps=8, batch_size=8, policy_kwargs=TINY, **schedule)
+    with pytest.raises(ArgumentError, match=rf"schedule of `{name}` gave -0\.\d+ at progress_remaining=0\.5"):
         model.learn(16)
+
+
+@ALL
+def test_learning_without_an_environment(algorithm, tmp_path):
+    algorithm("MlpPolicy", "CartPole-v1").save(tmp_path / "model")
+    with pytest.raises(ArgumentError, match="no environment"):
+        algorithm.load(tmp_path / "model").learn(10)
 
 
 @ALL
@@ -154,7 +163,7 @@ def test_environments_that_never_end():
     endless = Faulty(length=-1)
     model = REINFORCE("MlpPolicy", endless, max_episode_steps=1500, policy_kwargs=TINY)
     with pytest.raises(
-        ArgumentError, match=r"Environment 0 has not ended its episode in 2000 steps.*TimeLimit.*n_steps"
+        ArgumentError, match=r"Environment 0 has not ended its episode in 1501 steps.*TimeLimit.*n_steps"
     ):
         model.learn(5000)
     REINFORCE("MlpPolicy", endless, n_steps=32, policy_kwargs=TINY).learn(64)

@@ -221,6 +221,10 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         """The present value of a coefficient that may be a schedule."""
         return evaluate_schedule(name, getattr(self, name), self._current_progress_remaining)
 
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        evaluate_schedule("learning_rate", self.lr_schedule, self._current_progress_remaining)
+        super()._update_learning_rate(optimizers)
+
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # The last rollout may run past total_timesteps; a linear schedule must not go below its end then.
         super()._update_current_progress_remaining(min(num_timesteps, total_timesteps), total_timesteps)
@@ -401,7 +405,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         bad = ~np.all([np.isfinite(to_numpy(x)) for x in columns], axis=0)
         step, env = divmod(int(batch.rows[bad.argmax()]), self.n_envs)
         where = f"environment {env} at step {step} of this rollout"
-        cause = f"from {where}" if bad.any() else f"in the minibatch that begins with {where}, from an overflow"
+        cause = f"from {where}" if bad.any() else f"in the minibatch that begins with {where}"
         raise NonFiniteError(
             f"The gradient of {parameters or 'the parameters'} is not finite (norm {norm}): {cause}. The policy "
             "keeps its last good parameters and can be saved. Lower `learning_rate`, clip gradients "
@@ -440,12 +444,13 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         :return: the model itself
         :raises NonFiniteError: a number was not finite; the policy keeps its last good parameters
         """
+        if self.env is None:
+            raise ArgumentError("The model has no environment to learn from: call set_env(env) or load(path, env=env).")
         if reset_num_timesteps or self._last_obs is None:
             self._rollout_is_unfinished = False
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
-        assert self.env is not None
         callback.on_training_start(locals(), globals())
         iteration, last_logged, recorded = 0, 0, {}
         try:

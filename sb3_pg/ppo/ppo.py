@@ -251,8 +251,8 @@ class PPO(PolicyGradientAlgorithm):
             )
         if self.adaptive_lr and not _is_constant(self.learning_rate):
             raise ArgumentError(
-                f"`adaptive_lr=True` and a schedule, learning_rate={self.learning_rate!r}, contradict each other: "
-                "both set the learning rate. Pass a number, or adaptive_lr=False."
+                "`adaptive_lr=True` and a schedule for `learning_rate` contradict each other: both set the learning "
+                "rate. Pass a number, or adaptive_lr=False."
             )
         if self.adaptive_kl_coef and (not _is_constant(self.kl_coef) or self.kl_coef == 0.0):
             raise ArgumentError(

@@ -198,6 +198,9 @@ class REINFORCE(PolicyGradientAlgorithm):
                 self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
             self._n_finished = np.zeros(env.num_envs, dtype=int)
             self._n_running = np.zeros(env.num_envs, dtype=int)
+            self._longest_episode = self.max_episode_steps or min(
+                max(self._total_timesteps, _SHORTEST_ENDLESS), _LONGEST
+            )
         super()._start_rollout(env, rollout_buffer)
 
     def _record(self, buffer: sb3_buffers.RolloutBuffer, dones: np.ndarray, *recorded: Any) -> None:
@@ -208,7 +211,7 @@ class REINFORCE(PolicyGradientAlgorithm):
         if dones.any():
             self._n_running[dones] = 0
             self._n_finished += dones
-        elif buffer.pos % 1000 == 0:
+        elif buffer.pos > self._longest_episode:
             self._check_endless()
 
     def _rollout_is_complete(self, rollout_buffer: sb3_buffers.RolloutBuffer, n_rollout_steps: int) -> bool:
@@ -221,13 +224,12 @@ class REINFORCE(PolicyGradientAlgorithm):
         return -(-self.n_episodes // self.n_envs)
 
     def _check_endless(self) -> None:
-        limit = self.max_episode_steps or min(max(self._total_timesteps, _SHORTEST_ENDLESS), _LONGEST)
         env = int(self._n_running.argmax())
-        if self._n_running[env] > limit:
+        if self._n_running[env] > self._longest_episode:
             raise ArgumentError(
                 f"Environment {env} has not ended its episode in {self._n_running[env]} steps, and REINFORCE learns "
                 "from whole episodes. Wrap it in gymnasium.wrappers.TimeLimit, pass `n_steps` to learn from rollouts "
-                f"of that length, or raise `max_episode_steps` (now {limit}) if its episodes are that long."
+                f"of that length, or raise `max_episode_steps` (now {self._longest_episode}) if they are that long."
             )
 
     def _excluded_save_params(self) -> list[str]:
