@@ -274,12 +274,23 @@ def test_strict_floating_point_of_the_caller(action):
 
 # ---------------------------------------------------------------- whole updates
 
+
+class Replacing(th.optim.SGD):
+    """An optimizer that puts new memory under the parameters."""
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                p.data = p.data - 0.01 * p.grad
+
+
 OPTIMIZERS = {
     "adam": {},
     "amsgrad": {"optimizer_kwargs": {"amsgrad": True}},
     "adamw": {"optimizer_class": th.optim.AdamW},
     "sgd": {"optimizer_class": th.optim.SGD, "optimizer_kwargs": {"momentum": 0.9, "weight_decay": 0.01}},
     "rmsprop": {"optimizer_class": th.optim.RMSprop},
+    "replacing": {"optimizer_class": Replacing},
     "adam_foreach": {"optimizer_kwargs": {"foreach": True, "maximize": False}},
 }
 

@@ -432,7 +432,8 @@ class ClosedFormNetwork:
 
     def _build(self, blueprint: Blueprint) -> None:
         """Make views of the parameters and of one flat vector of all gradients, the actor's first."""
-        parameters = blueprint.parameters
+        parameters = self._trained = blueprint.parameters
+        self._memory = [p.data_ptr() for p in parameters]
         self._fingerprint = blueprint.fingerprint()
         self._family = blueprint.family
         self._dtype = _DTYPES[parameters[0].dtype]
@@ -598,6 +599,8 @@ class ClosedFormNetwork:
         if max_grad_norm is not None and norm + 1e-6 > max_grad_norm:
             self._moving *= max_grad_norm / (norm + 1e-6)
         self.policy.optimizer.step()
+        if [p.data_ptr() for p in self._trained] != self._memory:  # not torch's own, but some replace ``p.data``
+            self._build(Blueprint(self.policy))
         return norm
 
     # The actor's parameters as one vector
