@@ -414,10 +414,10 @@ REFUSALS = {
     "infinite advantage": ({"normalize_advantage": False}, math.inf, None, None, None),
     "no gradient": ({"normalize_advantage": False}, 0.0, None, None, "zero gradient"),
     "wrong direction": ({}, 1.0, solved(lambda x: -x), None, "line search failed"),
-    "direction not finite": ({}, 1.0, solved(lambda x: x * math.inf), None, "no usable curvature"),
+    "direction not finite": ({}, 1.0, solved(lambda x: x * math.inf), None, "no positive curvature"),
     # sb3-contrib takes the square root of a negative one, and all weights become NaN
-    "negative curvature": ({}, 1.0, None, lambda vector: -vector, "no usable curvature"),
-    "nan curvature": ({}, 1.0, None, lambda vector: math.nan * vector, "no usable curvature"),
+    "negative curvature": ({}, 1.0, None, lambda vector: -vector, "no positive curvature"),
+    "nan curvature": ({}, 1.0, None, lambda vector: math.nan * vector, "no positive curvature"),
     "step far too long": (
         {"line_search_max_iter": 2, "cg_damping": 0.0},
         1.0,

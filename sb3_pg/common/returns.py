@@ -24,7 +24,6 @@ def discounted_sum(x: FloatArray, discount: FloatArray) -> FloatArray:
         while span < len(y):
             y[:-span] += c[:-span] * y[span:]
             c[:-span] *= c[span:]
-            c[-span:] = 0.0
             span *= 2
     return y
 

@@ -13,7 +13,7 @@ from sb3_pg.common.buffers import Batch, epoch, whole_batch
 from sb3_pg.common.errors import ArgumentError, check_count, check_number
 from sb3_pg.common.objectives import squared_error, surrogate
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
-from sb3_pg.trpo.trust_region import backtracking_line_search, conjugate_gradient
+from sb3_pg.trpo.trust_region import Accepted, backtracking_line_search, conjugate_gradient
 
 SelfTRPO = TypeVar("SelfTRPO", bound="TRPO")
 
@@ -22,9 +22,10 @@ class TRPO(PolicyGradientAlgorithm):
     """Trust region policy optimization (Schulman et al. 2015, https://arxiv.org/abs/1502.05477).
 
     Maximises the surrogate ``E[r A]`` subject to ``E[KL(old || new)] <= target_kl``, where the KL is that of the
-    joint action, i.e. *summed* over action dimensions. sb3-contrib averages over the dimensions of a Box action
-    instead, so its trust region is that many times wider: to keep a tuned one, multiply its ``target_kl`` by the
-    number of action dimensions (nothing changes for the other action spaces).
+    joint action, i.e. *summed* over action dimensions. sb3-contrib averages over the dimensions of Box and
+    MultiBinary actions instead, so its trust region is that many times wider: to keep a tuned one, multiply its
+    ``target_kl`` and its ``cg_damping`` by the number of action dimensions. Nothing changes for Discrete and
+    MultiDiscrete actions.
 
     The step is the natural gradient found by conjugate gradient, scaled to the trust region's edge and shortened
     until the surrogate improves inside it; if that fails, or the curvature is not positive, or a number is not
@@ -173,14 +174,13 @@ class TRPO(PolicyGradientAlgorithm):
         self._record_common()
 
     def _improve_policy(self, batch: Batch, advantages: Array) -> None:
-        """Solve ``max g.x subject to x.F x / 2 <= target_kl`` and search along x (paper, section 6 and appendix C)."""
+        """Maximise ``g.x`` subject to ``x.F x / 2 <= target_kl``, then search along x (section 6, appendix C)."""
         network, n = self.network, len(batch)
-        target_kl, ent_coef = self._coefficient("target_kl"), self._coefficient("ent_coef")
-        old = network.get_actor()
-        old_log_prob, old_entropy, old_distribution = network.actor(batch.observations, batch.actions)
+        ent_coef = self._coefficient("ent_coef")
+        log_prob, entropy, _ = network.actor(batch.observations, batch.actions)
 
         # g: the gradient of the surrogate (and entropy bonus), at ratio one.
-        _, d_log_prob = surrogate(old_log_prob - batch.old_log_prob, advantages)
+        _, d_log_prob = surrogate(log_prob - batch.old_log_prob, advantages)
         gradient = -network.actor_gradient(batch.observations, batch.actions, d_log_prob / n, -ent_coef / n)
 
         # x: the natural gradient F^-1 g.
@@ -191,44 +191,55 @@ class TRPO(PolicyGradientAlgorithm):
 
         direction, iterations, residual = conjugate_gradient(damped, gradient, self.cg_max_steps)
         curvature = float(direction @ damped(direction))
-        outcome, accepted, length, predicted = "no usable curvature", None, 0.0, 0.0
 
-        old_objective = self._objective(old_log_prob, old_entropy, batch, advantages, ent_coef)
-        if curvature > 0.0 and math.isfinite(curvature):
+        squared = float(gradient @ gradient)
+        if not math.isfinite(squared):
+            outcome, accepted, step = "gradient not finite", None, 0.0 * direction
+        elif squared == 0.0:
+            outcome, accepted, step = "zero gradient", None, 0.0 * direction
+        elif not (curvature > 0.0 and math.isfinite(curvature)):
+            outcome, accepted, step = "no positive curvature", None, 0.0 * direction
+        else:
             # The longest step in the quadratic model of the KL: x.F x / 2 = target_kl.
-            scale = math.sqrt(2.0 * target_kl / curvature)
-
-            def attempt(fraction: float) -> tuple[float, float]:
-                network.set_actor(old + fraction * scale * direction)
-                log_prob, entropy, distribution = network.actor(batch.observations, batch.actions)
-                objective = self._objective(log_prob, entropy, batch, advantages, ent_coef)
-                return objective - old_objective, float(network.kl(old_distribution, distribution).mean())
-
-            accepted = backtracking_line_search(
-                attempt, target_kl, self.line_search_shrinking_factor, self.line_search_max_iter
-            )
+            step = math.sqrt(2.0 * self._coefficient("target_kl") / curvature) * direction
+            accepted = self._search_along(step, batch, advantages, ent_coef)
             outcome = "accepted" if accepted else "line search failed"
-        elif not float(gradient @ gradient) > 0.0:
-            outcome = "zero gradient" if float(gradient @ gradient) == 0.0 else "gradient not finite"
+
+        self.logger.record("train/policy_step", outcome, exclude="tensorboard")
+        self.logger.record("train/cg_iterations", iterations)
+        self.logger.record("train/cg_residual", residual)
+        self.logger.record("train/entropy_loss", -float(entropy.mean()))
+        self._record_step(accepted, step, gradient, self._objective(log_prob, entropy, batch, advantages, ent_coef))
+
+    def _search_along(self, step: Array, batch: Batch, advantages: Array, ent_coef: float) -> Accepted | None:
+        """Move the policy by the largest fraction of ``step`` that improves it in the trust region, or not at all."""
+        network = self.network
+        old = network.get_actor()
+        log_prob, entropy, old_distribution = network.actor(batch.observations, batch.actions)
+        old_objective = self._objective(log_prob, entropy, batch, advantages, ent_coef)
+
+        def attempt(fraction: float) -> tuple[float, float]:
+            network.set_actor(old + fraction * step)
+            log_prob, entropy, distribution = network.actor(batch.observations, batch.actions)
+            objective = self._objective(log_prob, entropy, batch, advantages, ent_coef)
+            return objective - old_objective, float(network.kl(old_distribution, distribution).mean())
+
+        accepted = backtracking_line_search(
+            attempt, self._coefficient("target_kl"), self.line_search_shrinking_factor, self.line_search_max_iter
+        )
         if accepted is None:
             network.set_actor(old)
-        else:
-            length = accepted.fraction * scale * math.sqrt(float(direction @ direction))
-            predicted = accepted.fraction * scale * float(gradient @ direction)
+        return accepted
 
-        improvement = accepted.improvement if accepted else 0.0
-        record = self.logger.record
-        record("train/policy_objective", old_objective + improvement)
-        record("train/policy_step", outcome, exclude="tensorboard")
+    def _record_step(self, accepted: Accepted | None, step: Array, gradient: Array, old_objective: float) -> None:
+        record, taken = self.logger.record, accepted or Accepted(0.0, self.line_search_max_iter, 0.0, 0.0)
         record("train/is_line_search_success", float(accepted is not None))
-        record("train/kl_divergence_loss", accepted.kl if accepted else 0.0)
-        record("train/surrogate_improvement", improvement)
-        record("train/surrogate_predicted", predicted)
-        record("train/backtracks", accepted.backtracks if accepted else self.line_search_max_iter)
-        record("train/step_length", length)
-        record("train/cg_iterations", iterations)
-        record("train/cg_residual", residual)
-        record("train/entropy_loss", -float(old_entropy.mean()))
+        record("train/policy_objective", old_objective + taken.improvement)
+        record("train/kl_divergence_loss", taken.kl)
+        record("train/surrogate_improvement", taken.improvement)
+        record("train/surrogate_predicted", taken.fraction * float(gradient @ step) if accepted else 0.0)
+        record("train/step_length", taken.fraction * math.sqrt(float(step @ step)) if accepted else 0.0)
+        record("train/backtracks", taken.backtracks)
 
     @staticmethod
     def _objective(log_prob: Array, entropy: Array, batch: Batch, advantages: Array, ent_coef: float) -> float:

@@ -246,7 +246,9 @@ class AutogradNetwork:
         family, parameters = new
         if family is None:
             return self._torch_kl(old[1], parameters)
-        return family.kl(old[1], parameters)
+        # In float64: rounding to float32 is as large as a small trust region's KL is exact.
+        exact = [tuple(x.double() for x in distribution) for distribution in (old[1], parameters)]
+        return family.kl(*exact)
 
     @staticmethod
     def _torch_kl(old: Distribution, new: Distribution) -> th.Tensor:
@@ -259,9 +261,10 @@ def _detached(distribution: Distribution) -> Distribution:
     twin = copy.copy(distribution)
     inner: Any = distribution.distribution
     arguments = {
-        name: value.detach()
+        name: getattr(inner, name).detach()
         for name in inner.arg_constraints
-        if isinstance(value := inner.__dict__.get(name), th.Tensor)
+        # Of two ways to say the same (logits or probs) a distribution holds one; the other is computed on demand.
+        if name in inner.__dict__ or not {"logits", "probs"} & inner.__dict__.keys()
     }
     twin.distribution = type(inner)(**arguments)
     return twin

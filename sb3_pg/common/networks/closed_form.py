@@ -658,7 +658,9 @@ class ClosedFormNetwork:
 
     @_quiet
     def kl(self, old: Parameters, new: Parameters) -> Array:
-        return self._family.kl(old, new)
+        # In float64: rounding to float32 is as large as a small trust region's KL is exact.
+        exact = [tuple(x.astype(np.float64) for x in distribution) for distribution in (old, new)]
+        return self._family.kl(*exact)
 
 
 #: Rows of one chunk of a judging pass, to bound the memory of its activations.
