@@ -1,6 +1,7 @@
 """The closed-form network against the autograd network on the same policy, and when it may not be used."""
 
 import copy
+import io
 import itertools
 import pickle
 from types import MethodType
@@ -588,13 +589,13 @@ def test_policies_beyond_closed_form_get_autograd_and_a_reason(change):
 
 
 @pytest.mark.parametrize("change", BEYOND)
-def test_a_policy_that_leaves_closed_form_goes_on_with_autograd(change):
+def test_a_network_knows_when_its_policy_has_left_closed_form(change):
     policy = make_policy()
     network = make_network(policy)
+    assert network.refresh()
     change(policy)
-    network.refresh()
-    assert type(network) is AutogradNetwork
-    assert BEYOND[change] in network.description
+    assert not network.refresh()
+    assert all(p.grad is None for p in policy.parameters())
 
 
 def test_a_copy_looks_at_its_own_policy():
@@ -639,3 +640,49 @@ def test_the_engine_can_be_chosen(capsys):
     printed = capsys.readouterr().out
     assert "Using the autograd (engine='autograd') network" in printed
     assert "Using the closed-form network" in printed
+
+
+def test_back_from_another_device_is_closed_form_again():
+    model = PPO("MlpPolicy", make_envs(), n_steps=8, batch_size=8, n_epochs=1)
+    network = model._refreshed_network()
+    model.policy.to("meta")
+    assert type(model._refreshed_network()) is AutogradNetwork
+    model.policy.to_empty(device="cpu")
+    assert type(model._refreshed_network()) is ClosedFormNetwork
+    assert model._refreshed_network() is not network
+
+
+@pytest.mark.parametrize("kind", [th.optim.Adam, th.optim.AdamW])
+def test_flat_adam_is_torchs(kind):
+    """The same steps, from a state that a file holds for torch's own optimizer."""
+    arguments = {"n_steps": 16, "batch_size": 8, "n_epochs": 2, "policy_kwargs": {"optimizer_class": kind}}
+    ours, torchs = (PPO("MlpPolicy", make_envs(), seed=0, **arguments) for _ in range(2))
+    ours.learn(32)
+    file = io.BytesIO()
+    th.save(ours.get_parameters(), file)
+    file.seek(0)
+    torchs.set_parameters(th.load(file))
+    torchs.policy.optimizer.register_step_post_hook(lambda *_: None)  # with a hook, only the optimizer itself will do
+    torchs.set_logger(ours.logger)
+    torchs.rollout_buffer = ours.rollout_buffer
+    for model in (ours, torchs):
+        np.random.seed(1)
+        model.train()
+    assert ours.network._adams
+    assert not torchs.network._adams
+    for a, b in zip(ours.policy.parameters(), torchs.policy.parameters(), strict=True):
+        th.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+        mine, its = ours.policy.optimizer.state[a], torchs.policy.optimizer.state[b]
+        assert float(mine["step"]) == float(its["step"]) == 12
+        th.testing.assert_close(mine["exp_avg"], its["exp_avg"], atol=1e-6, rtol=1e-4)
+        th.testing.assert_close(mine["exp_avg_sq"], its["exp_avg_sq"], atol=1e-6, rtol=1e-4)
+
+
+def test_a_loaded_optimizer_state_is_gone_on_from():
+    model = PPO("MlpPolicy", make_envs(), n_steps=16, batch_size=8, n_epochs=1, seed=0)
+    model.learn(16)
+    state = copy.deepcopy(model.policy.optimizer.state_dict())
+    model.learn(16)
+    model.policy.optimizer.load_state_dict(state)
+    model.train()
+    assert {float(s["step"]) for s in model.policy.optimizer.state.values()} == {4.0}

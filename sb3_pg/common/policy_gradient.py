@@ -217,6 +217,12 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
             self._network = make_network(self.policy, self.engine)
         return self._network
 
+    def _refreshed_network(self) -> Network:
+        """The network for the next rollout or update, whatever has been done to the policy since the last."""
+        if not self.network.refresh():
+            self._network = None
+        return self.network
+
     def _coefficient(self, name: str) -> float:
         """The present value of a coefficient that may be a schedule."""
         return evaluate_schedule(name, getattr(self, name), self._current_progress_remaining)
@@ -245,8 +251,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         """
         assert self._last_obs is not None, "No previous observation was provided"
         self.policy.set_training_mode(False)
-        network = self.network
-        network.refresh()
+        network = self._refreshed_network()
         self._start_rollout(env, rollout_buffer)
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)

@@ -278,8 +278,7 @@ class PPO(PolicyGradientAlgorithm):
         """Improve policy and critic by ``n_epochs`` passes over the rollout."""
         self.policy.set_training_mode(True)
         self._set_learning_rate()
-        network = self.network
-        network.refresh()
+        network = self._refreshed_network()
         batch = whole_batch(self.rollout_buffer, network)
         if self.normalize_advantage == "batch":
             batch.advantages = self._normalized(batch.advantages)

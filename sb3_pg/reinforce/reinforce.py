@@ -249,8 +249,7 @@ class REINFORCE(PolicyGradientAlgorithm):
         """Make one pass over the episodes with the policy, then fit the value network."""
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        network = self.network
-        network.refresh()
+        network = self._refreshed_network()
         keep = self._samples_to_use()
         advantages = self._advantages(keep)
         batch = whole_batch(self.rollout_buffer, network, keep)

@@ -161,7 +161,7 @@ class TRPO(PolicyGradientAlgorithm):
         """Take one natural-gradient step with the policy, then fit the critic."""
         self.policy.set_training_mode(False)
         self._update_learning_rate(self.policy.optimizer)
-        self.network.refresh()
+        self._refreshed_network()
         batch = whole_batch(self.rollout_buffer, self.network)
         advantages = self._normalized(batch.advantages) if self.normalize_advantage else batch.advantages
         self.network.find_actor(batch.observations, batch.actions)

@@ -3,7 +3,8 @@
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_pg.common.networks.autograd import AutogradNetwork
-from sb3_pg.common.networks.closed_form import ClosedFormNetwork, Unsuitable
+from sb3_pg.common.networks.blueprint import Unsuitable
+from sb3_pg.common.networks.closed_form import ClosedFormNetwork
 from sb3_pg.common.networks.protocol import Fisher, Network
 
 __all__ = ["AutogradNetwork", "ClosedFormNetwork", "Fisher", "Network", "make_network"]

@@ -71,8 +71,10 @@ class FlatAdam:
         for p, step, m, v in zip(self._parameters, self._step_views, *self._views, strict=True):
             self._optimizer.state[p].update(step=step, exp_avg=m, exp_avg_sq=v)
 
-    def is_current(self) -> bool:
-        """Whether the optimizer's state is still ours and not, for example, a loaded one."""
+    def continues(self, optimizer: Any) -> bool:
+        """Whether this is still the step of ``optimizer``, whose state is ours and not, for example, a loaded one."""
+        if optimizer is not self._optimizer or not is_plain_adam(optimizer):
+            return False
         states = [self._optimizer.state.get(p, {}) for p in self._parameters]
         if not self._steps[0]:
             return not any(states)

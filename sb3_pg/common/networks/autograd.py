@@ -56,6 +56,7 @@ class AutogradNetwork:
     def __init__(self, policy: ActorCriticPolicy, why: str = "") -> None:
         self.policy = policy
         self.description = "autograd" + (f" ({why})" if why else "")
+        self._device = policy.device
         self.judges_while_acting = any(
             getattr(type(policy), name) is not getattr(ActorCriticPolicy, name) or name in policy.__dict__
             for name in _ACTING
@@ -64,8 +65,9 @@ class AutogradNetwork:
         self._actor: list[th.nn.Parameter] = []
         use_fused_adam(policy.optimizer)
 
-    def refresh(self) -> None:
+    def refresh(self) -> bool:
         self._actor = []
+        return self.policy.device == self._device
 
     # Act
 

@@ -1,33 +1,30 @@
 """SB3's MlpPolicy on the CPU, differentiated by hand in NumPy.
 
-On networks as small as this one, a torch call takes longer than its arithmetic. Here actor and critic are chains of
-layers ``h_l = f_l(z_l)``, ``z_l = h_(l-1) W_l^T + b_l`` with one row per observation, and three passes over such a
-chain (:class:`Mlp`) are all there is:
-
-- forward: the outputs, which are the parameters of the action distribution (a *family*), or the value;
-- backward: from the derivative of a loss by the outputs to its gradient, J^T u;
-- tangent: from a change of the weights to the change of the outputs, J v, for Fisher-vector products J^T M J v.
+On networks as small as this one, a torch call takes longer than its arithmetic. Here actor and critic are each an
+:class:`~sb3_pg.common.networks.mlp.Mlp`, the actor's outputs are the parameters of the action distribution (a
+*family*), and a Fisher-vector product is J^T M J v: the tangent pass, the family's own Fisher matrix, the backward
+pass.
 
 The torch parameters stay the one truth. Weights are views of their memory, gradients are written where their
-``.grad`` looks, and the policy's own torch optimizer moves them.
+``.grad`` looks, and the state of the policy's own torch optimizer is what moves them.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common import distributions as sb3
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
-from torch import nn
 
 from sb3_pg.common.arrays import Array
-from sb3_pg.common.distributions import Bernoulli, Categorical, Family, Gaussian, Parameters
-from sb3_pg.common.networks.autograd import AutogradNetwork, use_fused_adam
+from sb3_pg.common.distributions import Categorical, Family, Parameters
+from sb3_pg.common.networks.adam import FlatAdam, is_plain_adam
+from sb3_pg.common.networks.autograd import use_fused_adam
+from sb3_pg.common.networks.blueprint import DTYPES, Blueprint, Layers, Unsuitable
+from sb3_pg.common.networks.mlp import ACTIVATIONS, Mlp, Pieces, Trace
 from sb3_pg.common.networks.protocol import Fisher, KnownEarly
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -39,183 +36,6 @@ def _quiet(function: Function) -> Function:
     What its numbers underflow to is right, and the algorithm itself looks for those that are not finite.
     """
     return np.errstate(all="ignore")(function)
-
-
-# ---------------------------------------------------------------- activations
-
-
-class Activation(NamedTuple):
-    """A function of each number, and its derivative.
-
-    ``function`` may overwrite its argument z if ``slope`` does not need it.
-    """
-
-    function: Callable[[np.ndarray], np.ndarray]  # z to h
-    slope: Callable[[np.ndarray, np.ndarray], np.ndarray]  # z and h to dh / dz
-
-
-def _tanh(_: Any) -> Activation:
-    return Activation(lambda z: np.tanh(z, out=z), lambda z, h: 1.0 - h * h)
-
-
-def _relu(_: Any) -> Activation:
-    return Activation(lambda z: np.maximum(z, 0.0, out=z), lambda z, h: (h > 0.0).astype(h.dtype))
-
-
-def _leaky_relu(module: Any) -> Activation:
-    a = float(module.negative_slope)
-    return Activation(lambda z: np.where(z > 0.0, z, a * z), lambda z, h: np.where(z > 0.0, 1.0, a).astype(z.dtype))
-
-
-def _elu(module: Any) -> Activation:
-    a = float(module.alpha)
-    return Activation(
-        lambda z: np.where(z > 0.0, z, a * np.expm1(np.minimum(z, 0.0))),
-        lambda z, h: np.where(z > 0.0, np.ones_like(h), h + a),
-    )
-
-
-def _sigmoid(z: np.ndarray) -> np.ndarray:
-    return 0.5 + 0.5 * np.tanh(0.5 * z)
-
-
-def _silu(_: Any) -> Activation:
-    def slope(z: np.ndarray, h: np.ndarray) -> np.ndarray:
-        p = _sigmoid(z)
-        return p + h * (1.0 - p)
-
-    return Activation(lambda z: z * _sigmoid(z), slope)
-
-
-def _gelu(module: Any) -> Activation:
-    """``z Phi(z)`` with the normal distribution's Phi, or its usual approximation by tanh."""
-    if module.approximate == "none":
-        root = math.sqrt(0.5)
-
-        def phi(z: np.ndarray) -> np.ndarray:  # NumPy has no error function
-            erf: np.ndarray = th.erf(th.from_numpy(root * z)).numpy()
-            return 0.5 + 0.5 * erf
-
-        density = 1.0 / math.sqrt(2.0 * math.pi)
-        return Activation(lambda z: z * phi(z), lambda z, h: phi(z) + density * z * np.exp(-0.5 * z * z))
-
-    k, c = math.sqrt(2.0 / math.pi), 0.044715
-
-    def gate(z: np.ndarray) -> Any:
-        return np.tanh(k * (z + c * z * z * z))
-
-    def slope(z: np.ndarray, h: np.ndarray) -> Any:
-        t = gate(z)
-        return 0.5 * (1.0 + t) + 0.5 * k * z * (1.0 - t * t) * (1.0 + 3.0 * c * z * z)
-
-    return Activation(lambda z: 0.5 * z * (1.0 + gate(z)), slope)
-
-
-#: By the exact class of the torch module.
-ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Activation]] = {
-    nn.Tanh: _tanh,
-    nn.ReLU: _relu,
-    nn.LeakyReLU: _leaky_relu,
-    nn.ELU: _elu,
-    nn.SiLU: _silu,
-    nn.GELU: _gelu,
-}
-
-# --------------------------------------------------------------------- layers
-
-#: Weight and bias of each layer, or gradients or changes of them in the same shapes.
-Pieces = list[tuple[np.ndarray, np.ndarray]]
-
-
-class Trace(NamedTuple):
-    """What a forward pass leaves for the other two: of each layer, its input and the slope of its activation."""
-
-    inputs: list[np.ndarray]
-    slopes: list[np.ndarray | None]
-
-
-class Mlp:
-    """A chain of linear layers with activations.
-
-    :param pieces: weight, (outputs, inputs), and bias of each layer
-    :param activations: one for each layer; None passes numbers on as they are
-    """
-
-    def __init__(self, pieces: Pieces, activations: list[Activation | None]) -> None:
-        self.pieces = pieces
-        self.activations = activations
-        self.size = sum(weight.size + bias.size for weight, bias in pieces)
-        self._steps = [
-            (weight.T, bias, activation.function if activation else None)
-            for (weight, bias), activation in zip(pieces, activations, strict=True)
-        ]
-
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        """The outputs, (n, outputs); ``x`` may also be a single row (inputs,), which is faster."""
-        for weight, bias, function in self._steps:
-            x = x.dot(weight)
-            x += bias
-            if function is not None:
-                x = function(x)
-        return x
-
-    def forward(self, x: np.ndarray) -> tuple[np.ndarray, Trace]:
-        """The outputs and what ``backward`` and ``tangent`` need."""
-        trace = Trace([], [])
-        for (weight, bias), activation in zip(self.pieces, self.activations, strict=True):
-            trace.inputs.append(x)
-            z = x.dot(weight.T)
-            z += bias
-            x = z if activation is None else activation.function(z)
-            trace.slopes.append(None if activation is None else activation.slope(z, x))
-        return x, trace
-
-    def backward(self, trace: Trace, d: np.ndarray, gradient: Pieces) -> None:
-        """J^T d: from the derivative by the outputs, (n, outputs), to the gradient.
-
-        Per layer ``dz = dh f'(z)``, ``dW = dz^T h_before``, ``db = sum of dz``, ``dh_before = dz W``.
-
-        :param gradient: where to write it
-        """
-        ones = np.ones(len(d), d.dtype)  # a product with it sums faster than ``sum``
-        for layer in reversed(range(len(self.pieces))):
-            slope = trace.slopes[layer]
-            if slope is not None:
-                d = d * slope
-            d_weight, d_bias = gradient[layer]
-            np.dot(d.T, trace.inputs[layer], out=d_weight)
-            np.dot(ones, d, out=d_bias)
-            if layer:
-                d = d.dot(self.pieces[layer][0])
-
-    def tangent(self, trace: Trace, change: Pieces) -> np.ndarray:
-        """J v: how the outputs change with the weights. Per layer ``dh = f'(z) (dh_before W^T + h_before dW^T + db)``.
-
-        :param change: of weights and biases
-        """
-        t = np.empty(0)
-        for layer, (d_weight, d_bias) in enumerate(change):
-            dz: np.ndarray = trace.inputs[layer].dot(d_weight.T)
-            dz += d_bias
-            if layer:  # observations do not change
-                dz += t.dot(self.pieces[layer][0].T)
-            slope = trace.slopes[layer]
-            if slope is not None:
-                dz *= slope
-            t = dz
-        return t
-
-    def split(self, flat: np.ndarray) -> Pieces:
-        """Views of a flat vector in the shapes of the weights and biases."""
-        views, start = [], 0
-        for weight, bias in self.pieces:
-            middle, end = start + weight.size, start + weight.size + bias.size
-            views.append((flat[start:middle].reshape(weight.shape), flat[middle:end]))
-            start = end
-        return views
-
-
-# ------------------------------------------------------- observations and noise
 
 
 class Encoder:
@@ -275,142 +95,6 @@ class Noise:
         return self._block[start : self._used]
 
 
-class _Categorical(Categorical):
-    """Remembers the log-softmax of the last logits, which all formulas on one minibatch share."""
-
-    _last: tuple[Array, list[Array]] = (None, [])
-
-    def _log_softmax(self, logits: Array) -> list[Array]:
-        if self._last[0] is not logits:
-            self._last = (logits, super()._log_softmax(logits))
-        return self._last[1]
-
-
-# ------------------------------------------------------ is a policy of this kind?
-
-
-class Unsuitable(Exception):  # noqa: N818  # an answer, not an error
-    """Why a policy cannot be computed in closed form."""
-
-
-#: A linear layer and the activation after it.
-Layers = list[tuple[nn.Linear, nn.Module | None]]
-
-_METHODS = frozenset(name for name in dir(ActorCriticPolicy) if callable(getattr(ActorCriticPolicy, name)))
-_OWN_CODE = frozenset(("forward", "forward_actor", "forward_critic"))
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
-_DTYPES = {th.float32: np.float32, th.float64: np.float64}
-
-
-class Blueprint:
-    """The parts of a policy that are computed with; made only if they are all there is to it.
-
-    :param policy: any policy
-    :raises Unsuitable: this one needs autograd
-    """
-
-    def __init__(self, policy: ActorCriticPolicy) -> None:
-        _check_code(policy)
-        _check_space(policy.observation_space)
-        self.actor: Layers = [*_layers(policy.mlp_extractor.policy_net), (_linear(policy.action_net), None)]
-        self.critic: Layers = [*_layers(policy.mlp_extractor.value_net), (_linear(policy.value_net), None)]
-        self.family = _family(policy.action_dist)
-        self.log_std: nn.Parameter | None = policy.log_std if isinstance(self.family, Gaussian) else None
-        #: the actor's and then the critic's, each in the order of ``policy.parameters()``
-        self.parameters: list[th.Tensor] = [] if self.log_std is None else [self.log_std]
-        for layer, _ in [*self.actor, *self.critic]:
-            self.parameters += (layer.weight, layer.bias)
-        _check_parameters(self.parameters)
-
-    def fingerprint(self) -> list[Any]:
-        """Equal for two blueprints if views made for one are right for the other."""
-        memory: list[Any] = [(id(p), p.data_ptr(), p.dtype) for p in self.parameters]
-        activations = [f and (type(f), f.extra_repr()) for _, f in [*self.actor, *self.critic]]
-        return [*memory, *activations, type(self.family), *vars(self.family).items()]
-
-
-def _check_code(policy: ActorCriticPolicy) -> None:
-    """Whether it is SB3's code, all of it and nothing else, that the policy runs."""
-    if type(policy) is not ActorCriticPolicy:
-        raise Unsuitable(f"{type(policy).__name__} is not SB3's MlpPolicy")
-    if policy.use_sde:
-        raise Unsuitable("generalised state-dependent exploration")
-    for extractor in (policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor):
-        if type(extractor) is not FlattenExtractor:
-            raise Unsuitable(f"the features extractor is {type(extractor).__name__}")
-    if type(policy.mlp_extractor) is not MlpExtractor:
-        raise Unsuitable(f"the MLP extractor is {type(policy.mlp_extractor).__name__}")
-    if not _METHODS.isdisjoint(policy.__dict__):
-        raise Unsuitable(f"the policy's {min(_METHODS & policy.__dict__.keys())} is replaced")
-    for module in policy.modules():
-        own = module.__dict__
-        if any(own.get(name) for name in _HOOKS):
-            raise Unsuitable(f"{type(module).__name__} has a hook")
-        if not _OWN_CODE.isdisjoint(own):
-            raise Unsuitable(f"{type(module).__name__}'s {min(_OWN_CODE & own.keys())} is replaced")
-
-
-def _check_space(space: spaces.Space[Any]) -> None:
-    """Whether observations of it can be encoded."""
-    starts_elsewhere = np.any(getattr(space, "start", 0))  # SB3 one-hot encodes from 0 and refuses such observations
-    if not isinstance(space, _SPACES) or starts_elsewhere:
-        raise Unsuitable(f"observations are of {space}")
-
-
-def _layers(net: nn.Module) -> Layers:
-    """The hidden layers of an actor or critic."""
-    if type(net) is not nn.Sequential:
-        raise Unsuitable(f"the layers are in a {type(net).__name__}")
-    layers: Layers = []
-    for module in net:
-        if type(module) in ACTIVATIONS and layers and layers[-1][1] is None:
-            layers[-1] = (layers[-1][0], module)
-        else:
-            layers.append((_linear(module), None))
-    return layers
-
-
-def _linear(module: nn.Module) -> nn.Linear:
-    if type(module) is not nn.Linear:
-        raise Unsuitable(f"a layer is {type(module).__name__}")
-    return module
-
-
-def _family(distribution: sb3.Distribution) -> Family:
-    if type(distribution) is sb3.DiagGaussianDistribution:
-        return Gaussian(distribution.action_dim)
-    if type(distribution) is sb3.CategoricalDistribution:
-        return _Categorical([distribution.action_dim])
-    if type(distribution) is sb3.MultiCategoricalDistribution:
-        return _Categorical([int(size) for size in distribution.action_dims])
-    if type(distribution) is sb3.BernoulliDistribution:
-        return Bernoulli(distribution.action_dims)
-    raise Unsuitable(f"the action distribution is {type(distribution).__name__}")
-
-
-def _check_parameters(parameters: list[th.Tensor]) -> None:
-    """Whether NumPy can see all of them, each in one place and trained by plain gradients."""
-    if any(p is None for p in parameters):
-        raise Unsuitable("a layer has no bias")
-    if any(p.device.type != "cpu" for p in parameters):
-        raise Unsuitable(f"the policy is on {parameters[0].device}")
-    dtype = parameters[0].dtype
-    if dtype not in _DTYPES or any(p.dtype is not dtype for p in parameters):
-        raise Unsuitable(f"parameters are of {dtype}, or of several types")
-    if not all(p.is_contiguous() for p in parameters):
-        raise Unsuitable("parameters are not contiguous in memory")
-    if not all(p.requires_grad for p in parameters):
-        raise Unsuitable("parameters are frozen")
-    if len({id(p) for p in parameters}) < len(parameters):
-        raise Unsuitable("layers share parameters")
-    if any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
-        raise Unsuitable("a parameter has a hook")
-
-
-# -------------------------------------------------------------------- network
-
-
 class ClosedFormNetwork:
     """Acts, judges and steps by NumPy on the memory of the policy's parameters.
 
@@ -436,7 +120,7 @@ class ClosedFormNetwork:
         self._memory = [p.data_ptr() for p in parameters]
         self._fingerprint = blueprint.fingerprint()
         self._family = blueprint.family
-        self._dtype = _DTYPES[parameters[0].dtype]
+        self._dtype = DTYPES[parameters[0].dtype]
         self._actor, self._critic = _mlp(blueprint.actor), _mlp(blueprint.critic)
         self._log_std = None if blueprint.log_std is None else _view(blueprint.log_std)
         self._encode = Encoder(self.policy.observation_space, self.policy.normalize_images, self._dtype)
@@ -451,32 +135,39 @@ class ClosedFormNetwork:
         self._offered = (offered[:n_actor], offered[n_actor:])
         self._offer(actor=False, critic=False)
         self._forget()
+        self._adams = self._find_adams()
 
-    def refresh(self) -> None:
-        """Look at the policy anew; if it has changed beyond closed form, be an autograd network from here on.
+    def _find_adams(self) -> list[FlatAdam]:
+        """Adam on flat vectors for actor and critic, or nothing if only the optimizer itself can make its step."""
+        optimizer = self.policy.optimizer
+        if not is_plain_adam(optimizer):
+            return []
+        its = {id(p) for p in optimizer.param_groups[0]["params"]}
+        if not all(id(p) in its for p in self._trained):
+            return []
+        try:
+            return [FlatAdam(optimizer, [p for p, _ in offered]) for offered in self._offered]
+        except ValueError:  # some parameters have made more steps than others
+            return []
 
-        The same object, because the algorithm is already holding it.
-        """
+    def refresh(self) -> bool:
         try:
             blueprint = Blueprint(self.policy)
-        except Unsuitable as reason:
-            policy = self.policy
-            policy.zero_grad(set_to_none=True)
-            self.__dict__.clear()
-            self.__class__ = AutogradNetwork  # type: ignore[assignment]
-            AutogradNetwork.__init__(self, policy, str(reason))  # type: ignore[arg-type]
-            return
+        except Unsuitable:
+            self._offer(actor=False, critic=False)
+            return False
         if blueprint.fingerprint() != self._fingerprint:
             self._build(blueprint)
+        elif not self._adams or not all(adam.continues(self.policy.optimizer) for adam in self._adams):
+            self._adams = self._find_adams()
         self._noise.reset()
+        return True
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies of views would be of no use: a copied or unpickled network looks at its own policy.
-        return {"policy": self.policy, "description": self.description, "_fingerprint": []}
+    def __reduce__(self) -> Any:
+        # Copies of views would be of no use: a copied or unpickled network is made anew for its own policy.
+        from sb3_pg.common.networks import make_network
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.refresh()
+        return make_network, (self.policy,)
 
     # Act
 
@@ -586,18 +277,25 @@ class ClosedFormNetwork:
                 wanted = gradient if moves else None
                 if parameter.grad is not wanted:
                     parameter.grad = wanted
+        self._moves = (actor, critic)
         start = 0 if actor else self._actor_size
         self._moving = self._gradient[start : len(self._gradient) if critic else self._actor_size]
 
     @_quiet
     def step(self, max_grad_norm: float | None, *, hold_actor: bool = False) -> float:
         if hold_actor:
-            self._offer(actor=False, critic=self._offered[1][0][0].grad is not None)
+            self._offer(actor=False, critic=self._moves[1])
         norm = math.sqrt(self._moving.dot(self._moving))
         if not np.isfinite(norm):
             return norm
         if max_grad_norm is not None and norm + 1e-6 > max_grad_norm:
             self._moving *= max_grad_norm / (norm + 1e-6)
+        if self._adams:
+            gradients = (self._gradient[: self._actor_size], self._gradient[self._actor_size :])
+            for adam, gradient, moves in zip(self._adams, gradients, self._moves, strict=True):
+                if moves:
+                    adam.step(gradient)
+            return norm
         self.policy.optimizer.step()
         if [p.data_ptr() for p in self._trained] != self._memory:  # not torch's own, but some replace ``p.data``
             self._build(Blueprint(self.policy))

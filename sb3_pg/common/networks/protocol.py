@@ -29,8 +29,11 @@ class Network(Protocol):
     description: str  # what runs and why, for ``verbose=1``
     judges_while_acting: bool  # whether ``act`` gives values and log-probabilities, so that ``judge`` is not needed
 
-    def refresh(self) -> None:
-        """Look at the policy's parameters anew; called before every rollout and every update."""
+    def refresh(self) -> bool:
+        """Look at the policy's parameters anew; called before every rollout and every update.
+
+        :return: False if the policy has become one that this network cannot compute
+        """
 
     # Act
     def act(self, observations: Any) -> tuple[np.ndarray, KnownEarly | None]:

@@ -1,0 +1,185 @@
+"""A chain of layers in NumPy and the three passes over it.
+
+Each layer is ``h_l = f_l(z_l)`` with ``z_l = h_(l-1) W_l^T + b_l``, one row per observation:
+
+- forward: the outputs;
+- backward: from the derivative of a loss by the outputs to its gradient, J^T u;
+- tangent: from a change of the weights to the change of the outputs, J v.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from torch import nn
+
+
+class Activation(NamedTuple):
+    """A function of each number, and its derivative.
+
+    ``function`` may overwrite its argument z if ``slope`` does not need it.
+    """
+
+    function: Callable[[np.ndarray], np.ndarray]  # z to h
+    slope: Callable[[np.ndarray, np.ndarray], np.ndarray]  # z and h to dh / dz
+
+
+def _tanh(_: Any) -> Activation:
+    return Activation(lambda z: np.tanh(z, out=z), lambda z, h: 1.0 - h * h)
+
+
+def _relu(_: Any) -> Activation:
+    return Activation(lambda z: np.maximum(z, 0.0, out=z), lambda z, h: (h > 0.0).astype(h.dtype))
+
+
+def _leaky_relu(module: Any) -> Activation:
+    a = float(module.negative_slope)
+    return Activation(lambda z: np.where(z > 0.0, z, a * z), lambda z, h: np.where(z > 0.0, 1.0, a).astype(z.dtype))
+
+
+def _elu(module: Any) -> Activation:
+    a = float(module.alpha)
+    return Activation(
+        lambda z: np.where(z > 0.0, z, a * np.expm1(np.minimum(z, 0.0))),
+        lambda z, h: np.where(z > 0.0, np.ones_like(h), h + a),
+    )
+
+
+def _sigmoid(z: np.ndarray) -> np.ndarray:
+    return 0.5 + 0.5 * np.tanh(0.5 * z)
+
+
+def _silu(_: Any) -> Activation:
+    def slope(z: np.ndarray, h: np.ndarray) -> np.ndarray:
+        p = _sigmoid(z)
+        return p + h * (1.0 - p)
+
+    return Activation(lambda z: z * _sigmoid(z), slope)
+
+
+def _gelu(module: Any) -> Activation:
+    """``z Phi(z)`` with the normal distribution's Phi, or its usual approximation by tanh."""
+    if module.approximate == "none":
+        root = math.sqrt(0.5)
+
+        def phi(z: np.ndarray) -> np.ndarray:  # NumPy has no error function
+            erf: np.ndarray = th.erf(th.from_numpy(root * z)).numpy()
+            return 0.5 + 0.5 * erf
+
+        density = 1.0 / math.sqrt(2.0 * math.pi)
+        return Activation(lambda z: z * phi(z), lambda z, h: phi(z) + density * z * np.exp(-0.5 * z * z))
+
+    k, c = math.sqrt(2.0 / math.pi), 0.044715
+
+    def gate(z: np.ndarray) -> Any:
+        return np.tanh(k * (z + c * z * z * z))
+
+    def slope(z: np.ndarray, h: np.ndarray) -> Any:
+        t = gate(z)
+        return 0.5 * (1.0 + t) + 0.5 * k * z * (1.0 - t * t) * (1.0 + 3.0 * c * z * z)
+
+    return Activation(lambda z: 0.5 * z * (1.0 + gate(z)), slope)
+
+
+#: By the exact class of the torch module.
+ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Activation]] = {
+    nn.Tanh: _tanh,
+    nn.ReLU: _relu,
+    nn.LeakyReLU: _leaky_relu,
+    nn.ELU: _elu,
+    nn.SiLU: _silu,
+    nn.GELU: _gelu,
+}
+
+#: Weight and bias of each layer, or gradients or changes of them in the same shapes.
+Pieces = list[tuple[np.ndarray, np.ndarray]]
+
+
+class Trace(NamedTuple):
+    """What a forward pass leaves for the other two: of each layer, its input and the slope of its activation."""
+
+    inputs: list[np.ndarray]
+    slopes: list[np.ndarray | None]
+
+
+class Mlp:
+    """A chain of linear layers with activations.
+
+    :param pieces: weight, (outputs, inputs), and bias of each layer
+    :param activations: one for each layer; None passes numbers on as they are
+    """
+
+    def __init__(self, pieces: Pieces, activations: list[Activation | None]) -> None:
+        self.pieces = pieces
+        self.activations = activations
+        self.size = sum(weight.size + bias.size for weight, bias in pieces)
+        self._steps = [
+            (weight.T, bias, activation.function if activation else None)
+            for (weight, bias), activation in zip(pieces, activations, strict=True)
+        ]
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """The outputs, (n, outputs); ``x`` may also be a single row (inputs,), which is faster."""
+        for weight, bias, function in self._steps:
+            x = x.dot(weight)
+            x += bias
+            if function is not None:
+                x = function(x)
+        return x
+
+    def forward(self, x: np.ndarray) -> tuple[np.ndarray, Trace]:
+        """The outputs and what ``backward`` and ``tangent`` need."""
+        trace = Trace([], [])
+        for (weight, bias), activation in zip(self.pieces, self.activations, strict=True):
+            trace.inputs.append(x)
+            z = x.dot(weight.T)
+            z += bias
+            x = z if activation is None else activation.function(z)
+            trace.slopes.append(None if activation is None else activation.slope(z, x))
+        return x, trace
+
+    def backward(self, trace: Trace, d: np.ndarray, gradient: Pieces) -> None:
+        """J^T d: from the derivative by the outputs, (n, outputs), to the gradient.
+
+        Per layer ``dz = dh f'(z)``, ``dW = dz^T h_before``, ``db = sum of dz``, ``dh_before = dz W``.
+
+        :param gradient: where to write it
+        """
+        ones = np.ones(len(d), d.dtype)  # a product with it sums faster than ``sum``
+        for layer in reversed(range(len(self.pieces))):
+            slope = trace.slopes[layer]
+            if slope is not None:
+                d = d * slope
+            d_weight, d_bias = gradient[layer]
+            np.dot(d.T, trace.inputs[layer], out=d_weight)
+            np.dot(ones, d, out=d_bias)
+            if layer:
+                d = d.dot(self.pieces[layer][0])
+
+    def tangent(self, trace: Trace, change: Pieces) -> np.ndarray:
+        """J v: how the outputs change with the weights. Per layer ``dh = f'(z) (dh_before W^T + h_before dW^T + db)``.
+
+        :param change: of weights and biases
+        """
+        t = np.empty(0)
+        for layer, (d_weight, d_bias) in enumerate(change):
+            dz: np.ndarray = trace.inputs[layer].dot(d_weight.T)
+            dz += d_bias
+            if layer:  # observations do not change
+                dz += t.dot(self.pieces[layer][0].T)
+            slope = trace.slopes[layer]
+            if slope is not None:
+                dz *= slope
+            t = dz
+        return t
+
+    def split(self, flat: np.ndarray) -> Pieces:
+        """Views of a flat vector in the shapes of the weights and biases."""
+        views, start = [], 0
+        for weight, bias in self.pieces:
+            middle, end = start + weight.size, start + weight.size + bias.size
+            views.append((flat[start:middle].reshape(weight.shape), flat[middle:end]))
+            start = end
+        return views
