@@ -94,12 +94,12 @@ def main_rows() -> list[Row]:
         Row("main", "REINFORCE", "SB3 A2C", cart, 8, updates=6, wanted=4),
     ]
     images, mixed = "Images 84x84", "Dict of vector and image"
-    few = {"n_steps": 128, "batch_size": 64}
+    few = {"n_steps": 64, "batch_size": 64}
     rows += [
-        Row("main", "PPO", "SB3 PPO", images, 2, few | {"n_epochs": 4}, "CnnPolicy", wanted=1.3),
-        Row("main", "TRPO", "contrib TRPO", images, 2, few, "CnnPolicy", wanted=1.3),
-        Row("main", "PPO", "SB3 PPO", mixed, 2, few | {"n_epochs": 4}, "MultiInputPolicy", wanted=1.3),
-        Row("main", "TRPO", "contrib TRPO", mixed, 2, few, "MultiInputPolicy", wanted=1.3),
+        Row("main", "PPO", "SB3 PPO", images, 2, few | {"n_epochs": 4}, "CnnPolicy", updates=1, wanted=1.3),
+        Row("main", "TRPO", "contrib TRPO", images, 2, few, "CnnPolicy", updates=1, wanted=1.3),
+        Row("main", "PPO", "SB3 PPO", mixed, 2, few | {"n_epochs": 4}, "MultiInputPolicy", updates=1, wanted=1.3),
+        Row("main", "TRPO", "contrib TRPO", mixed, 2, few, "MultiInputPolicy", updates=1, wanted=1.3),
     ]
     sbx = [(cart, 1, {}), (cheetah, 1, {}), (cart, 8, SMALL), (cheetah, 8, SMALL)]
     return rows + [Row("main", "PPO", "sbx PPO", env, n, settings, wanted=2) for env, n, settings in sbx]
@@ -261,7 +261,8 @@ def write_report(data: dict[str, Any]) -> None:
     text = [
         "# Speed",
         "",
-        f"Made by `benchmarks/speed.py` on {data['machine']}. One thread; median of {data['repeats']} alternating runs.",
+        f"Made by `benchmarks/speed.py` on {data['machine']}.",
+        f"One thread; median of {data['repeats']} alternating runs.",
         "",
         table([r for r in results if r["group"] == "main"]),
         "",
@@ -320,8 +321,11 @@ def draw(results: list[dict[str, Any]]) -> None:
 
 
 def machine() -> str:
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if "model name" in line), "?")
-    return f"{cpu} ({os.cpu_count()} cores), Python {platform.python_version()}, torch {th.__version__}, NumPy {np.__version__}"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+    versions = f"Python {platform.python_version()}, torch {th.__version__}, NumPy {np.__version__}"
+    return f"{cpu} ({os.cpu_count()} cores), {versions}"
 
 
 def main() -> None:

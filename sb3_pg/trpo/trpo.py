@@ -173,6 +173,10 @@ class TRPO(PolicyGradientAlgorithm):
         self.logger.record("train/value_loss", value_loss)
         self._record_common()
 
+    @property
+    def _rows_per_pass(self) -> int:
+        return self.n_steps * self.n_envs
+
     def _improve_policy(self, batch: Batch, advantages: Array) -> None:
         """Maximise ``g.x`` subject to ``x.F x / 2 <= target_kl``, then search along x (section 6, appendix C)."""
         network, n = self.network, len(batch)

@@ -64,6 +64,9 @@ class AutogradNetwork:
         self._outputs: tuple[th.Tensor | None, th.Tensor | None, th.Tensor | None] = (None, None, None)
         self._actor: list[th.nn.Parameter] = []
         use_fused_adam(policy.optimizer)
+        if any(isinstance(module, th.nn.Conv2d) for module in policy.modules()):
+            # The layout that convolutions, and above all their backward passes, run fastest in; the same numbers.
+            policy.to(memory_format=th.channels_last)  # type: ignore[call-overload]
 
     def refresh(self) -> bool:
         self._actor = []
