@@ -10,6 +10,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution, kl_divergence
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_pg.common.arrays import Array, length, take
@@ -64,9 +65,8 @@ class AutogradNetwork:
         self._outputs: tuple[th.Tensor | None, th.Tensor | None, th.Tensor | None] = (None, None, None)
         self._actor: list[th.nn.Parameter] = []
         use_fused_adam(policy.optimizer)
-        if any(isinstance(module, th.nn.Conv2d) for module in policy.modules()):
-            # The layout that convolutions, and above all their backward passes, run fastest in; the same numbers.
-            policy.to(memory_format=th.channels_last)  # type: ignore[call-overload]
+        extractors = {type(policy.pi_features_extractor), type(policy.vf_features_extractor)}
+        self._arranged = channels_last if extractors <= {NatureCNN, CombinedExtractor} else lambda x: x
 
     def refresh(self) -> bool:
         self._actor = []
@@ -77,7 +77,7 @@ class AutogradNetwork:
     @_without_validation
     def act(self, observations: Any) -> tuple[np.ndarray, KnownEarly | None]:
         with th.no_grad():
-            tensor: Any = obs_as_tensor(observations, self.policy.device)
+            tensor: Any = self._arranged(obs_as_tensor(observations, self.policy.device))
             if self.judges_while_acting:
                 actions, values, log_prob = self.policy(tensor)
                 return actions.cpu().numpy(), (values, log_prob)
@@ -100,7 +100,7 @@ class AutogradNetwork:
     def values(self, observations: Any) -> np.ndarray:
         with th.no_grad():
             found = [
-                self.policy.predict_values(self.asarray(take(observations, chunk)))
+                self.policy.predict_values(self._arranged(self.asarray(take(observations, chunk))))
                 for chunk in self._chunks(observations)
             ]
         return th.cat(found).flatten().cpu().numpy()
@@ -111,7 +111,7 @@ class AutogradNetwork:
         with th.no_grad():
             for chunk in self._chunks(observations):
                 v, log_prob, _ = self.policy.evaluate_actions(
-                    self.asarray(take(observations, chunk)), self.actions(actions[chunk])
+                    self._arranged(self.asarray(take(observations, chunk))), self.actions(actions[chunk])
                 )
                 values.append(v.flatten())
                 log_probs.append(log_prob)
@@ -128,6 +128,7 @@ class AutogradNetwork:
 
     @_without_validation
     def evaluate(self, observations: Array, actions: Array | None) -> tuple[Array, Array, Array]:
+        observations = self._arranged(observations)
         if actions is None:
             values = self.policy.predict_values(observations).flatten()
             self._outputs = (None, None, values)
@@ -203,7 +204,7 @@ class AutogradNetwork:
 
     @_without_validation
     def fisher(self, observations: Array) -> Fisher:
-        distribution = self.policy.get_distribution(observations)
+        distribution = self.policy.get_distribution(self._arranged(observations))
         described = describe(distribution)
         if described is None:
             return self._fisher_from_kl(distribution, length(observations))
@@ -239,7 +240,7 @@ class AutogradNetwork:
     @_without_validation
     def actor(self, observations: Array, actions: Array) -> tuple[Array, Array, Parameters]:
         with th.no_grad():
-            distribution = self.policy.get_distribution(observations)
+            distribution = self.policy.get_distribution(self._arranged(observations))
             log_prob = distribution.log_prob(actions)
             entropy = distribution.entropy()
             described = describe(distribution)
@@ -259,6 +260,21 @@ class AutogradNetwork:
     def _torch_kl(old: Distribution, new: Distribution) -> th.Tensor:
         per_dimension = kl_divergence(old, new)
         return per_dimension.flatten(1).sum(dim=1) if per_dimension.ndim > 1 else per_dimension
+
+
+def channels_last(x: Any) -> Any:
+    """Images in the layout that convolutions, and above all their backward passes, run fastest in: the same numbers.
+
+    Only for SB3's own convolutions, since it spreads to their outputs, of which ``view`` does not take every shape.
+    """
+    if isinstance(x, dict):
+        return {key: channels_last(value) for key, value in x.items()}
+    if x.ndim != 4:
+        return x
+    if x.shape[1] == 1 and x.is_contiguous():  # both layouts at once; torch takes the one that the strides spell
+        _, _, height, width = x.shape
+        return x.as_strided(x.shape, (height * width, 1, width, 1))
+    return x.contiguous(memory_format=th.channels_last)
 
 
 def _detached(distribution: Distribution) -> Distribution:
