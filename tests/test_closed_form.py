@@ -406,17 +406,18 @@ def test_the_same_seed_gives_the_same_run():
         assert th.equal(x, y)
 
 
-def test_a_new_seed_is_not_spoilt_by_noise_drawn_before():
-    policy = make_policy()
+@pytest.mark.parametrize("action", ACTION_SPACES)
+@pytest.mark.parametrize("n_rows", [1, 3, 20])
+def test_the_same_seed_gives_the_actions_of_sb3s_policy(action, n_rows):
+    policy = make_policy(action=action)
     network = make_network(policy)
-    observation = draw(policy, 1)[0]
-
-    def rollout():
-        network.refresh()
-        np.random.seed(7)
-        return [network.act(observation)[0] for _ in range(3)]
-
-    np.testing.assert_array_equal(rollout(), rollout())
+    for _ in range(5):
+        observations = draw(policy, n_rows)[0]
+        th.manual_seed(7)
+        actions, _ = network.act(observations)
+        th.manual_seed(7)
+        expected = policy(policy.obs_to_tensor(observations)[0])[0]
+        np.testing.assert_allclose(actions, expected.detach().numpy(), atol=1e-6)
 
 
 # ---------------------------------------------------------------- nothing stale

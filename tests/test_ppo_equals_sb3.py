@@ -125,18 +125,19 @@ def test_log(action):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("n_envs", [1, 3])
 @pytest.mark.parametrize(
     ("action", "options"),
     [*[(action, {}) for action in ACTION_SPACES], ("box", {"use_sde": True, "sde_sample_freq": 4})],
 )
-def test_learning(action, options, n_envs):
-    """Acting and judging included: with torch's random numbers, several updates of learning are SB3's.
+def test_learning(action, options, n_envs, engine):
+    """Acting and judging included: from the same seed, several updates of learning are SB3's.
 
     Episodes end and are truncated within the rollouts and at their ends.
     """
     options = {"policy_kwargs": {"net_arch": [8]}, "learning_rate": lambda progress: 2e-3 * progress, **options}
-    theirs, ours = pair("box", action, n_envs, "autograd", **options)
+    theirs, ours = pair("box", action, n_envs, engine, **options)
     for model in (theirs, ours):
         model.set_random_seed(5)
         model.learn(3 * 24 * n_envs)

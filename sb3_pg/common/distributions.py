@@ -40,7 +40,11 @@ class Family(Protocol):
         """Each row's Fisher matrix (with respect to its parameters) times a tangent vector."""
 
     def noise(self, n_rows: int) -> np.ndarray:
-        """Random numbers with which ``sample`` draws ``n_rows`` actions, (n_rows, k), from NumPy's generator."""
+        """Random numbers with which ``sample`` draws ``n_rows`` actions, (n_rows, k).
+
+        From torch's generator, in the amounts that torch's distributions take: the same seed gives the same actions
+        as SB3's policy, whichever network acts.
+        """
 
     def sample(self, parameters: Parameters, noise: Array) -> Array:
         """One action for each row, drawn with the given noise."""
@@ -92,7 +96,8 @@ class Gaussian:
         return tangent[0] * namespace(mean).exp(-2.0 * log_std), 2.0 * tangent[1]
 
     def noise(self, n_rows: int) -> np.ndarray:
-        return np.random.standard_normal((n_rows, self.n_dims))
+        drawn: np.ndarray = th.randn(n_rows, self.n_dims).numpy()
+        return drawn
 
     def sample(self, parameters: Parameters, noise: Array) -> Array:
         mean, log_std = parameters
@@ -168,7 +173,11 @@ class Categorical:
         return (product[0] if len(product) == 1 else xp.concat(product, axis=-1),)
 
     def noise(self, n_rows: int) -> np.ndarray:
-        return np.random.gumbel(size=(n_rows, self.n_logits))
+        # Minus the logarithm of an exponential number is Gumbel's; torch divides probabilities by the former.
+        drawn = [th.empty(n_rows, b.stop - b.start).exponential_().numpy() for b in self.blocks]
+        exponential = drawn[0] if len(drawn) == 1 else np.concatenate(drawn, axis=-1)
+        gumbel: np.ndarray = -np.log(exponential)
+        return gumbel
 
     def sample(self, parameters: Parameters, noise: Array) -> Array:
         # The Gumbel-max trick: the largest perturbed logit is distributed as the softmax.
@@ -223,7 +232,9 @@ class Bernoulli:
         return (p * (1.0 - p) * tangent[0],)
 
     def noise(self, n_rows: int) -> np.ndarray:
-        return np.random.logistic(size=(n_rows, self.n_dims))
+        uniform = th.rand(n_rows, self.n_dims).numpy()
+        logistic: np.ndarray = np.log1p(-uniform) - np.log(uniform)
+        return logistic
 
     def sample(self, parameters: Parameters, noise: Array) -> Array:
         return self.mode((parameters[0] + noise,))

@@ -180,7 +180,10 @@ class AutogradNetwork:
         # From the graph and not from names: a Dict key "value_map" or a layer "query_key_value" may well act.
         if self._actor:
             return
+        training = self.policy.training
+        self.policy.set_training_mode(False)  # batch normalisation learns nothing from this one row
         log_prob = self.policy.evaluate_actions(take(observations, slice(0, 1)), actions[:1])[1]
+        self.policy.set_training_mode(training)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         gradients = th.autograd.grad(log_prob.sum(), trained, allow_unused=True)
         self._actor = [p for p, g in zip(trained, gradients, strict=True) if g is not None]

@@ -20,7 +20,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
 
 from sb3_pg.common.arrays import Array
-from sb3_pg.common.distributions import Categorical, Family, Parameters
+from sb3_pg.common.distributions import Categorical, Parameters
 from sb3_pg.common.networks.adam import FlatAdam, is_plain_adam
 from sb3_pg.common.networks.autograd import use_fused_adam
 from sb3_pg.common.networks.blueprint import DTYPES, Blueprint, Layers, Unsuitable
@@ -64,37 +64,6 @@ class Encoder:
         return numbers if self._divisor is None else np.divide(numbers, self._divisor)
 
 
-class Noise:
-    """Random rows for sampling actions, drawn many at once from NumPy's global generator, which SB3 seeds.
-
-    Blocks double in size from ``_FIRST`` to ``_LARGEST`` rows, so that short rollouts do not draw much in vain.
-    What is left at the end of a rollout is thrown away: then a seed set in between has its full effect.
-    """
-
-    _FIRST, _LARGEST = 64, 4096
-
-    def __init__(self, family: Family, dtype: Any) -> None:
-        self._draw = family.noise
-        self._dtype = dtype
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget what was drawn."""
-        self._block = np.empty((0, 0))
-        self._used = 0
-        self._next_size = self._FIRST
-
-    def rows(self, n: int) -> np.ndarray:
-        """The next ``n`` rows."""
-        start = self._used
-        if start + n > len(self._block):
-            self._block = self._draw(max(n, self._next_size)).astype(self._dtype)
-            self._next_size = min(2 * self._next_size, self._LARGEST)
-            start = 0
-        self._used = start + n
-        return self._block[start : self._used]
-
-
 class ClosedFormNetwork:
     """Acts, judges and steps by NumPy on the memory of the policy's parameters.
 
@@ -124,7 +93,6 @@ class ClosedFormNetwork:
         self._actor, self._critic = _mlp(blueprint.actor), _mlp(blueprint.critic)
         self._log_std = None if blueprint.log_std is None else _view(blueprint.log_std)
         self._encode = Encoder(self.policy.observation_space, self.policy.normalize_images, self._dtype)
-        self._noise = Noise(self._family, self._dtype)
 
         self._actor_size = self._actor.size + (0 if self._log_std is None else self._log_std.size)
         self._gradient = np.zeros(self._actor_size + self._critic.size, self._dtype)
@@ -160,7 +128,6 @@ class ClosedFormNetwork:
             self._build(blueprint)
         elif not self._adams or not all(adam.continues(self.policy.optimizer) for adam in self._adams):
             self._adams = self._find_adams()
-        self._noise.reset()
         return True
 
     def __reduce__(self) -> Any:
@@ -176,7 +143,7 @@ class ClosedFormNetwork:
         x = self._encode(observations)
         n = len(x)
         outputs = self._actor(x[0])[None] if n == 1 else self._actor(x)
-        actions = self._family.sample(self._parameters(outputs), self._noise.rows(n))
+        actions = self._family.sample(self._parameters(outputs), self._family.noise(n))
         if actions.dtype == np.float64:
             actions = actions.astype(np.float32)
         return actions.reshape(n, *self.policy.action_space.shape), None  # type: ignore[misc]
