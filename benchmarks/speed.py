@@ -331,6 +331,7 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose name contains this, any case")
+    parser.add_argument("--group", default="", help="main, environments, width or rollout")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--report", action="store_true", help="only draw the report again")
     args = parser.parse_args()
@@ -342,7 +343,8 @@ def main() -> None:
         kinds = algorithms()
         data |= {"machine": machine(), "repeats": args.repeats}
         for row in main_rows() + growth_rows():
-            if row.peer in kinds and args.only.lower() in row.name.lower():
+            wanted = args.only.lower() in row.name.lower() and args.group in row.group
+            if wanted and row.peer in kinds:
                 result = measure(row, kinds, args.repeats)
                 data["rows"][row.name] = result
                 print(f"{ratio(result):5.1f} ({spread(result)})  {row.name}", flush=True)

@@ -27,16 +27,26 @@ def test_cartpole(algorithm, options, steps, at_least):
     assert score(model, "CartPole-v1") >= at_least
 
 
-#: An untrained policy scores about -1300 on Pendulum.
 @pytest.mark.parametrize(
-    "algorithm, options",
+    "algorithm, options, at_least",
     [
-        (PPO, {"n_steps": 512, "batch_size": 64, "gamma": 0.9, "learning_rate": 1e-3}),
-        (TRPO, {"n_steps": 512, "gamma": 0.9, "target_kl": 0.03, "n_critic_updates": 15}),
-        (REINFORCE, {"n_episodes": 4, "gamma": 0.9, "gae_lambda": 0.95, "batch_size": 64, "learning_rate": 1e-3}),
+        (PPO, {"n_steps": 512, "batch_size": 64, "learning_rate": 1e-3}, -750),
+        (TRPO, {"n_steps": 512, "target_kl": 0.03, "n_critic_updates": 15}, -750),
+        # One plain gradient step per sample only begins to swing the pendulum in this time.
+        (REINFORCE, {"n_steps": 8, "gae_lambda": 0.9, "learning_rate": 1e-3}, -1200),
     ],
 )
-def test_pendulum(algorithm, options):
-    env = VecNormalize(make_vec_env("Pendulum-v1", 4, seed=1), norm_obs=False, gamma=0.9)
-    model = algorithm("MlpPolicy", env, seed=1, **options).learn(60_000)
-    assert score(model, "Pendulum-v1") > -900
+def test_pendulum(algorithm, options, at_least):
+    env = VecNormalize(make_vec_env("Pendulum-v1", 8, seed=1), gamma=0.9)
+    model = algorithm("MlpPolicy", env, seed=1, gamma=0.9, **options)
+    untrained = evaluated(model, env)
+    model.learn(80_000)
+    assert evaluated(model, env) >= max(at_least, untrained + 50)
+
+
+def evaluated(model, env):
+    """The score in the task's own reward, with the statistics as they are."""
+    env.training, env.norm_reward = False, False
+    mean = evaluate_policy(model, env, 16)[0]
+    env.training, env.norm_reward = True, True
+    return mean
