@@ -63,7 +63,7 @@ DISCRETE: dict[str, dict[str, Any]] = {
 TARGET_KL_PER_ACTION_DIMENSION = 0.04
 
 #: (environments, steps in all): the defaults
-CONTINUOUS_SIZE, DISCRETE_SIZE = (2, 102_400), (4, 50_000)
+CONTINUOUS_SIZE, DISCRETE_SIZE = (2, 204_800), (4, 50_000)
 
 EVALUATION_EPISODES = 10
 

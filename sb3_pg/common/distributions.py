@@ -7,6 +7,7 @@ the joint distribution is what a trust region is about.
 """
 
 import math
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -53,6 +54,13 @@ class Family(Protocol):
         """The most likely action of each row."""
 
 
+@lru_cache(maxsize=64)
+def _scratch(n_rows: int, n_columns: int) -> tuple[th.Tensor, np.ndarray]:
+    """Memory for noise, as torch and as NumPy see it; good until the next noise of that shape is drawn."""
+    numbers = th.empty(n_rows, n_columns)
+    return numbers, numbers.numpy()
+
+
 class Gaussian:
     """Independent normal actions: parameters (mean, log_std), (n, k) each, or (k,) for log_std."""
 
@@ -96,8 +104,9 @@ class Gaussian:
         return tangent[0] * namespace(mean).exp(-2.0 * log_std), 2.0 * tangent[1]
 
     def noise(self, n_rows: int) -> np.ndarray:
-        drawn: np.ndarray = th.randn(n_rows, self.n_dims).numpy()
-        return drawn
+        numbers, view = _scratch(n_rows, self.n_dims)
+        numbers.normal_()
+        return view
 
     def sample(self, parameters: Parameters, noise: Array) -> Array:
         mean, log_std = parameters
@@ -173,21 +182,23 @@ class Categorical:
         return (product[0] if len(product) == 1 else xp.concat(product, axis=-1),)
 
     def noise(self, n_rows: int) -> np.ndarray:
-        # Minus the logarithm of an exponential number is Gumbel's; torch divides probabilities by the former.
-        drawn = [th.empty(n_rows, b.stop - b.start).exponential_().numpy() for b in self.blocks]
-        exponential = drawn[0] if len(drawn) == 1 else np.concatenate(drawn, axis=-1)
-        gumbel: np.ndarray = -np.log(exponential)
-        return gumbel
+        drawn = []
+        for block in self.blocks:
+            numbers, view = _scratch(n_rows, block.stop - block.start)
+            numbers.exponential_()
+            drawn.append(np.log(view))
+        return drawn[0] if len(drawn) == 1 else np.concatenate(drawn, axis=-1)
 
     def sample(self, parameters: Parameters, noise: Array) -> Array:
-        # The Gumbel-max trick: the largest perturbed logit is distributed as the softmax.
-        return self.mode((parameters[0] + noise,))
+        # Minus the logarithm of an exponential number is Gumbel's, and the largest logit perturbed by Gumbel numbers
+        # is distributed as the softmax. torch divides the probabilities by the exponential numbers instead.
+        return self.mode((parameters[0] - noise,))
 
     def mode(self, parameters: Parameters) -> Array:
-        xp = namespace(parameters[0])
+        (logits,) = parameters
         if len(self.blocks) == 1:
-            return xp.argmax(parameters[0], axis=-1)
-        return xp.stack([xp.argmax(parameters[0][:, block], axis=-1) for block in self.blocks], axis=-1)
+            return logits.argmax(-1)
+        return namespace(logits).stack([logits[:, block].argmax(-1) for block in self.blocks], axis=-1)
 
 
 class Bernoulli:
