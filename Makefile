@@ -21,10 +21,10 @@ STAMP := $(VENV)/.installed-$(EXTRAS)
 SOURCES := sb3_pg tests benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint type format clean install
+.PHONY: help run test lint type format clean install benchmark-speed
 
 help:  ## list the targets and variables
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "Variables of run: ALGO=reinforce|trpo|ppo ENV=id TIMESTEPS=n N_ENVS=n SEED=n OUT=folder; of all: PYTHON=python3"
 
 run: $(STAMP)  ## train, evaluate, save, load and draw (about a minute)
@@ -40,6 +40,10 @@ lint: $(STAMP)  ## ruff: rules and format
 
 type: $(STAMP)  ## mypy, strict
 	$(BIN)/mypy
+
+benchmark-speed: $(STAMP)  ## time ours against the peers (half an hour on a quiet machine); installs sbx
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt sbx-rl
+	$(BIN)/python benchmarks/speed.py
 
 format: $(STAMP)  ## let ruff repair and format
 	$(BIN)/ruff check --fix $(SOURCES)
