@@ -201,3 +201,21 @@ def test_a_baseline_of_the_users_that_answers_wrongly(answer):
     model = REINFORCE("MlpPolicy", Faulty(), baseline=answer, n_episodes=2, policy_kwargs=TINY)
     with pytest.raises(ArgumentError, match="`baseline` must return one finite number for each of the 16 samples"):
         model.learn(16)
+
+
+def test_a_bad_last_observation_names_its_environment():
+    class BadEnd(Faulty):
+        def step(self, action):
+            observation, reward, *_ = super().step(action)
+            return (
+                np.full(3, np.nan, np.float32) if self.steps == 8 else observation,
+                reward,
+                False,
+                self.steps == 8,
+                {},
+            )
+
+    env = DummyVecEnv([lambda: Faulty(length=8), BadEnd, lambda: Faulty(length=8)])
+    model = PPO("MlpPolicy", env, n_steps=16, batch_size=16, policy_kwargs=TINY)
+    with pytest.raises(NonFiniteError, match="value of the terminal observation of environment 1 at step 7"):
+        model.learn(48)

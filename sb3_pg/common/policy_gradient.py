@@ -376,7 +376,8 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         n_envs = len(values) - len(cut)
         for (step, env, _), value in zip(self._truncations, values[n_envs:], strict=True):
             if not np.isfinite(value):
-                require_finite("value of the terminal observation", np.full((1, env + 1), value), step)
+                found = np.where(np.arange(n_envs) == env, value, 0.0)
+                require_finite("value of the terminal observation", found[None], step)
             buffer.rewards[step, env] += self.gamma * value
         self._truncations = []
         require_finite("value after the last step", values[None, :n_envs], buffer.pos)
