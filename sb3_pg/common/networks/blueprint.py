@@ -135,11 +135,11 @@ def _check_parameters(parameters: list[th.Tensor]) -> None:
 
 
 class SharingCategorical(Categorical):
-    """Remembers the log-softmax of the last logits, which all formulas on one minibatch share."""
+    """Remembers the softmax of the last logits, which all formulas on one minibatch share."""
 
-    _last: tuple[Array, list[Array]] = (None, [])
+    _last: tuple[Array, list[tuple[Array, Array]]] = (None, [])
 
-    def _log_softmax(self, logits: Array) -> list[Array]:
+    def _softmax(self, logits: Array) -> list[tuple[Array, Array]]:
         if self._last[0] is not logits:
-            self._last = (logits, super()._log_softmax(logits))
+            self._last = (logits, super()._softmax(logits))
         return self._last[1]

@@ -104,6 +104,12 @@ class Trace(NamedTuple):
     slopes: list[np.ndarray | None]
 
 
+def _times(x: np.ndarray, weight: np.ndarray, activation: Activation | None) -> np.ndarray:
+    """``x W^T``. Outputs are laid out column by column: sums over a few columns are faster that way."""
+    product: np.ndarray = weight.dot(x.T).T if activation is None else x.dot(weight.T)
+    return product
+
+
 class Mlp:
     """A chain of linear layers with activations.
 
@@ -115,18 +121,14 @@ class Mlp:
         self.pieces = pieces
         self.activations = activations
         self.size = sum(weight.size + bias.size for weight, bias in pieces)
-        self._steps = [
-            (weight.T, bias, activation.function if activation else None)
-            for (weight, bias), activation in zip(pieces, activations, strict=True)
-        ]
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """The outputs, (n, outputs); ``x`` may also be a single row (inputs,), which is faster."""
-        for weight, bias, function in self._steps:
-            x = x.dot(weight)
+        for (weight, bias), activation in zip(self.pieces, self.activations, strict=True):
+            x = _times(x, weight, activation)
             x += bias
-            if function is not None:
-                x = function(x)
+            if activation is not None:
+                x = activation.function(x)
         return x
 
     def forward(self, x: np.ndarray) -> tuple[np.ndarray, Trace]:
@@ -134,7 +136,7 @@ class Mlp:
         trace = Trace([], [])
         for (weight, bias), activation in zip(self.pieces, self.activations, strict=True):
             trace.inputs.append(x)
-            z = x.dot(weight.T)
+            z = _times(x, weight, activation)
             z += bias
             x = z if activation is None else activation.function(z)
             trace.slopes.append(None if activation is None else activation.slope(z, x))
@@ -165,11 +167,11 @@ class Mlp:
         """
         t = np.empty(0)
         for layer, (d_weight, d_bias) in enumerate(change):
-            dz: np.ndarray = trace.inputs[layer].dot(d_weight.T)
+            slope, activation = trace.slopes[layer], self.activations[layer]
+            dz = _times(trace.inputs[layer], d_weight, activation)
             dz += d_bias
             if layer:  # observations do not change
-                dz += t.dot(self.pieces[layer][0].T)
-            slope = trace.slopes[layer]
+                dz += _times(t, self.pieces[layer][0], activation)
             if slope is not None:
                 dz *= slope
             t = dz
