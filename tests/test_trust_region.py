@@ -173,6 +173,7 @@ def judged(request):
         sampled = policy.get_distribution(observations).sample().numpy()
     network = AutogradNetwork(policy)
     actions = network.actions(sampled)
+    actions = actions.double() if actions.is_floating_point() else actions  # or torch's Bernoulli answers in float32
     network.find_actor(observations, actions)
     return policy, network, observations, actions
 
@@ -403,7 +404,7 @@ def solved(change):
 
     def solver(product, b, max_steps):
         solution = conjugate_gradient(product, b, max_steps)
-        return solution._replace(x=change(solution.x))
+        return solution._replace(x=change(solution.x), curvature=change(1.0) ** 2 * solution.curvature)
 
     return solver
 

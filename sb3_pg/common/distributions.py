@@ -54,6 +54,24 @@ class Family(Protocol):
         """The most likely action of each row."""
 
 
+def d_parameters(
+    family: Family, parameters: Parameters, actions: Array, d_log_prob: Array | None, d_entropy: float | None
+) -> Parameters | None:
+    """The derivative of a loss by each row's parameters, from those by its log-probability and entropy.
+
+    :param d_log_prob: (n,), or None if the loss does not depend on it
+    :param d_entropy: the same number for each row; None or 0 if the loss does not depend on it
+    :return: None if it depends on neither
+    """
+    total: Parameters | None = None
+    if d_log_prob is not None:
+        total = tuple(d_log_prob[:, None] * x for x in family.d_log_prob(parameters, actions))
+    if d_entropy:
+        more = tuple(d_entropy * x for x in family.d_entropy(parameters))
+        total = more if total is None else tuple(a + b for a, b in zip(total, more, strict=True))
+    return total
+
+
 @lru_cache(maxsize=64)
 def _scratch(n_rows: int, n_columns: int) -> tuple[th.Tensor, np.ndarray]:
     """Memory for noise, as torch and as NumPy see it; good until the next noise of that shape is drawn."""

@@ -327,8 +327,6 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         values: th.Tensor | None,
         log_probs: th.Tensor | None,
     ) -> None:
-        if isinstance(self.action_space, spaces.Discrete):
-            actions = actions.reshape(-1, 1)
         if values is None and not isinstance(buffer, RolloutBuffer):
             values = log_probs = th.zeros(self.n_envs)  # SB3's buffers insist on them; judging writes the true ones
         starts: Any = self._last_episode_starts

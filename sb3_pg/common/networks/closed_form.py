@@ -20,7 +20,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
 
 from sb3_pg.common.arrays import Array
-from sb3_pg.common.distributions import Categorical, Parameters
+from sb3_pg.common.distributions import Categorical, Parameters, d_parameters
 from sb3_pg.common.networks.adam import FlatAdam, is_plain_adam
 from sb3_pg.common.networks.autograd import use_fused_adam
 from sb3_pg.common.networks.blueprint import DTYPES, Blueprint, Layers, Unsuitable
@@ -84,6 +84,7 @@ class ClosedFormNetwork:
         self.policy = policy
         self.description = "closed-form"
         use_fused_adam(policy.optimizer)
+        self._errors_raise = True
         self._build(Blueprint(policy))
 
     def _build(self, blueprint: Blueprint) -> None:
@@ -93,6 +94,7 @@ class ClosedFormNetwork:
         self._fingerprint = blueprint.fingerprint()
         self._family = blueprint.family
         self._dtype = DTYPES[parameters[0].dtype]
+        self._action_shape: tuple[int, ...] = self.policy.action_space.shape  # type: ignore[assignment]
         self._actor, self._critic = _mlp(blueprint.actor), _mlp(blueprint.critic)
         self._log_std = None if blueprint.log_std is None else _view(blueprint.log_std)
         self._encode = Encoder(self.policy.observation_space, self.policy.normalize_images, self._dtype)
@@ -123,6 +125,7 @@ class ClosedFormNetwork:
             return None
 
     def refresh(self) -> bool:
+        self._errors_raise = not {"ignore", "warn"}.issuperset(np.geterr().values())
         try:
             blueprint = Blueprint(self.policy)
         except Unsuitable:
@@ -143,15 +146,19 @@ class ClosedFormNetwork:
 
     # Act
 
-    @_quiet
     def act(self, observations: Any) -> tuple[np.ndarray, KnownEarly | None]:
+        return (self._act_quietly if self._errors_raise else self._act)(observations)
+
+    def _act(self, observations: Any) -> tuple[np.ndarray, KnownEarly | None]:
         x = self._encode(observations)
         n = len(x)
         outputs = self._actor(x[0])[None] if n == 1 else self._actor(x)
         actions = self._family.sample(self._parameters(outputs), self._family.noise(n))
         if actions.dtype == np.float64:
             actions = actions.astype(np.float32)
-        return actions.reshape(n, *self.policy.action_space.shape), None  # type: ignore[misc]
+        return actions.reshape(n, *self._action_shape), None
+
+    _act_quietly = _quiet(_act)  # takes as much longer as one of the layers
 
     def _parameters(self, outputs: np.ndarray) -> Parameters:
         return (outputs,) if self._log_std is None else (outputs, self._log_std)
@@ -204,29 +211,19 @@ class ClosedFormNetwork:
     @_quiet
     def backward(self, d_log_prob: Array | None, d_entropy: float | None, d_value: Array | None) -> None:
         actor_moves = critic_moves = False
-        if self._acted is not None and (d_log_prob is not None or d_entropy):
-            actor_moves = True
-            self._actor_backward(self._acted[0], self._d_parameters(d_log_prob, d_entropy), self._actor_gradient)
+        if self._acted is not None:
+            trace, parameters, actions = self._acted
+            d_log_prob = None if d_log_prob is None else np.asarray(d_log_prob, self._dtype)
+            d_outputs = d_parameters(self._family, parameters, actions, d_log_prob, d_entropy)
+            if d_outputs is not None:
+                actor_moves = True
+                self._actor_backward(trace, d_outputs, self._actor_gradient)
         if self._critic_trace is not None and d_value is not None:
             critic_moves = True
             d = np.asarray(d_value, self._dtype).reshape(-1, 1)
             self._critic.backward(self._critic_trace, d, self._critic_gradient)
         self._offer((actor_moves, critic_moves))
         self._forget()
-
-    def _d_parameters(self, d_log_prob: Array | None, d_entropy: float | None) -> Parameters:
-        """The derivative of the loss by the distribution's parameters, from those by log-probability and entropy."""
-        assert self._acted is not None
-        _, parameters, actions = self._acted
-        total: Parameters | None = None
-        if d_log_prob is not None:
-            d = np.asarray(d_log_prob, self._dtype).reshape(-1, 1)
-            total = tuple(d * x for x in self._family.d_log_prob(parameters, actions))
-        if d_entropy:
-            more = tuple(float(d_entropy) * x for x in self._family.d_entropy(parameters))
-            total = more if total is None else tuple(a + b for a, b in zip(total, more, strict=True))
-        assert total is not None
-        return total
 
     def _actor_backward(self, trace: Trace, d: Parameters, gradient: ActorPieces) -> None:
         """Write the actor's gradient, from the derivative by each row's parameters."""
