@@ -49,6 +49,7 @@ def test_conjugate_gradient_stopped_early_is_best_in_its_subspace(steps):
     rest = b - a @ found.x
     np.testing.assert_allclose(span @ rest / (np.linalg.norm(span, axis=1) * np.linalg.norm(rest)), 0, atol=1e-9)
     assert found.residual == pytest.approx(np.linalg.norm(rest) / np.linalg.norm(b))
+    assert found.curvature == pytest.approx(found.x @ a @ found.x)
     assert found.iterations == steps
 
 

@@ -8,7 +8,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
-from sb3_pg.common.arrays import Array, mean_of, take
+from sb3_pg.common.arrays import Array, Column, take
 from sb3_pg.common.buffers import Batch, epoch, whole_batch
 from sb3_pg.common.distributions import Parameters
 from sb3_pg.common.errors import ArgumentError, check_count, check_number
@@ -260,7 +260,7 @@ class TRPO(PolicyGradientAlgorithm):
 
     def _fit_critic(self, batch: Batch) -> float:
         """Regress V on the returns by minibatches; the mean loss."""
-        losses = []
+        losses = Column(batch.returns)
         for _ in range(self.n_critic_updates):
             for minibatch in epoch(batch, self.rollout_buffer, self.network, self.batch_size):
                 _, _, value = self.network.evaluate(minibatch.observations, None)
@@ -268,8 +268,8 @@ class TRPO(PolicyGradientAlgorithm):
                 self.network.backward(None, None, d_value / len(minibatch))
                 # Whatever the actor shares with the critic stays: moving it would move the policy as well.
                 self._take_step(minibatch, max_grad_norm=None, hold_actor=True)
-                losses.append(loss)
-        return mean_of(losses)
+                losses.add(loss)
+        return losses.mean()
 
     def learn(
         self: SelfTRPO,

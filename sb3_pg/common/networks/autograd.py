@@ -22,9 +22,9 @@ from sb3_pg.common.networks.protocol import Fisher, KnownEarly
 #: as in SB3, and what ``forward`` says about values and log-probabilities is believed.
 _ACTING = ("forward", "evaluate_actions", "get_distribution", "predict_values", "extract_features")
 
-#: Numbers in the observations of one chunk of a judging pass: 16 MB of float32, so that a rollout of images does
+#: Numbers in the observations of one chunk of a judging pass: 4 MB of float32, so that a rollout of images does
 #: not become float32, and the activations of a convolution, all at once.
-_CHUNK_NUMBERS = 1 << 22
+_CHUNK_NUMBERS = 1 << 20
 
 
 #: Tensors in the graph with the derivatives of the loss by them.
@@ -90,17 +90,21 @@ class AutogradNetwork:
             if self._family is None:
                 actions = self.policy.get_distribution(tensor).get_actions().cpu().numpy()
             else:
-                parameters = self._distribution_parameters(tensor)
+                parameters = tuple(x.float().cpu().numpy() for x in self._actor_outputs(tensor))
                 actions = self._family.sample(parameters, self._family.noise(len(parameters[0])))
         shape: tuple[int, ...] = self.policy.action_space.shape or ()
         return actions.reshape(-1, *shape), None
 
-    def _distribution_parameters(self, observations: Any) -> Parameters:
+    def _actor_outputs(self, observations: Any) -> tuple[th.Tensor, ...]:
         """What ``policy.get_distribution`` makes a distribution of, which on a few rows takes longer than it does."""
         policy = self.policy
         features = super(ActorCriticPolicy, policy).extract_features(observations, policy.pi_features_extractor)
-        outputs = policy.action_net(policy.mlp_extractor.forward_actor(features)).float().cpu().numpy()
-        return (outputs, policy.log_std.float().cpu().numpy()) if isinstance(self._family, Gaussian) else (outputs,)
+        return self._parameters(policy.action_net(policy.mlp_extractor.forward_actor(features)))
+
+    def _parameters(self, outputs: th.Tensor) -> tuple[th.Tensor, ...]:
+        if isinstance(self._family, Gaussian):
+            return outputs, self.policy.log_std.expand_as(outputs)
+        return (outputs,)
 
     # Judge
 
@@ -117,24 +121,25 @@ class AutogradNetwork:
         return th.as_tensor(x.astype(np.float32, copy=False), device=self.policy.device)
 
     def values(self, observations: Any) -> np.ndarray:
+        values = np.empty(length(observations), np.float32)
         with th.no_grad():
-            found = [
-                self.policy.predict_values(self._arranged(self.asarray(take(observations, chunk))))
-                for chunk in self._chunks(observations)
-            ]
-        return th.cat(found).flatten().cpu().numpy()
+            for chunk in self._chunks(observations):
+                found = self.policy.predict_values(self._arranged(self.asarray(take(observations, chunk))))
+                values[chunk] = found.flatten().cpu().numpy()
+        return values
 
     @_without_validation
     def judge(self, observations: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        values, log_probs = [], []
+        # Into memory made before: see Column about small arrays that stay.
+        values, log_probs = (np.empty(length(observations), np.float32) for _ in range(2))
         with th.no_grad():
             for chunk in self._chunks(observations):
                 v, log_prob, _ = self.policy.evaluate_actions(
                     self._arranged(self.asarray(take(observations, chunk))), self.actions(actions[chunk])
                 )
-                values.append(v.flatten())
-                log_probs.append(log_prob)
-        return th.cat(values).cpu().numpy(), th.cat(log_probs).cpu().numpy()
+                values[chunk] = v.flatten().cpu().numpy()
+                log_probs[chunk] = log_prob.cpu().numpy()
+        return values, log_probs
 
     @staticmethod
     def _chunks(observations: Any) -> list[slice]:
@@ -178,10 +183,7 @@ class AutogradNetwork:
                 policy.mlp_extractor.forward_actor(features[0]),
                 policy.mlp_extractor.forward_critic(features[1]),
             )
-        outputs, values = policy.action_net(latent_pi), policy.value_net(latent_vf).flatten()
-        if isinstance(self._family, Gaussian):
-            return (outputs, policy.log_std.expand_as(outputs)), values
-        return (outputs,), values
+        return self._parameters(policy.action_net(latent_pi)), policy.value_net(latent_vf).flatten()
 
     def _evaluate_policy(self, observations: Array, actions: Array) -> tuple[Array, Array, Array]:
         """By the policy's own method, for distributions of any kind."""
@@ -230,10 +232,14 @@ class AutogradNetwork:
             return
         training = self.policy.training
         self.policy.set_training_mode(False)  # batch normalisation learns nothing from this one row
-        log_prob = self.policy.evaluate_actions(take(observations, slice(0, 1)), actions[:1])[1]
+        row = take(observations, slice(0, 1))
+        if self._family is not None:
+            outputs = self._actor_outputs(row)
+        else:
+            outputs = (self.policy.evaluate_actions(row, actions[:1])[1],)
         self.policy.set_training_mode(training)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
-        gradients = th.autograd.grad(log_prob.sum(), trained, allow_unused=True)
+        gradients = th.autograd.grad([x.sum() for x in outputs], trained, allow_unused=True)
         self._actor = [p for p, g in zip(trained, gradients, strict=True) if g is not None]
 
     def get_actor(self) -> Array:
@@ -247,19 +253,24 @@ class AutogradNetwork:
     # Natural gradient
 
     def actor_gradient(self, observations: Array, actions: Array, d_log_prob: Array, d_entropy: float | None) -> Array:
-        self.evaluate(observations, actions)
-        self.backward(d_log_prob, d_entropy, None)
-        flat = _flat([p.grad for p in self._actor], self._actor)
+        gradient = th.zeros(())
+        for chunk in self._chunks(observations):
+            self.evaluate(take(observations, chunk), actions[chunk])
+            self.backward(d_log_prob[chunk], d_entropy, None)
+            gradient = gradient + _flat([p.grad for p in self._actor], self._actor)
         self.policy.optimizer.zero_grad(set_to_none=True)
-        return flat
+        return gradient
 
     @_without_validation
     def fisher(self, observations: Array) -> Fisher:
-        distribution = self.policy.get_distribution(self._arranged(observations))
-        described = describe(distribution)
-        if described is None:
-            return self._fisher_from_kl(distribution, length(observations))
-        family, outputs = described
+        if self._family is not None:
+            family, outputs = self._family, self._actor_outputs(self._arranged(observations))
+        else:
+            distribution = self.policy.get_distribution(self._arranged(observations))
+            described = describe(distribution)
+            if described is None:
+                return self._fisher_from_kl(distribution, length(observations))
+            family, outputs = described
         values = tuple(z.detach() for z in outputs)
         # J v without forward-mode differentiation: the gradient g(u) = J^T u is linear in u, so differentiating
         # g . v with respect to u gives J v. One backward pass recorded here serves every product.
@@ -291,6 +302,11 @@ class AutogradNetwork:
     @_without_validation
     def actor(self, observations: Array, actions: Array) -> tuple[Array, Array, Parameters]:
         with th.no_grad():
+            if self._family is not None:
+                chunks = (self._arranged(take(observations, chunk)) for chunk in self._chunks(observations))
+                outputs = tuple(map(th.cat, zip(*map(self._actor_outputs, chunks), strict=True)))
+                family: Any = self._family
+                return family.log_prob(outputs, actions), family.entropy(outputs), (family, outputs)
             distribution = self.policy.get_distribution(self._arranged(observations))
             log_prob = distribution.log_prob(actions)
             entropy = distribution.entropy()
