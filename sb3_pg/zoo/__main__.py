@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -53,10 +52,14 @@ def one_line_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     parser.exit(2, f"{parser.prog}: {message}\n")
 
 
-def our_command(command: list[str]) -> list[str]:
-    """What a script of rl_zoo3 starts as a child (``python -m rl_zoo3.x`` or ``python x.py``), with our algorithms."""
-    script, rest = (command[2], command[3:]) if command[1] == "-m" else (command[1], command[2:])
-    return [sys.executable, "-m", "sb3_pg.zoo", Path(script).stem if script.endswith(".py") else script[8:], *rest]
+def our_command(command: Any) -> Any:
+    """What rl_zoo3's scripts start as children (``python -m rl_zoo3.x`` or ``python x.py``) with our algorithms."""
+    match command:
+        case ["python", "-m", str(module), *options] if module.startswith("rl_zoo3."):
+            return [sys.executable, "-m", "sb3_pg.zoo", module.removeprefix("rl_zoo3."), *options]
+        case ["python", str(file), *options] if file.endswith(".py"):
+            return [sys.executable, "-m", "sb3_pg.zoo", file.removesuffix(".py"), *options]
+    return command
 
 
 def run(command: str, options: list[str]) -> None:
@@ -65,13 +68,17 @@ def run(command: str, options: list[str]) -> None:
         raise ArgumentError("record_training joins its videos with the program ffmpeg, which is not installed.")
     register()
     call = subprocess.call
+
+    def call_with_ours(command: Any, *more: Any, **options: Any) -> int:
+        return call(our_command(command), *more, **options)
+
     with ExitStack() as stack:
         stack.enter_context(replaced(sys, "argv", [f"{PROGRAM} {command}", *options]))
         stack.enter_context(replaced(argparse.ArgumentParser, "error", one_line_error))
-        stack.enter_context(replaced(subprocess, "call", lambda child: call(our_command(child))))
         if command in FUNCTIONS:
             getattr(importlib.import_module(FUNCTIONS[command]), command)()
         else:
+            stack.enter_context(replaced(subprocess, "call", call_with_ours))
             runpy.run_module(f"rl_zoo3.{command}", run_name="__main__")
 
 
@@ -90,9 +97,11 @@ def explain(error: Exception) -> str | None:
         return message
     if isinstance(error, ImportError):
         return f"{message.rstrip('.')}. What the commands themselves need: pip install 'sb3_pg[zoo]'"
-    if is_from_rl_zoo(error.__traceback__):
-        return message if isinstance(error, (ValueError, AssertionError, OSError)) else f"{error!r}"
-    return None
+    if not is_from_rl_zoo(error.__traceback__):
+        return None
+    if isinstance(error, (NameError, SyntaxError)):
+        return f"{message}. The values of -params are Python: text is quoted twice, learning_rate:\"'lin_3e-4'\"."
+    return message if isinstance(error, (ValueError, AssertionError, OSError)) else None
 
 
 def main(arguments: list[str] | None = None) -> int:

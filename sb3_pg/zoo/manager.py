@@ -46,8 +46,8 @@ def config_arguments(algorithm: type[BaseAlgorithm]) -> list[str]:
 
 def schedule_arguments(algorithm: type[BaseAlgorithm]) -> list[str]:
     """The arguments of an algorithm that may be schedules, by its annotations."""
-    hints = typing.get_type_hints(algorithm.__init__)
-    return [name for name, hint in hints.items() if Schedule in typing.get_args(hint)]
+    parameters = inspect.signature(algorithm).parameters.values()
+    return [parameter.name for parameter in parameters if Schedule in typing.get_args(parameter.annotation)]
 
 
 class ExperimentManager(exp_manager.ExperimentManager):
@@ -141,8 +141,8 @@ class ExperimentManager(exp_manager.ExperimentManager):
             warnings.warn(
                 f"target_kl={model.target_kl} bounds the KL summed over the {n} action dimensions, sb3-contrib's the "
                 f"mean over them. If {self.config} was tuned for sb3-contrib, multiply target_kl and cg_damping by "
-                f"{n} to get what it does there, for example by -params target_kl:{0.01 * n:g} cg_damping:{0.1 * n:g} "
-                "for its defaults.",
+                f"{n} to get what it does there (for its defaults: -params target_kl:{0.01 * n:g} "
+                f"cg_damping:{0.1 * n:g}).",
                 stacklevel=2,
             )
 
