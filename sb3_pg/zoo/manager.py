@@ -56,12 +56,12 @@ class ExperimentManager(exp_manager.ExperimentManager):
     :raises ArgumentError: a configuration that cannot work
     """
 
-    def __init__(self, args: Any, algo: str, *more: Any, config: str | None = None, **options: Any) -> None:
-        self.config_is_given = config is not None
+    def __init__(self, args: Any, algo: str, *more: Any, **options: Any) -> None:
+        super().__init__(args, algo, *more, **options)
+        self.config_is_given = options.get("config") is not None
         default = CONFIGS / f"{algo}.yml"
-        if config is None and default.exists():
-            config = str(default)
-        super().__init__(args, algo, *more, config=config, **options)
+        if not self.config_is_given and default.exists():
+            self.config = str(default)
         self.is_ours = issubclass(ALGOS[algo], PolicyGradientAlgorithm)
         if self.is_ours and self.vec_env_class is sb3.DummyVecEnv:
             self.vec_env_class = DummyVecEnv
