@@ -2,7 +2,8 @@
 
     python benchmarks/zoo_check.py trpo CartPole-v1 --timesteps 50000
 
-The score is that of 20 episodes with deterministic actions on seeds that training has not seen.
+Further options are those of ``python -m sb3_pg.zoo train``; with -params add --dry, for the entry is another then. The
+score is that of 20 episodes with deterministic actions on seeds that training has not seen.
 """
 
 import argparse
@@ -21,11 +22,11 @@ from sb3_pg.zoo.__main__ import main as zoo
 EPISODES = 20
 
 
-def train(algo: str, env_id: str, seed: int, timesteps: int, folder: str) -> Path:
+def train(algo: str, env_id: str, seed: int, timesteps: int, folder: str, more: list[str]) -> Path:
     """Train by the zoo's command; the folder of the run."""
     options = ["--algo", algo, "--env", env_id, "--seed", str(seed), "-f", folder, "--eval-freq", "-1"]
     options += ["--log-interval", "1000000", "-n", str(timesteps)]
-    if zoo(["train", *options]) != 0:
+    if zoo(["train", *options, *more]) != 0:
         raise SystemExit(1)
     return Path(folder) / algo / f"{env_id}_1"
 
@@ -57,10 +58,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--timesteps", type=int, default=-1, help="default: the entry's own")
     parser.add_argument("--dry", action="store_true", help="print the comment, leave the file")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     th.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        run = train(options.algo, options.env, options.seed, options.timesteps, folder)
+        run = train(options.algo, options.env, options.seed, options.timesteps, folder, more)
         steps, mean, std = evaluate(options.algo, options.env, options.seed + 10_000, run)
     date = datetime.datetime.now(datetime.timezone.utc).date()
     line = f"# Run on {date} with seed {options.seed} for {steps:,} steps: {mean:.4g} +/- {std:.3g}."
