@@ -83,11 +83,11 @@ def run(command: str, options: list[str]) -> None:
 
 
 def is_from_rl_zoo(traceback: TracebackType | None) -> bool:
-    """Whether rl_zoo3's own lines raised an error: then its message is meant for the user."""
+    """Whether lines of rl_zoo3, or of its downloads, raised an error: then its message is meant for the user."""
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     package = traceback.tb_frame.f_globals.get("__package__") if traceback else None
-    return (package or "").split(".")[0] == "rl_zoo3"
+    return (package or "").split(".")[0] in ("rl_zoo3", "huggingface_sb3")
 
 
 def explain(error: Exception) -> str | None:
