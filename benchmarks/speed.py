@@ -14,7 +14,9 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -39,10 +41,14 @@ from sb3_pg.common import vec_env as our_vec_env
 
 OUT = Path(__file__).parent / "speed"
 
+#: What grows along each figure's axis.
+GROWTH = {"environments": "environments", "width": "width of two hidden layers", "rollout": "samples per rollout"}
+
 ENVS: dict[str, Any] = {
     "CartPole-v1": "CartPole-v1",
     "HalfCheetah-v5": "HalfCheetah-v5",
     "Images 84x84": lambda: FakeImageEnv(screen_height=84, screen_width=84, n_channels=1, discrete=True),
+    "Images 84x84x4": lambda: FakeImageEnv(screen_height=84, screen_width=84, n_channels=4, discrete=True),
     "Dict of vector and image": lambda: SimpleMultiObsEnv(random_start=False),
 }
 
@@ -65,7 +71,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        parts = [self.ours, "vs", self.peer, self.env, f"{self.n_envs} envs", self.policy]
+        parts = [f"{self.group}:", self.ours, "vs", self.peer, self.env, f"{self.n_envs} envs", self.policy]
         parts += ["VecNormalize"] if self.normalize else []
         parts += [f"net {self.net_arch}"] if self.net_arch else []
         return " ".join([*parts, *(f"{k}={v}" for k, v in self.settings.items())])
@@ -118,6 +124,18 @@ def growth_rows() -> list[Row]:
     return rows + [
         Row("rollout", "PPO", "SB3 PPO", cart, 8, {"n_steps": n, "batch_size": 256}, updates=1)
         for n in (64, 256, 1024, 4096)
+    ]
+
+
+def memory_rows() -> list[Row]:
+    """Peak memory of one rollout and its update, where it matters."""
+    images = {"n_steps": 512, "batch_size": 64}
+    few = {"n_steps": 64, "cg_max_steps": 2, "n_critic_updates": 1, "sub_sampling_factor": 16}
+    return [
+        Row("memory", "PPO", "SB3 PPO", "CartPole-v1", 64, {"n_steps": 8192, "batch_size": 256, "n_epochs": 2}),
+        Row("memory", "PPO", "SB3 PPO", "Images 84x84x4", 8, images | {"n_epochs": 2}, "CnnPolicy"),
+        Row("memory", "TRPO", "contrib TRPO", "CartPole-v1", 64, {"n_steps": 1024}),
+        Row("memory", "TRPO", "contrib TRPO", "Images 84x84x4", 8, images | few, "CnnPolicy"),
     ]
 
 
@@ -176,6 +194,20 @@ def time_limit(row: Row, steps: int) -> float:
     for _ in range(steps // row.n_envs):
         env.step(actions)
     return (time.perf_counter() - start) / (steps // row.n_envs * row.n_envs)
+
+
+def peak_memory(row: Row, side: str) -> float:
+    """Megabytes that one rollout and its update add to a process of their own, at the worst moment."""
+    command = [sys.executable, __file__, "--peak", row.name, side]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def print_peak(name: str, side: str) -> None:
+    row = next(row for row in memory_rows() if row.name == name)
+    model = make_model(row, side, algorithms()[side])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model.learn(row.settings["n_steps"] * row.n_envs)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 def phases(row: Row, kind: Any, steps: int) -> dict[str, float]:
@@ -254,10 +286,18 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def memory_table(results: list[dict[str, Any]]) -> str:
+    lines = ["| ours / peer | task | settings | ours, MB | peer, MB |", "|---|---|---|---|---|"]
+    for r in results:
+        ours, peer = ("-".join(f"{x:.0f}" for x in sorted({min(r[k]), max(r[k])})) for k in ("ours_mb", "peer_mb"))
+        settings = ", ".join(f"{k}={v}" for k, v in r["settings"].items())
+        lines.append(f"| {r['ours']} / {r['peer']} | {r['env']}, {r['n_envs']} env | {settings} | {ours} | {peer} |")
+    return "\n".join(lines)
+
+
 def write_report(data: dict[str, Any]) -> None:
-    results = list(data["rows"].values())
-    order = {row.name: i for i, row in enumerate(main_rows() + growth_rows())}
-    results.sort(key=lambda r: order.get(r["name"], 999))
+    order = [row.name for row in main_rows() + growth_rows() + memory_rows()]
+    results = [data["rows"][name] for name in order if name in data["rows"]]
     text = [
         "# Speed",
         "",
@@ -268,7 +308,13 @@ def write_report(data: dict[str, Any]) -> None:
         "",
         "## Growth",
         "",
-        table([r for r in results if r["group"] != "main"]),
+        table([r for r in results if r["group"] in GROWTH]),
+        "",
+        "## Memory",
+        "",
+        "What one rollout and its update add to the memory of a process at the worst moment (range of 3 runs).",
+        "",
+        memory_table([r for r in results if r["group"] == "memory"]),
         "",
     ]
     (OUT / "table.md").write_text("\n".join(text))
@@ -288,7 +334,7 @@ def draw(results: list[dict[str, Any]]) -> None:
     labels = [f"{r['ours']} vs {r['peer']}, {r['env']}, {r['n_envs']} env" + (" +norm" * r["normalize"]) for r in main]
     axis.barh(range(len(main)), [ratio(r) for r in main], color=[colors[r["ours"]] for r in main])
     for i, r in enumerate(main):
-        axis.text(ratio(r) + 0.08, i, f"{ratio(r):.1f}", va="center", fontsize=8)
+        axis.text(max(ratio(r), r["wanted"] or 0) + 0.1, i, f"{ratio(r):.1f}", va="center", fontsize=8)
         if r["wanted"]:
             axis.plot([r["wanted"]] * 2, [i - 0.4, i + 0.4], color="black", lw=1)
     axis.set(yticks=range(len(main)), yticklabels=labels, xlabel="times as fast as the peer (line: wanted)")
@@ -297,7 +343,7 @@ def draw(results: list[dict[str, Any]]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(OUT / "ratios.png", dpi=150)
 
-    groups = [g for g in ("environments", "width", "rollout") if any(r["group"] == g for r in results)]
+    groups = [g for g in GROWTH if any(r["group"] == g for r in results)]
     if not groups:
         return
     figure, axes = plt.subplots(1, len(groups), figsize=(3.6 * len(groups), 3.2), layout="constrained", squeeze=False)
@@ -312,8 +358,9 @@ def draw(results: list[dict[str, Any]]) -> None:
         for side, color in (("ours", "#4477aa"), ("peer", "#cc6677"), ("limit", "gray")):
             y = [1 / statistics.median(r["seconds_per_step"][side]) for r in rows]
             axis.plot(x, y, "o-", ms=4, color=color, label={"peer": "SB3"}.get(side, side))
-        axis.set(xscale="log", yscale="log", xlabel=group, ylabel="environment steps per second")
+        axis.set(yscale="log", xlabel=GROWTH[group], ylabel="environment steps per second")
         axis.set_xscale("log", base=2)
+        axis.set_xticks(x, [str(v) for v in x])
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
     figure.suptitle("PPO on CartPole-v1", fontsize=10)
@@ -331,10 +378,14 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose name contains this, any case")
-    parser.add_argument("--group", default="", help="main, environments, width or rollout")
+    parser.add_argument("--group", default="", help="main, environments, width, rollout or memory")
+    parser.add_argument("--peak", nargs=2, metavar=("ROW", "SIDE"), help="only print the peak memory of one side")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--report", action="store_true", help="only draw the report again")
     args = parser.parse_args()
+    if args.peak:
+        print_peak(*args.peak)
+        return
     OUT.mkdir(exist_ok=True)
     path = OUT / "results.json"
     data = json.loads(path.read_text()) if path.exists() else {"rows": {}}
@@ -348,6 +399,13 @@ def main() -> None:
                 result = measure(row, kinds, args.repeats)
                 data["rows"][row.name] = result
                 print(f"{ratio(result):5.1f} ({spread(result)})  {row.name}", flush=True)
+                path.write_text(json.dumps(data, indent=1))
+        for row in memory_rows():
+            if args.only.lower() in row.name.lower() and args.group in row.group:
+                peaks = {"ours_mb": row.ours, "peer_mb": row.peer}
+                peaks = {key: [peak_memory(row, side) for _ in range(3)] for key, side in peaks.items()}
+                data["rows"][row.name] = {**asdict(row), "name": row.name, **peaks}
+                print(f"{peaks}  {row.name}", flush=True)
                 path.write_text(json.dumps(data, indent=1))
     write_report(data)
 

@@ -54,6 +54,9 @@ class Column:
         self._memory = namespace(like).empty_like(like)
         self._n = 0
 
+    def __len__(self) -> int:
+        return self._n
+
     def add(self, x: Array) -> None:
         """Append the numbers of a minibatch."""
         end = self._n + len(x)

@@ -173,13 +173,16 @@ class RolloutBuffer(sb3_buffers.RolloutBuffer):
 def sb3_order(index: np.ndarray, n_steps: int, n_envs: int) -> np.ndarray:
     """Turn row numbers of SB3's flattened rollout (environment by environment) into ours (step by step).
 
-    Drawing the permutation in SB3's numbering makes the same NumPy seed give the same minibatches, without
-    SB3's transposed copy of every array.
+    Drawing the permutation in SB3's numbering makes the same NumPy seed give the same minibatches, without SB3's
+    transposed copy of every array. ``index`` is changed in place.
     """
     if n_envs == 1:
         return index
-    env, step = np.divmod(index, n_steps)
-    return step * n_envs + env
+    env = index // n_steps
+    index %= n_steps
+    index *= n_envs
+    index += env
+    return index
 
 
 def flat_arrays(buffer: sb3_buffers.RolloutBuffer) -> list[Any]:

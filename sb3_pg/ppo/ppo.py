@@ -85,6 +85,10 @@ class EarlyStopping:
             self.allows(log_prob - minibatch.old_log_prob)
 
 
+#: The numbers of so many samples are kept for logging before they are summed up.
+_KEPT_SAMPLES = 1 << 14
+
+
 class Record:
     """What an update logs of its minibatches, as means over all their samples.
 
@@ -93,29 +97,34 @@ class Record:
     """
 
     def __init__(self, like: Array, clip_range: float) -> None:
-        self.value_loss, self._log_ratio, self._loss, self._entropy = (Column(like) for _ in range(4))
+        self.value_loss, self._log_ratio, self._loss, self._entropy = (Column(like[:_KEPT_SAMPLES]) for _ in range(4))
         self._clip_range = clip_range
         self._sums = dict.fromkeys(("value_loss", "loss", "entropy", "kl", "clip_fraction"), 0.0)
         self._counts = dict.fromkeys(self._sums, 0)
+        self._at_last_end = (0.0, 0)
 
     def add(self, log_ratio: Array, loss: Array, entropy: Array) -> None:
         """Of a minibatch on which the policy takes a step."""
         self._log_ratio.add(log_ratio)
         self._loss.add(loss)
         self._entropy.add(entropy)
+        if len(self._loss) >= _KEPT_SAMPLES:
+            self._sum_up()
 
     def end_epoch(self) -> float:
-        """Sum up an epoch.
+        """The KL of the steps since the last epoch's end, NaN if the policy took none."""
+        self._sum_up()
+        kl, n = self._sums["kl"], self._counts["kl"]
+        (kl_before, n_before), self._at_last_end = self._at_last_end, (kl, n)
+        return (kl - kl_before) / (n - n_before) if n > n_before else math.nan
 
-        :return: its KL, NaN if the policy took no step
-        """
+    def _sum_up(self) -> None:
         log_ratio = self._log_ratio.take()
         kl, _ = kl_penalty(log_ratio)
         columns = (self.value_loss.take(), self._loss.take(), self._entropy.take(), kl, self._outside(log_ratio))
         for name, x in zip(self._sums, columns, strict=True):
             self._sums[name] += float(x.sum())
             self._counts[name] += len(x)
-        return float(kl.mean()) if len(kl) else math.nan
 
     def means(self) -> dict[str, float]:
         """Over all epochs; NaN of what no minibatch contributed to."""
