@@ -17,6 +17,7 @@ from torch import nn
 
 from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.common.networks import AutogradNetwork, ClosedFormNetwork, make_network
+from sb3_pg.common.networks.adam import FlatAdam
 
 N = 9  # rows
 
@@ -271,6 +272,16 @@ def test_strict_floating_point_of_the_caller(action):
         outputs_and_gradients(network, observations, actions, 0.1)
         natural_gradient(network, observations, actions)
         network.judge(observations, actions)
+
+
+def test_strict_floating_point_while_acting():
+    policy = make_policy("box")
+    with th.no_grad():
+        policy.log_std.fill_(-120.0)  # whose exponential underflows
+    network = make_network(policy)
+    with np.errstate(all="raise"):
+        network.refresh()
+        network.act(draw(policy)[0])
 
 
 # ---------------------------------------------------------------- whole updates
@@ -677,6 +688,24 @@ def test_flat_adam_is_torchs(kind):
         assert float(mine["step"]) == float(its["step"]) == 12
         th.testing.assert_close(mine["exp_avg"], its["exp_avg"], atol=1e-6, rtol=1e-4)
         th.testing.assert_close(mine["exp_avg_sq"], its["exp_avg_sq"], atol=1e-6, rtol=1e-4)
+
+
+def test_flat_adam_moves_its_groups_apart():
+    """Actor and critic that have made different numbers of steps, as after early stopping, then step together."""
+    rng = np.random.default_rng(0)
+    ours, torchs = ([nn.Parameter(th.zeros(n)) for n in (3, 2, 4)] for _ in range(2))
+    adams = [th.optim.Adam(parameters, lr=0.1) for parameters in (ours, torchs)]
+    flat = FlatAdam(adams[0], ours[:2], ours[2:])
+    for moves in [(True, True), (False, True), (True, True), (True, False), (True, True), (True, True)]:
+        gradient = rng.normal(size=9).astype(np.float32)
+        flat.step(gradient, moves)
+        for p, g, its in zip(torchs, th.from_numpy(gradient).split([3, 2, 4]), (*2 * moves[:1], moves[1]), strict=True):
+            p.grad = g if its else None
+        adams[1].step()
+        assert flat.continues(adams[0])
+    for mine, its in zip(ours, torchs, strict=True):
+        th.testing.assert_close(mine, its)
+        th.testing.assert_close(adams[0].state[mine]["step"], adams[1].state[its]["step"])
 
 
 def test_a_loaded_optimizer_state_is_gone_on_from():

@@ -6,6 +6,7 @@ import stable_baselines3 as sb3
 import torch as th
 from conftest import ACTION_SPACES, OBSERVATION_SPACES, make_envs, policy_for, silent
 
+import sb3_pg.ppo.ppo as ppo_module
 from sb3_pg import PPO
 
 ENGINES = ["auto", "autograd"]
@@ -116,8 +117,10 @@ def test_gsde(squash_output, engine):
     check_update("box", "box", 1, engine, policy_kwargs={"squash_output": squash_output}, **options)
 
 
+@pytest.mark.parametrize("n_kept", [4, 1 << 14])
 @pytest.mark.parametrize("action", ACTION_SPACES)
-def test_log(action):
+def test_log(action, n_kept, monkeypatch):
+    monkeypatch.setattr(ppo_module, "_KEPT_SAMPLES", n_kept)
     theirs, ours = check_update("box", action, 1, "auto", batch_size=8, ent_coef=0.1, clip_range=0.01, n_epochs=1)
     assert set(theirs) <= set(ours)
     assert theirs["train/clip_fraction"] > 0

@@ -49,7 +49,7 @@ def test_conjugate_gradient_stopped_early_is_best_in_its_subspace(steps):
     rest = b - a @ found.x
     np.testing.assert_allclose(span @ rest / (np.linalg.norm(span, axis=1) * np.linalg.norm(rest)), 0, atol=1e-9)
     assert found.residual == pytest.approx(np.linalg.norm(rest) / np.linalg.norm(b))
-    assert found.curvature == pytest.approx(found.x @ a @ found.x)
+    assert found.x @ b == pytest.approx(found.x @ a @ found.x)
     assert found.iterations == steps
 
 
@@ -405,7 +405,7 @@ def solved(change):
 
     def solver(product, b, max_steps):
         solution = conjugate_gradient(product, b, max_steps)
-        return solution._replace(x=change(solution.x), curvature=change(1.0) ** 2 * solution.curvature)
+        return solution._replace(x=change(solution.x))
 
     return solver
 
@@ -415,7 +415,7 @@ REFUSALS = {
     "nan advantage": ({}, math.nan, None, None, "gradient not finite"),
     "infinite advantage": ({"normalize_advantage": False}, math.inf, None, None, None),
     "no gradient": ({"normalize_advantage": False}, 0.0, None, None, "zero gradient"),
-    "wrong direction": ({}, 1.0, solved(lambda x: -x), None, "line search failed"),
+    "wrong direction": ({}, 1.0, solved(lambda x: -x), None, "no positive curvature"),
     "direction not finite": ({}, 1.0, solved(lambda x: x * math.inf), None, "no positive curvature"),
     # sb3-contrib takes the square root of a negative one, and all weights become NaN
     "negative curvature": ({}, 1.0, None, lambda vector: -vector, "no positive curvature"),

@@ -195,7 +195,8 @@ class TRPO(PolicyGradientAlgorithm):
         def damped(vector: Array) -> Array:
             return fisher(vector) + self.cg_damping * vector
 
-        direction, iterations, residual, curvature = conjugate_gradient(damped, gradient, self.cg_max_steps)
+        direction, iterations, residual = conjugate_gradient(damped, gradient, self.cg_max_steps)
+        curvature = float(direction @ gradient)  # x.F x, without another product
 
         squared = float(gradient @ gradient)
         if not math.isfinite(squared):

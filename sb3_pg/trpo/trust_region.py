@@ -13,7 +13,6 @@ class Solution(NamedTuple):
     x: Array
     iterations: int
     residual: float  # |b - A x| / |b|
-    curvature: float  # x A x, from the residual: no further product is needed
 
 
 def conjugate_gradient(
@@ -22,7 +21,7 @@ def conjugate_gradient(
     """Solve ``A x = b`` for a positive definite ``A`` of which only products ``A v`` are known.
 
     Starts from zero, so that after k steps x is the best solution within the span of b, A b, ..., A^(k-1) b
-    (Hestenes and Stiefel 1952).
+    (Hestenes and Stiefel 1952). The residual is orthogonal to that span, so that ``x.A x = x.b`` however soon it stops.
 
     :param product: v to A v
     :param b: right-hand side, flat
@@ -46,7 +45,7 @@ def conjugate_gradient(
         direction = residual + (squared / previous) * direction
         iteration += 1
     relative = math.sqrt(squared / start) if start > 0.0 else 0.0
-    return Solution(x, iteration, relative, float(x @ (b - residual)))
+    return Solution(x, iteration, relative)
 
 
 class Accepted(NamedTuple):

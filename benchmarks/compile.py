@@ -1,0 +1,58 @@
+"""Whether torch.compile would help: one PPO minibatch of our autograd network, eager and compiled, on the CPU.
+
+Prints and writes benchmarks/speed/compile.json: milliseconds of evaluate and backward (median of 20, alternating) and
+the seconds that compiling took. One thread.
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.envs import FakeImageEnv
+
+from sb3_pg import PPO
+from sb3_pg.common.networks import AutogradNetwork
+
+REPEATS = 20
+
+
+def minibatch(network: AutogradNetwork) -> None:
+    """One evaluate and backward on the same random samples."""
+    rng = np.random.default_rng(0)
+    space = network.policy.observation_space
+    observations = network.asarray((rng.random((64, *space.shape)) * 255).astype(space.dtype))
+    actions = np.stack([network.policy.action_space.sample() for _ in range(64)]).reshape(64, -1)
+    log_prob, _, values = network.evaluate(observations, network.actions(actions))
+    network.backward(th.ones_like(log_prob) / 64, -0.01 / 64, th.ones_like(values) / 64)
+
+
+def seconds(network: AutogradNetwork) -> float:
+    start = time.perf_counter()
+    minibatch(network)
+    return time.perf_counter() - start
+
+
+def measure() -> dict[str, float]:
+    env = FakeImageEnv(screen_height=84, screen_width=84, n_channels=4, discrete=True)
+    eager, compiled = (AutogradNetwork(PPO("CnnPolicy", env, device="cpu", seed=0).policy) for _ in range(2))
+    for name in ("features_extractor", "mlp_extractor"):
+        getattr(compiled.policy, name).compile()
+    first = seconds(compiled)
+    seconds(eager)
+    times = [(seconds(eager), seconds(compiled)) for _ in range(REPEATS)]
+    medians = [1000 * statistics.median(column) for column in zip(*times, strict=True)]
+    return {"eager_ms": medians[0], "compiled_ms": medians[1], "compiling_s": first}
+
+
+def main() -> None:
+    th.set_num_threads(1)
+    results = {"task": "CnnPolicy, 84x84x4, batch 64", **measure()}
+    (Path(__file__).parent / "speed" / "compile.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
