@@ -1,5 +1,7 @@
 """Two implementations of one protocol: any torch policy, and SB3's MlpPolicy in closed form."""
 
+from collections.abc import Callable
+
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_pg.common.networks.autograd import AutogradNetwork
@@ -13,11 +15,14 @@ __all__ = ["AutogradNetwork", "ClosedFormNetwork", "Fisher", "Network", "make_ne
 def make_network(policy: ActorCriticPolicy, engine: str = "auto") -> Network:
     """The fastest network that computes exactly what ``policy`` does.
 
-    :param policy: any ActorCriticPolicy
+    :param policy: any ActorCriticPolicy; one with a method ``make_network`` is asked for its own
     :param engine: "autograd" always takes torch's
     """
     if engine == "autograd":
         return AutogradNetwork(policy, "engine='autograd'")
+    make: Callable[[], Network] | None = getattr(policy, "make_network", None)
+    if make is not None:
+        return make()
     try:
         return ClosedFormNetwork(policy)
     except Unsuitable as reason:
