@@ -135,6 +135,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
             "reference_kl_target": reference_kl_target,
         }
 
+        self.has_adapter = False
         self.language_model: Any = self._make_model(model)
         self._check_fit()
         self._check_head()
@@ -144,6 +145,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
         self.has_reference = reference_kl_coef is not None
         if lora is not None:
             self.language_model = with_adapter(self.language_model, lora)
+            self.has_adapter = True
         elif self.has_reference:
             self.reference = copy.deepcopy(self.language_model).requires_grad_(False)
         self.value_head = th.nn.Linear(self.lm.get_output_embeddings().in_features, 1)
@@ -161,7 +163,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
     @property
     def lm(self) -> Any:
         """The transformers model, with the adapter's layers in it if there is one."""
-        return self.language_model.get_base_model() if self._arguments["lora"] is not None else self.language_model
+        return self.language_model.get_base_model() if self.has_adapter else self.language_model
 
     @property
     def end_token(self) -> int:
@@ -255,7 +257,8 @@ class LanguageModelPolicy(ActorCriticPolicy):
     def portable_kwargs(self, policy_kwargs: dict[str, Any]) -> dict[str, Any]:
         """The policy's arguments with the model's configuration in place of its folder."""
         config = self.lm.config.to_dict()
-        config.pop("quantization_config", None)
+        for name in ("quantization_config", "_name_or_path"):
+            config.pop(name, None)
         return {**policy_kwargs, "model": config, "model_kwargs": None}
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
