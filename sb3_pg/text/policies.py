@@ -38,18 +38,18 @@ CHUNK_LOGITS = 1 << 24
 #: A model of the size that the built-in tasks need; untrained.
 SMALL_CAUSAL: dict[str, Any] = {
     "model_type": "llama",
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 3,
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "tie_word_embeddings": True,
 }
 SMALL_SEQ2SEQ: dict[str, Any] = {
     "model_type": "t5",
-    "d_model": 128,
-    "d_kv": 32,
-    "d_ff": 256,
+    "d_model": 96,
+    "d_kv": 24,
+    "d_ff": 192,
     "num_layers": 2,
     "num_heads": 4,
     "dropout_rate": 0.0,

@@ -1,0 +1,210 @@
+"""Three tasks that need no download: question answering, translation, and texts of a sentiment.
+
+Each function gives the training task or the held-out one, on prompts that the other does not have, with a tokenizer
+of whole words. The reward is never the metric by which the task is judged (``metric`` of :class:`BuiltIn`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from sb3_pg.common.errors import check_choice
+from sb3_pg.text.environment import TextEnv, TextTask
+from sb3_pg.text.tokenizers import word_tokenizer, words_of
+
+#: Every fifth example is held out.
+HELD_OUT = 5
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A task, and by which number a model of it is judged.
+
+    :param make: "train" or "test" to the task
+    :param metric: name of one of :mod:`sb3_pg.text.metrics`, or "sentiment"
+    """
+
+    make: Callable[[str], TextTask]
+    metric: str
+
+
+def _split(examples: list[tuple[str, Any]], split: str, **task: Any) -> TextTask:
+    """The training or the held-out part, with lengths and words of both."""
+    check_choice("split", split, ("train", "test"))
+    texts = [text for _, answer in examples for text in ([answer] if isinstance(answer, str) else answer)]
+    tokenizer = word_tokenizer(words_of([prompt for prompt, _ in examples] + texts))
+    of_split = [e for i, e in enumerate(examples) if (i % HELD_OUT == 0) == (split == "test")]
+    prompts, references = zip(*of_split, strict=True)
+    return TextTask(
+        prompts,
+        references=references,
+        tokenizer=tokenizer,
+        prompt_length=max(len(prompt.split()) for prompt, _ in examples),
+        **task,
+    )
+
+
+def _shuffled(examples: Sequence[Any], seed: int) -> list[Any]:
+    order = np.random.default_rng(seed).permutation(len(examples))
+    return [examples[i] for i in order]
+
+
+# ---------------------------------------------------------- question answering
+
+NAMES = ("ann", "bob", "eve", "kim", "max", "sue", "tom", "zoe")
+THINGS = ("apple", "book", "coin", "drum", "egg", "fan", "hat", "key", "lamp", "map", "nut", "pen")
+
+
+def _digits(number: int) -> str:
+    return " ".join(str(number))
+
+
+def question_answering(split: str = "train", seed: int = 0) -> TextTask:
+    """Sums and differences of numbers below 30, and who has what.
+
+    The reward is the share of the answer's words that are right and in their place; the metric is exact match.
+    """
+    rng = np.random.default_rng(seed)
+    sums = [(f"{_digits(a)} + {_digits(b)} =", _digits(a + b)) for a in range(30) for b in range(30)]
+    differences = [(f"{_digits(a)} - {_digits(b)} =", _digits(a - b)) for a in range(30) for b in range(a + 1)]
+    look_ups = []
+    for _ in range(1500):
+        names, things = rng.permutation(NAMES)[:2], rng.permutation(THINGS)[:2]
+        who = int(rng.integers(2))
+        facts = " . ".join(f"{n} has the {t}" for n, t in zip(names, things, strict=True))
+        look_ups.append((f"{facts} . what has {names[who]} ?", f"the {things[who]}"))
+    examples = _shuffled([*sums, *differences, *sorted(set(look_ups))], seed)
+    return _split(examples, split, reward=words_in_place, response_length=4, name="question_answering")
+
+
+def words_in_place(prompts: list[str], completions: list[str], references: list[Any]) -> list[float]:
+    """Share of places, of the longer of completion and reference, at which both have the same word."""
+
+    def share(text: str, reference: str) -> float:
+        found, expected = text.split(), reference.split()
+        return sum(a == b for a, b in zip(found, expected, strict=False)) / max(len(found), len(expected))
+
+    return [share(text, reference) for text, reference in zip(completions, references, strict=True)]
+
+
+# ---------------------------------------------------------------- translation
+
+MONTHS = {
+    "en": "january february march april may june july august september october november december".split(),
+    "fr": "janvier février mars avril mai juin juillet août septembre octobre novembre décembre".split(),
+    "es": "enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre".split(),
+}
+LANGUAGES = {"fr": "french", "es": "spanish"}
+
+
+@lru_cache(maxsize=None)
+def _number(n: int, language: str, kind: str = "cardinal") -> str:
+    from num2words import num2words
+
+    words = num2words(n, lang=language, to=kind)
+    return " ".join(words.replace("-", " ").replace(",", " ").split())
+
+
+def _date(day: int, month: int, year: int, language: str) -> str:
+    name = MONTHS[language][month]
+    if language == "en":
+        return f"the {_number(day, 'en', 'ordinal')} of {name} {_number(year, 'en', 'year')}"
+    if language == "fr":
+        return f"le {'premier' if day == 1 else _number(day, 'fr')} {name} {_number(year, 'fr')}"
+    return f"el {_number(day, 'es')} de {name} de {_number(year, 'es')}"
+
+
+def translation(split: str = "train", seed: int = 0) -> TextTask:
+    """Numbers below 10,000 and dates in words, from English to French and Spanish.
+
+    The reward is chrF of the sentence, 0 to 1; the metric is BLEU over all.
+    """
+    rng = np.random.default_rng(seed)
+    examples = []
+    for language, name in LANGUAGES.items():
+        for n in sorted({*range(100), *rng.integers(100, 10_000, 1500).tolist()}):
+            examples.append((f"to {name} : {_number(n, 'en')}", _number(n, language)))
+        for day, month, year in rng.integers((1, 0, 1900), (32, 12, 2030), (1500, 3)).tolist():
+            examples.append((f"to {name} : {_date(day, month, year, 'en')}", _date(day, month, year, language)))
+    examples = _shuffled(sorted(set(examples)), seed)
+    longest = max(len(answer.split()) for _, answer in examples)
+    return _split(examples, split, reward=sentence_chrf, response_length=longest + 1, name="translation")
+
+
+def sentence_chrf(prompts: list[str], completions: list[str], references: list[Any]) -> list[float]:
+    """Sacrebleu's chrF of each completion, 0 to 1."""
+    import sacrebleu
+
+    pairs = zip(completions, references, strict=True)
+    return [sacrebleu.sentence_chrf(text, [reference]).score / 100 for text, reference in pairs]
+
+
+# ------------------------------------------------------------------ sentiment
+
+THEMES = "book film food game hotel meal music party place play room show song story team town trip walk".split()
+VERBS = "looked seemed sounded was".split()
+GOOD = (
+    "amazing beautiful brilliant charming cheerful delightful excellent fantastic friendly fun glad good great happy "
+    "impressive lovely nice perfect pleasant sweet wonderful"
+).split()
+BAD = (
+    "annoying awful bad boring cruel disappointing dull horrible lame miserable nasty poor sad stupid terrible ugly "
+    "unhappy unpleasant upset weak worse"
+).split()
+PLAIN = "big brown early large late long new old plain quiet short small warm wide young".split()
+ADVERBS = "quite rather really so too very".split()
+
+
+def sentiment(split: str = "train", seed: int = 0) -> TextTask:
+    """Go on with the beginning of a review; good, bad and neutral ones are equally frequent in the examples.
+
+    The reward is the sentiment by vaderSentiment, -1 to 1; look at KL and distinct-2 beside it, since saying the same
+    kind word every time is what it asks for.
+    """
+    rng = np.random.default_rng(seed)
+
+    def opinion() -> str:
+        word = str(rng.choice((GOOD, BAD, PLAIN)[rng.integers(3)]))
+        return f"{rng.choice(ADVERBS)} {word}" if rng.random() < 0.4 else word
+
+    def review() -> str:
+        more = [f"and the {rng.choice(THEMES)} {rng.choice(VERBS)} {opinion()}" for _ in range(rng.integers(3))]
+        return " ".join([opinion(), *more])
+
+    prompts = [
+        f"{place}the {theme} {verb}" for place in ("", "yesterday ", "at first ") for theme in THEMES for verb in VERBS
+    ]
+    examples = [(prompt, [review() for _ in range(20)]) for prompt in _shuffled(prompts, seed)]
+    return _split(examples, split, reward=sentiment_of, response_length=16, name="sentiment")
+
+
+@lru_cache(maxsize=1)
+def _analyzer() -> Any:
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    return SentimentIntensityAnalyzer()
+
+
+def sentiment_of(prompts: list[str], completions: list[str], references: list[Any]) -> list[float]:
+    """The compound score of each completion, -1 (bad) to 1 (good)."""
+    return [_analyzer().polarity_scores(text)["compound"] for text in completions]
+
+
+TASKS: dict[str, BuiltIn] = {
+    "question_answering": BuiltIn(question_answering, "exact_match"),
+    "translation": BuiltIn(translation, "bleu"),
+    "sentiment": BuiltIn(sentiment, "sentiment"),
+}
+
+
+@lru_cache(maxsize=None)
+def _task(name: str, split: str) -> TextTask:
+    return TASKS[name].make(split)
+
+
+def make_env(task: str, split: str = "train", **options: Any) -> TextEnv:
+    """The environment behind the registered ids; all of one process share the task's data."""
+    return TextEnv(_task(task, split), **options)
