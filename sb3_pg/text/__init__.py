@@ -19,7 +19,7 @@ _HOMES = {
     "word_tokenizer": "tokenizers",
 }
 
-__all__ = [  # noqa: PLE0604  # found by __getattr__
+__all__ = [  # found by __getattr__
     "CausalLMPolicy",
     "Seq2SeqLMPolicy",
     "TextEnv",

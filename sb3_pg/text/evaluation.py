@@ -44,9 +44,9 @@ def evaluate_texts(
     """
     settings = {"do_sample": True, **settings}
     count = min(n_prompts or len(task.prompts), len(task.prompts))
-    numbers = np.repeat(np.arange(count), settings.get("num_return_sequences", 1))
+    numbers = [number for number in range(count) for _ in range(settings.get("num_return_sequences", 1))]
     responses = complete(policy, task, range(count), **settings)
-    scores, texts = task.score(numbers.tolist(), responses)
+    scores, texts = task.score(numbers, responses)
     references = None if task.references is None else [task.references[n] for n in numbers]
     figures = {"score": float(scores.mean()), "length": float((responses >= 0).sum(axis=1).mean())}
     figures.update(metrics.measure(texts, references, names))

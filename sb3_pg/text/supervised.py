@@ -10,7 +10,7 @@ import torch as th
 from sb3_pg.common.errors import ArgumentError, check_count
 from sb3_pg.text.environment import TextTask
 from sb3_pg.text.policies import CausalLMPolicy, LanguageModelPolicy
-from sb3_pg.text.sequences import EMPTY
+from sb3_pg.text.spaces import EMPTY
 
 
 def examples(task: TextTask) -> np.ndarray:
@@ -82,7 +82,7 @@ def train(
         loss.backward()  # type: ignore[no-untyped-call]
         th.nn.utils.clip_grad_norm_(trained, max_grad_norm)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
         if report is not None:
             report(step, losses[-1])
     return losses

@@ -6,7 +6,7 @@ of whole words. The reward is never the metric by which the task is judged (``me
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,10 @@ def _shuffled(examples: Sequence[Any], seed: int) -> list[Any]:
     return [examples[i] for i in order]
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 # ---------------------------------------------------------- question answering
 
 NAMES = ("ann", "bob", "eve", "kim", "max", "sue", "tom", "zoe")
@@ -93,14 +97,14 @@ def words_in_place(prompts: list[str], completions: list[str], references: list[
 # ---------------------------------------------------------------- translation
 
 MONTHS = {
-    "en": "january february march april may june july august september october november december".split(),
-    "fr": "janvier février mars avril mai juin juillet août septembre octobre novembre décembre".split(),
-    "es": "enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre".split(),
+    "en": _words("january february march april may june july august september october november december"),
+    "fr": _words("janvier février mars avril mai juin juillet août septembre octobre novembre décembre"),
+    "es": _words("enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre"),
 }
 LANGUAGES = {"fr": "french", "es": "spanish"}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _number(n: int, language: str, kind: str = "cardinal") -> str:
     from num2words import num2words
 
@@ -144,18 +148,18 @@ def sentence_chrf(prompts: list[str], completions: list[str], references: list[A
 
 # ------------------------------------------------------------------ sentiment
 
-THEMES = "book film food game hotel meal music party place play room show song story team town trip walk".split()
-VERBS = "looked seemed sounded was".split()
-GOOD = (
+THEMES = _words("book film food game hotel meal music party place play room show song story team town trip walk")
+VERBS = _words("looked seemed sounded was")
+GOOD = _words(
     "amazing beautiful brilliant charming cheerful delightful excellent fantastic friendly fun glad good great happy "
     "impressive lovely nice perfect pleasant sweet wonderful"
-).split()
-BAD = (
+)
+BAD = _words(
     "annoying awful bad boring cruel disappointing dull horrible lame miserable nasty poor sad stupid terrible ugly "
     "unhappy unpleasant upset weak worse"
-).split()
-PLAIN = "big brown early large late long new old plain quiet short small warm wide young".split()
-ADVERBS = "quite rather really so too very".split()
+)
+PLAIN = _words("big brown early large late long new old plain quiet short small warm wide young")
+ADVERBS = _words("quite rather really so too very")
 
 
 def sentiment(split: str = "train", seed: int = 0) -> TextTask:
@@ -200,7 +204,7 @@ TASKS: dict[str, BuiltIn] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _task(name: str, split: str) -> TextTask:
     return TASKS[name].make(split)
 
