@@ -84,12 +84,15 @@ def test_tasks(name):
     for task in (train_task, test_task):
         rows = examples(task)
         assert not (rows == unknown).any()
-        references = [r if isinstance(r, str) else r[0] for r in task.references]
+        assert (task.references is None) == (name == "sentiment")
         first = rows[:: len(rows) // len(task.prompts)]
         scores, texts = task.score(range(len(task.prompts)), first[:, task.width :])
-        assert texts == references
-        if name != "sentiment":
+        assert texts == [found[0] for found in task.examples]
+        if task.references is not None:
+            assert texts == task.references
             assert np.allclose(scores, 1.0)
+            wrong = rows[1 :: len(rows) // len(task.prompts)]
+            assert task.score(range(len(task.prompts)), wrong[:, task.width :])[0].max() < 1
     with pytest.raises(ArgumentError, match="`split` must be one of 'train', 'test'"):
         TASKS[name].make("dev")
 
@@ -108,7 +111,7 @@ def test_examples_are_rows_as_acting_would_record_them():
     assert np.array_equal(observations[0], task.observations([0])[0])
     assert actions[:3].tolist() == [3, 3, task.end_token]
     assert observations[2, task.width :].tolist() == [3, 3, -1, -1, -1, -1]
-    with pytest.raises(ArgumentError, match="has no `references`"):
+    with pytest.raises(ArgumentError, match="has no `examples` or `references`"):
         examples(letters_task())
     with pytest.raises(ArgumentError, match="has 3 tokens and its end; response_length is 3"):
         examples(letters_task(references=["a", "a", "a", "a b c", "a"], response_length=3))

@@ -77,9 +77,14 @@ class Decoder:
         self._state: Any = None
         self._rows: np.ndarray = np.empty((0, 0))
         self._weights: Any = None
+        self._parameters = list(self.policy.parameters())  # gathering them takes as long as a small layer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"policy": self.policy, "_state": None, "_rows": np.empty((0, 0)), "_weights": None}
+        return {"policy": self.policy}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.policy = state["policy"]
+        self.forget()
 
     @th.no_grad()
     def read(self, rows: np.ndarray) -> th.Tensor:
@@ -87,7 +92,7 @@ class Decoder:
 
         :param rows: observations, (n, prompt_length + response_length)
         """
-        weights = _versions(self.policy)
+        weights = [(p._version, p.data_ptr()) for p in self._parameters]  # changes whenever a weight does
         if weights != self._weights:
             self.forget()
         grown, ends = self._grown(rows)
@@ -125,8 +130,3 @@ class Decoder:
         before[everything, last] = rows[everything, last]
         grown: np.ndarray = fits & (before == rows).all(axis=1)
         return grown, last
-
-
-def _versions(policy: th.nn.Module) -> list[tuple[int, int]]:
-    """Changes whenever a weight does: the count of in-place changes and the place in memory of each."""
-    return [(p._version, p.data_ptr()) for p in policy.parameters()]

@@ -25,7 +25,8 @@ class TextTask:
     :param prompts: texts to continue; each episode begins with one of them, drawn at random
     :param reward: scores finished responses, several at once: one call in each step of a :class:`TextVecEnv`
     :param tokenizer: a Hugging Face tokenizer with an end token
-    :param references: an example response for each prompt (or several), for the reward and for metrics
+    :param references: the right response to each prompt (or several), for the reward and for metrics
+    :param examples: texts for each prompt that a supervised start imitates; None takes the references
     :param prompt_length: columns of an observation for the prompt; None takes those of the longest
     :param response_length: longest response in tokens, the end token included; reaching it ends the episode
     :param missing_end_penalty: taken from the reward of a response that has reached that length without its end
@@ -38,6 +39,7 @@ class TextTask:
     reward: RewardFunction
     tokenizer: Any
     references: Sequence[Any] | None = None
+    examples: Sequence[Any] | None = None
     prompt_length: int | None = None
     response_length: int = 32
     missing_end_penalty: float = 0.0
@@ -50,11 +52,11 @@ class TextTask:
         self.prompts = list(self.prompts)
         if not self.prompts:
             raise ArgumentError("`prompts` is empty: an episode begins with one of them.")
-        if self.references is not None and len(self.references) != len(self.prompts):
-            raise ArgumentError(
-                f"`references` must have one entry for each of the {len(self.prompts)} prompts, "
-                f"not {len(self.references)}."
-            )
+        for name, given in (("references", self.references), ("examples", self.examples)):
+            if given is not None and len(given) != len(self.prompts):
+                raise ArgumentError(
+                    f"`{name}` must have one entry for each of the {len(self.prompts)} prompts, not {len(given)}."
+                )
         if getattr(self.tokenizer, "eos_token_id", None) is None:
             raise ArgumentError("`tokenizer` has no end token (eos_token), so no response would ever end.")
         self.rows = self._encode_prompts()

@@ -14,23 +14,22 @@ from sb3_pg.text.spaces import EMPTY
 
 
 def examples(task: TextTask) -> np.ndarray:
-    """Whole rows of prompt, reference and end token, (n, prompt_length + response_length), one for each reference.
+    """Whole rows of prompt, example and end token, (n, prompt_length + response_length), one for each example.
 
-    :raises ArgumentError: the task has no references, or one that is too long
+    :raises ArgumentError: the task has no examples, or one that is too long
     """
-    if task.references is None:
-        raise ArgumentError(f"The task {task.name!r} has no `references` to learn from.")
+    given = task.references if task.examples is None else task.examples
+    if given is None:
+        raise ArgumentError(f"The task {task.name!r} has no `examples` or `references` to learn from.")
     pairs = [
-        (number, text)
-        for number, some in enumerate(task.references)
-        for text in ([some] if isinstance(some, str) else some)
+        (number, text) for number, some in enumerate(given) for text in ([some] if isinstance(some, str) else some)
     ]
     rows = task.observations([number for number, _ in pairs])
     tokens = task.tokenizer([text for _, text in pairs], add_special_tokens=False)["input_ids"]
     for row, ids, (_, text) in zip(rows, tokens, pairs, strict=True):
         if len(ids) + 1 > task.response_length:
             raise ArgumentError(
-                f"The reference {text[:60]!r} has {len(ids)} tokens and its end; response_length is "
+                f"The example {text[:60]!r} has {len(ids)} tokens and its end; response_length is "
                 f"{task.response_length}. Shorten it or raise `response_length`."
             )
         row[task.width : task.width + len(ids) + 1] = [*ids, task.end_token]
@@ -56,14 +55,14 @@ def train(
     seed: int = 0,
     report: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """Maximise the log-probability of the task's references, with a learning rate that falls to zero.
+    """Maximise the log-probability of the task's examples, with a learning rate that falls to zero.
 
     :param policy: changed in place
     :param n_steps: gradient steps
-    :param batch_size: references in each
+    :param batch_size: examples in each
     :param learning_rate: of Adam, at the beginning
     :param max_grad_norm: gradients are scaled down to this norm
-    :param seed: of the order of the references
+    :param seed: of the order of the examples
     :param report: called with the step and the loss of each step
     :return: the loss of each step, nats per token
     """
@@ -98,11 +97,11 @@ def pretrain(
 ) -> Path:
     """Make a small model, teach it the task and write it to a folder, with its tokenizer, for ``model=folder``.
 
-    :param task: with references
+    :param task: with examples or references
     :param folder: where to write
     :param policy_class: CausalLMPolicy or Seq2SeqLMPolicy
     :param model: a configuration or the folder of a model; None makes a small new one
-    :param seed: of the weights and of the order of the references
+    :param seed: of the weights and of the order of the examples
     :param training: arguments of :func:`train`
     :return: the folder
     """

@@ -1,7 +1,9 @@
 """Three tasks that need no download: question answering, translation, and texts of a sentiment.
 
 Each function gives the training task or the held-out one, on prompts that the other does not have, with a tokenizer
-of whole words. The reward is never the metric by which the task is judged (``metric`` of :class:`BuiltIn`).
+of whole words. The examples to imitate are like texts found somewhere: half of the answers are wrong, half of the
+translations bad, and a third of the reviews good. Telling them apart is what is left to the reward, which is never
+the metric by which the task is judged (``metric`` of :class:`BuiltIn`).
 """
 
 from collections.abc import Callable, Sequence
@@ -31,18 +33,26 @@ class BuiltIn:
     metric: str
 
 
-def _split(examples: list[tuple[str, Any]], split: str, **task: Any) -> TextTask:
+@dataclass(frozen=True)
+class Example:
+    """A prompt, what to imitate, and the right answer if there is one."""
+
+    prompt: str
+    found: tuple[str, ...]
+    right: str | None = None
+
+
+def _split(examples: list[Example], split: str, **task: Any) -> TextTask:
     """The training or the held-out part, with lengths and words of both."""
     check_choice("split", split, ("train", "test"))
-    texts = [text for _, answer in examples for text in ([answer] if isinstance(answer, str) else answer)]
-    tokenizer = word_tokenizer(words_of([prompt for prompt, _ in examples] + texts))
-    of_split = [e for i, e in enumerate(examples) if (i % HELD_OUT == 0) == (split == "test")]
-    prompts, references = zip(*of_split, strict=True)
+    tokenizer = word_tokenizer(words_of(text for example in examples for text in (example.prompt, *example.found)))
+    part = [example for i, example in enumerate(examples) if (i % HELD_OUT == 0) == (split == "test")]
     return TextTask(
-        prompts,
-        references=references,
+        [example.prompt for example in part],
+        references=[example.right for example in part] if part[0].right is not None else None,
+        examples=[example.found for example in part],
         tokenizer=tokenizer,
-        prompt_length=max(len(prompt.split()) for prompt, _ in examples),
+        prompt_length=max(len(example.prompt.split()) for example in examples),
         **task,
     )
 
@@ -69,18 +79,26 @@ def _digits(number: int) -> str:
 def question_answering(split: str = "train", seed: int = 0) -> TextTask:
     """Sums and differences of numbers below 30, and who has what.
 
-    The reward is the share of the answer's words that are right and in their place; the metric is exact match.
+    Wrong numbers are off by one, wrong things are the other one's. The reward is the share of the answer's words
+    that are right and in their place; the metric is exact match.
     """
     rng = np.random.default_rng(seed)
-    sums = [(f"{_digits(a)} + {_digits(b)} =", _digits(a + b)) for a in range(30) for b in range(30)]
-    differences = [(f"{_digits(a)} - {_digits(b)} =", _digits(a - b)) for a in range(30) for b in range(a + 1)]
-    look_ups = []
+
+    def number(question: str, right: int) -> Example:
+        wrong = right + int(rng.choice((-1, 1))) if right else 1
+        return Example(question, (_digits(right), _digits(wrong)), _digits(right))
+
+    examples = [number(f"{_digits(a)} + {_digits(b)} =", a + b) for a in range(30) for b in range(30)]
+    examples += [number(f"{_digits(a)} - {_digits(b)} =", a - b) for a in range(30) for b in range(a + 1)]
+    look_ups = {}
     for _ in range(1500):
         names, things = rng.permutation(NAMES)[:2], rng.permutation(THINGS)[:2]
         who = int(rng.integers(2))
         facts = " . ".join(f"{n} has the {t}" for n, t in zip(names, things, strict=True))
-        look_ups.append((f"{facts} . what has {names[who]} ?", f"the {things[who]}"))
-    examples = _shuffled([*sums, *differences, *sorted(set(look_ups))], seed)
+        right, wrong = f"the {things[who]}", f"the {things[1 - who]}"
+        prompt = f"{facts} . what has {names[who]} ?"
+        look_ups[prompt] = Example(prompt, (right, wrong), right)
+    examples = _shuffled([*examples, *look_ups.values()], seed)
     return _split(examples, split, reward=words_in_place, response_length=4, name="question_answering")
 
 
@@ -124,18 +142,33 @@ def _date(day: int, month: int, year: int, language: str) -> str:
 def translation(split: str = "train", seed: int = 0) -> TextTask:
     """Numbers below 10,000 and dates in words, from English to French and Spanish.
 
-    The reward is chrF of the sentence, 0 to 1; the metric is BLEU over all.
+    Bad translations of numbers are in the other language, those of dates leave words out. The reward is chrF of the
+    sentence, 0 to 1; the metric is BLEU over all.
     """
     rng = np.random.default_rng(seed)
+    numbers = sorted({*range(100), *rng.integers(100, 10_000, 1500).tolist()})
+    dates = sorted(
+        {(day, month, year) for day, month, year in rng.integers((1, 0, 1900), (32, 12, 2030), (1500, 3)).tolist()}
+    )
     examples = []
-    for language, name in LANGUAGES.items():
-        for n in sorted({*range(100), *rng.integers(100, 10_000, 1500).tolist()}):
-            examples.append((f"to {name} : {_number(n, 'en')}", _number(n, language)))
-        for day, month, year in rng.integers((1, 0, 1900), (32, 12, 2030), (1500, 3)).tolist():
-            examples.append((f"to {name} : {_date(day, month, year, 'en')}", _date(day, month, year, language)))
-    examples = _shuffled(sorted(set(examples)), seed)
-    longest = max(len(answer.split()) for _, answer in examples)
+    for language, other in (("fr", "es"), ("es", "fr")):
+        to = f"to {LANGUAGES[language]} :"
+        for n in numbers:
+            right, wrong = _number(n, language), _number(n, other)
+            examples.append(Example(f"{to} {_number(n, 'en')}", (right, wrong), right))
+        for date in dates:
+            right, wrong = _date(*date, language), _flawed(_date(*date, language), rng)
+            examples.append(Example(f"{to} {_date(*date, 'en')}", (right, wrong), right))
+    examples = _shuffled(examples, seed)
+    longest = max(len(text.split()) for example in examples for text in example.found)
     return _split(examples, split, reward=sentence_chrf, response_length=longest + 1, name="translation")
+
+
+def _flawed(text: str, rng: np.random.Generator) -> str:
+    """The text without one or two of its words."""
+    words = text.split()
+    missing = rng.choice(len(words), size=int(rng.integers(1, 3)), replace=False)
+    return " ".join(word for i, word in enumerate(words) if i not in missing)
 
 
 def sentence_chrf(prompts: list[str], completions: list[str], references: list[Any]) -> list[float]:
@@ -181,7 +214,7 @@ def sentiment(split: str = "train", seed: int = 0) -> TextTask:
     prompts = [
         f"{place}the {theme} {verb}" for place in ("", "yesterday ", "at first ") for theme in THEMES for verb in VERBS
     ]
-    examples = [(prompt, [review() for _ in range(20)]) for prompt in _shuffled(prompts, seed)]
+    examples = [Example(prompt, tuple(review() for _ in range(20))) for prompt in _shuffled(prompts, seed)]
     return _split(examples, split, reward=sentiment_of, response_length=16, name="sentiment")
 
 
