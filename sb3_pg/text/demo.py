@@ -23,10 +23,10 @@ from sb3_pg.text.tasks import TASKS
 ALGORITHMS: dict[str, type[PolicyGradientAlgorithm]] = {"reinforce": REINFORCE, "trpo": TRPO, "ppo": PPO}
 
 #: Gradient steps of the supervised start: enough to get the form right and to be wrong often.
-PRETRAIN_STEPS = {"question_answering": 600, "translation": 250, "sentiment": 250}
+PRETRAIN_STEPS = {"question_answering": 600, "translation": 400, "sentiment": 250}
 
 #: Tokens acted while tuning, about a minute each.
-TIMESTEPS = {"reinforce": 120_000, "trpo": 50_000, "ppo": 60_000}
+TIMESTEPS = {"reinforce": 150_000, "trpo": 60_000, "ppo": 100_000}
 
 #: Environments side by side, and how many of them are shown the same prompts.
 N_ENVS = 64
@@ -34,16 +34,16 @@ COMPLETIONS_PER_PROMPT = {"reinforce": 4, "trpo": 1, "ppo": 1}
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "reinforce": {
-        "n_episodes": 128,
+        "n_episodes": 64,
         "baseline": "leave_one_out_same_start",
         "learning_rate": 3e-4,
         "n_critic_updates": 0,
     },
     "trpo": {
-        "n_steps": 64,
+        "n_steps": 32,
         "batch_size": 1024,
         "gae_lambda": 1.0,
-        "target_kl": 0.01,
+        "target_kl": 0.02,
         "sub_sampling_factor": 4,
         "n_critic_updates": 5,
     },
@@ -51,15 +51,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "n_steps": 64,
         "batch_size": 512,
         "n_epochs": 4,
-        "learning_rate": 3e-4,
-        "gae_lambda": 1.0,
-        "vf_coef": 0.1,
+        "learning_rate": 1e-4,
         "max_grad_norm": 1.0,
     },
 }
 
 #: Weight of the penalty for leaving the supervised model.
-REFERENCE_KL_COEF = 0.02
+REFERENCE_KL_COEF = 0.05
 
 
 def make_model(algo: str, task: TextTask, folder: Path, seed: int, **changes: Any) -> PolicyGradientAlgorithm:

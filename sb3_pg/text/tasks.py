@@ -1,7 +1,7 @@
 """Three tasks that need no download: question answering, translation, and texts of a sentiment.
 
 Each function gives the training task or the held-out one, on prompts that the other does not have, with a tokenizer
-of whole words. The examples to imitate are like texts found somewhere: half of the answers are wrong, half of the
+of whole words. The examples to imitate are like texts found somewhere: a third of the answers are wrong, half of the
 translations bad, and a third of the reviews good. Telling them apart is what is left to the reward, which is never
 the metric by which the task is judged (``metric`` of :class:`BuiltIn`).
 """
@@ -9,6 +9,7 @@ the metric by which the task is judged (``metric`` of :class:`BuiltIn`).
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -68,8 +69,31 @@ def _words(text: str) -> tuple[str, ...]:
 
 # ---------------------------------------------------------- question answering
 
-NAMES = ("ann", "bob", "eve", "kim", "max", "sue", "tom", "zoe")
-THINGS = ("apple", "book", "coin", "drum", "egg", "fan", "hat", "key", "lamp", "map", "nut", "pen")
+#: what it says, and what its young is called
+ANIMALS = {
+    "cat": ("meow", "kitten"),
+    "cow": ("moo", "calf"),
+    "dog": ("woof", "puppy"),
+    "duck": ("quack", "duckling"),
+    "frog": ("croak", "tadpole"),
+    "goat": ("bleat", "kid"),
+    "goose": ("honk", "gosling"),
+    "hen": ("cluck", "chick"),
+    "horse": ("neigh", "foal"),
+    "lion": ("roar", "cub"),
+    "pig": ("oink", "piglet"),
+    "sheep": ("baa", "lamb"),
+}
+QUESTIONS = (
+    ("what does a {} say ?", "how does a {} sound ?", "which sound comes from a {} ?", "say what a {} says ."),
+    (
+        "what is a young {} called ?",
+        "how do you call a young {} ?",
+        "name the young of a {} .",
+        "a {} has which young ?",
+    ),
+)
+BEGINNINGS = ("", "please tell me : ", "do you know : ", "quick : ")
 
 
 def _digits(number: int) -> str:
@@ -77,28 +101,24 @@ def _digits(number: int) -> str:
 
 
 def question_answering(split: str = "train", seed: int = 0) -> TextTask:
-    """Sums and differences of numbers below 30, and who has what.
+    """Numbers below 100 plus numbers below 10, and questions about animals.
 
-    Wrong numbers are off by one, wrong things are the other one's. The reward is the share of the answer's words
+    Wrong sums are off by one, wrong animals are any. The reward is the share of the answer's words
     that are right and in their place; the metric is exact match.
     """
     rng = np.random.default_rng(seed)
 
     def number(question: str, right: int) -> Example:
         wrong = right + int(rng.choice((-1, 1))) if right else 1
-        return Example(question, (_digits(right), _digits(wrong)), _digits(right))
+        return Example(question, (_digits(right), _digits(right), _digits(wrong)), _digits(right))
 
-    examples = [number(f"{_digits(a)} + {_digits(b)} =", a + b) for a in range(30) for b in range(30)]
-    examples += [number(f"{_digits(a)} - {_digits(b)} =", a - b) for a in range(30) for b in range(a + 1)]
-    look_ups = {}
-    for _ in range(1500):
-        names, things = rng.permutation(NAMES)[:2], rng.permutation(THINGS)[:2]
-        who = int(rng.integers(2))
-        facts = " . ".join(f"{n} has the {t}" for n, t in zip(names, things, strict=True))
-        right, wrong = f"the {things[who]}", f"the {things[1 - who]}"
-        prompt = f"{facts} . what has {names[who]} ?"
-        look_ups[prompt] = Example(prompt, (right, wrong), right)
-    examples = _shuffled([*examples, *look_ups.values()], seed)
+    examples = [number(f"{_digits(a)} + {_digits(b)} =", a + b) for a in range(100) for b in range(10)]
+    for animal, facts in ANIMALS.items():
+        for which, right in enumerate(facts):
+            for beginning, question in product(BEGINNINGS, QUESTIONS[which]):
+                wrong = ANIMALS[str(rng.choice(sorted(ANIMALS)))][which]
+                examples.append(Example(beginning + question.format(animal), (right, right, wrong), right))
+    examples = _shuffled(examples, seed)
     return _split(examples, split, reward=words_in_place, response_length=4, name="question_answering")
 
 
