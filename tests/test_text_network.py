@@ -151,7 +151,7 @@ def test_minibatches_do_not_cut_sequences():
 def test_prefix_chains():
     e = -1
     rows = np.array(
-        [[5, 6, 1, 2, e], [5, 6, e, e, e], [e, 6, 1, e, e], [5, 6, 1, e, e], [5, 6, 3, e, e], [5, 6, 1, 2, e]]
+        [[5, 6, 1, 2, e], [5, 6, e, e, e], [e, 6, e, e, e], [5, 6, 1, e, e], [5, 6, 3, e, e], [5, 6, 1, 2, e]]
     )
     ends, chain = prefix_chains(rows, 2)
     for row, end in zip(rows, ends[chain], strict=True):
@@ -186,7 +186,7 @@ def test_the_cache_notices_changed_weights_and_strange_rows(shape):
     rows[:, policy.prompt_length + 1] = 4
     check()
     rows[1, policy.prompt_length] = 7  # its past has changed
-    rows[[0, 2, 3], policy.prompt_length + 2] = 8
+    rows[:, policy.prompt_length + 2] = 8
     check()
     rows[2] = model.env.task.observations([1])[0]
     check()
