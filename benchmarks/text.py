@@ -32,7 +32,7 @@ import transformers
 from stable_baselines3.common.logger import Logger
 
 from sb3_pg import PPO
-from sb3_pg.common.buffers import shuffled, whole_batch
+from sb3_pg.common.buffers import random_order, whole_batch
 from sb3_pg.text import TextVecEnv
 from sb3_pg.text.demo import ALGORITHMS, PRETRAIN_STEPS, TIMESTEPS, make_model
 from sb3_pg.text.evaluation import evaluate_texts, table
@@ -137,8 +137,9 @@ def forwards_per_update(folder: Path) -> dict[str, float]:
     policy: Any = model.policy
     original = policy.read_sequences
     policy.read_sequences = lambda lm, rows: read.append(len(rows)) or original(lm, rows)
-    batch = shuffled(whole_batch(model.rollout_buffer, model.network), model.rollout_buffer)
-    for minibatch in batch.minibatches(model.batch_size):
+    batch = whole_batch(model.rollout_buffer, model.network)
+    order = random_order(batch, model.rollout_buffer)
+    for minibatch in batch.minibatches(model.batch_size, order):
         model.network.evaluate(minibatch.observations, minibatch.actions)
     sequences = len(np.unique(batch.sequence))
     return {"tokens": len(batch), "sequences": sequences, "sequences_read": sum(read)}

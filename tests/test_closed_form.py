@@ -669,8 +669,8 @@ def test_flat_adam_is_torchs(kind):
     for model in (ours, torchs):
         np.random.seed(1)
         model.train()
-    assert ours.network._adams
-    assert not torchs.network._adams
+    assert ours.network._adam
+    assert not torchs.network._adam
     for a, b in zip(ours.policy.parameters(), torchs.policy.parameters(), strict=True):
         th.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
         mine, its = ours.policy.optimizer.state[a], torchs.policy.optimizer.state[b]

@@ -7,7 +7,7 @@ from conftest import silent
 from text_models import SHAPES, config_of, letters_task
 
 from sb3_pg import PPO, REINFORCE, TRPO
-from sb3_pg.common.buffers import shuffled, whole_batch
+from sb3_pg.common.buffers import random_order, whole_batch
 from sb3_pg.common.networks import AutogradNetwork
 from sb3_pg.text import TextVecEnv
 from sb3_pg.text.sequences import flush_left, flush_right, prefix_chains
@@ -66,8 +66,8 @@ def test_acting_judging_and_the_first_minibatch_agree(shape):
     np.testing.assert_allclose(log_probs, buffer.log_probs[: buffer.pos], atol=1e-5)
     np.testing.assert_allclose(values, buffer.values[: buffer.pos], atol=1e-5)
 
-    batch = shuffled(whole_batch(buffer, model.network), buffer)
-    for minibatch in batch.minibatches(16):
+    batch = whole_batch(buffer, model.network)
+    for minibatch in batch.minibatches(16, random_order(batch, buffer)):
         log_prob, _, value = model.network.evaluate(minibatch.observations, minibatch.actions)
         np.testing.assert_allclose(log_prob, minibatch.old_log_prob, atol=1e-5)
         np.testing.assert_allclose(value, minibatch.old_values, atol=1e-5)
@@ -121,10 +121,11 @@ def test_one_forward_per_sequence(shape):
     read = []
     original = model.policy.read_sequences
     model.policy.read_sequences = lambda lm, rows: read.append(len(rows)) or original(lm, rows)
-    batch = shuffled(whole_batch(model.rollout_buffer, model.network), model.rollout_buffer)
+    batch = whole_batch(model.rollout_buffer, model.network)
+    order = random_order(batch, model.rollout_buffer)
     n_sequences = len(np.unique(batch.sequence))
     assert n_sequences < len(batch) / 3
-    minibatches = list(batch.minibatches(16))
+    minibatches = list(batch.minibatches(16, order))
     assert len(minibatches) > 1
     for minibatch in minibatches:
         model.network.evaluate(minibatch.observations, minibatch.actions)
@@ -138,7 +139,7 @@ def test_minibatches_do_not_cut_sequences():
     batch = whole_batch(buffer, model.network)
     assert np.array_equal(batch.rows, np.arange(len(batch)))  # in time order until shuffled
     for even in (False, True):
-        minibatches = list(shuffled(batch, buffer).minibatches(16, even=even))
+        minibatches = list(batch.minibatches(16, random_order(batch, buffer), even=even))
         assert sorted(np.concatenate([m.rows for m in minibatches])) == list(range(len(batch)))
         held = [set(m.sequence) for m in minibatches]
         assert sum(map(len, held)) == len(set.union(*held))

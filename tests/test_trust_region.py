@@ -49,6 +49,7 @@ def test_conjugate_gradient_stopped_early_is_best_in_its_subspace(steps):
     rest = b - a @ found.x
     np.testing.assert_allclose(span @ rest / (np.linalg.norm(span, axis=1) * np.linalg.norm(rest)), 0, atol=1e-9)
     assert found.residual == pytest.approx(np.linalg.norm(rest) / np.linalg.norm(b))
+    assert found.curvature == pytest.approx(found.x @ a @ found.x)
     assert found.iterations == steps
 
 
@@ -173,6 +174,7 @@ def judged(request):
         sampled = policy.get_distribution(observations).sample().numpy()
     network = AutogradNetwork(policy)
     actions = network.actions(sampled)
+    actions = actions.double() if actions.is_floating_point() else actions  # or torch's Bernoulli answers in float32
     network.find_actor(observations, actions)
     return policy, network, observations, actions
 
@@ -403,7 +405,7 @@ def solved(change):
 
     def solver(product, b, max_steps):
         solution = conjugate_gradient(product, b, max_steps)
-        return solution._replace(x=change(solution.x))
+        return solution._replace(x=change(solution.x), curvature=change(1.0) ** 2 * solution.curvature)
 
     return solver
 

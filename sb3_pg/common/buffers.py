@@ -13,7 +13,7 @@ from stable_baselines3.common.preprocessing import get_action_dim, get_obs_shape
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 from stable_baselines3.common.utils import get_device
 
-from sb3_pg.common.arrays import Array, length, take
+from sb3_pg.common.arrays import Array, length, nbytes, take
 from sb3_pg.common.networks.protocol import Network
 from sb3_pg.common.returns import generalized_advantage
 
@@ -220,21 +220,40 @@ class Batch:
         columns: list[Any] = [None if x is None else take(x, index) for x in self.__dict__.values()]
         return Batch(*columns)
 
-    def minibatches(self, batch_size: int | None, *, even: bool = False) -> Generator["Batch", None, None]:
-        """Consecutive pieces of ``batch_size`` samples; all at once for None.
+    def minibatches(
+        self, batch_size: int | None, order: np.ndarray | None = None, *, even: bool = False
+    ) -> Generator["Batch", None, None]:
+        """Pieces of ``batch_size`` samples; all at once for None.
 
         Sequences are not cut: a piece goes on to the end of the one that it ends in.
 
+        :param order: the numbers of the samples in the order in which they are wanted, by default as they are
         :param even: spread a shorter last piece over all, so that none is much smaller than the others
         """
         n = len(self)
         size = batch_size or n
         edges = np.linspace(0, n, -(-n // size) + 1).astype(int) if even else [*range(0, n, size), n]
         if self.sequence is not None:
-            ends = np.append(np.flatnonzero(np.diff(self.sequence)) + 1, n)
+            sequence = self.sequence if order is None else self.sequence[order]
+            ends = np.append(np.flatnonzero(np.diff(sequence)) + 1, n)
             edges = [0, *np.unique(ends[np.searchsorted(ends, edges[1:])])]
-        for start, end in pairwise(edges):
-            yield self[start:end]
+        if order is None:
+            for start, end in pairwise(edges):
+                yield self[start:end]
+            return
+        # Gathered together, minibatches are plain slices of the result; images are too large for many at a time.
+        n_together = max(
+            1, _GATHERED_BYTES * n // max(1, sum(nbytes(x) for x in self.__dict__.values() if x is not None) * size)
+        )
+        for first in range(0, len(edges) - 1, n_together):
+            its = edges[first : first + n_together + 1]
+            gathered = self[order[its[0] : its[-1]]]
+            for start, end in pairwise(its):
+                yield gathered[start - its[0] : end - its[0]]
+
+
+#: How much is gathered at once: a whole rollout, unless it is long or of images.
+_GATHERED_BYTES = 1 << 22
 
 
 def whole_batch(buffer: sb3_buffers.RolloutBuffer, network: Network, keep: np.ndarray | None = None) -> Batch:
@@ -261,18 +280,18 @@ def sequence_numbers(buffer: sb3_buffers.RolloutBuffer) -> np.ndarray:
     return numbers
 
 
-def shuffled(batch: Batch, buffer: sb3_buffers.RolloutBuffer) -> Batch:
-    """The batch in random order, gathered once for a whole epoch; its minibatches are then plain slices.
+def random_order(batch: Batch, buffer: sb3_buffers.RolloutBuffer) -> np.ndarray:
+    """The numbers of the samples in random order, the same as SB3's for the same NumPy seed.
 
     Samples of one sequence stay together and in time order.
     """
     if batch.sequence is not None:
         _, number = np.unique(batch.sequence, return_inverse=True)
-        return batch[np.argsort(np.random.permutation(number.max() + 1)[number], kind="stable")]
-    permutation = np.random.permutation(len(batch))
+        return np.argsort(np.random.permutation(number.max() + 1)[number], kind="stable")
+    order = np.random.permutation(len(batch))
     if len(batch) == buffer.pos * buffer.n_envs:
-        permutation = sb3_order(permutation, buffer.pos, buffer.n_envs)
-    return batch[permutation]
+        order = sb3_order(order, buffer.pos, buffer.n_envs)
+    return order
 
 
 def epoch(
@@ -287,7 +306,7 @@ def epoch(
         sb3_buffers.RolloutBuffer._get_samples,
         sb3_buffers.DictRolloutBuffer._get_samples,
     ):
-        yield from shuffled(batch, buffer).minibatches(batch_size)
+        yield from batch.minibatches(batch_size, random_order(batch, buffer))
         return
     for data in buffer.get(batch_size):
         rows = np.full(length(data.observations), -1)

@@ -54,6 +54,24 @@ class Family(Protocol):
         """The most likely action of each row."""
 
 
+def d_parameters(
+    family: Family, parameters: Parameters, actions: Array, d_log_prob: Array | None, d_entropy: float | None
+) -> Parameters | None:
+    """The derivative of a loss by each row's parameters, from those by its log-probability and entropy.
+
+    :param d_log_prob: (n,), or None if the loss does not depend on it
+    :param d_entropy: the same number for each row; None or 0 if the loss does not depend on it
+    :return: None if it depends on neither
+    """
+    total: Parameters | None = None
+    if d_log_prob is not None:
+        total = tuple(d_log_prob[:, None] * x for x in family.d_log_prob(parameters, actions))
+    if d_entropy:
+        more = tuple(d_entropy * x for x in family.d_entropy(parameters))
+        total = more if total is None else tuple(a + b for a, b in zip(total, more, strict=True))
+    return total
+
+
 @lru_cache(maxsize=64)
 def _scratch(n_rows: int, n_columns: int) -> tuple[th.Tensor, np.ndarray]:
     """Memory for noise, as torch and as NumPy see it; good until the next noise of that shape is drawn."""
@@ -72,7 +90,7 @@ class Gaussian:
         xp = namespace(mean)
         z = (actions - mean) * xp.exp(-log_std)
         constant = 0.5 * self.n_dims * math.log(2.0 * math.pi)
-        return -0.5 * xp.sum(z * z, axis=-1) - xp.sum(log_std, axis=-1) - constant
+        return -0.5 * (z * z).sum(axis=-1) - (log_std.sum(axis=-1) + constant)
 
     def d_log_prob(self, parameters: Parameters, actions: Array) -> Parameters:
         mean, log_std = parameters
@@ -82,9 +100,8 @@ class Gaussian:
 
     def entropy(self, parameters: Parameters) -> Array:
         mean, log_std = parameters
-        xp = namespace(mean)
-        per_row = xp.sum(log_std + xp.zeros_like(mean), axis=-1)
-        return per_row + 0.5 * self.n_dims * (1.0 + math.log(2.0 * math.pi))
+        total = log_std.sum(axis=-1) + 0.5 * self.n_dims * (1.0 + math.log(2.0 * math.pi))
+        return total + namespace(mean).zeros_like(mean[:, 0])
 
     def d_entropy(self, parameters: Parameters) -> Parameters:
         mean, _ = parameters
@@ -116,6 +133,19 @@ class Gaussian:
         return parameters[0]
 
 
+def _largest(x: Array) -> Array:
+    """The largest number of each row, (n, 1)."""
+    return x.max(axis=-1, keepdims=True) if isinstance(x, np.ndarray) else x.amax(dim=-1, keepdim=True)
+
+
+def _sum(blocks: list[Array]) -> Array:
+    return blocks[0] if len(blocks) == 1 else sum(blocks)
+
+
+def _side_by_side(blocks: list[Array]) -> Array:
+    return blocks[0] if len(blocks) == 1 else namespace(blocks[0]).concat(blocks, axis=-1)
+
+
 class Categorical:
     """One or several independent choices: parameters (logits,), (n, sum of ``sizes``).
 
@@ -127,13 +157,16 @@ class Categorical:
         self.n_logits = int(ends[-1])
         self.blocks = [slice(int(end - size), int(end)) for end, size in zip(ends, sizes, strict=True)]
 
-    def _log_softmax(self, logits: Array) -> list[Array]:
+    def _softmax(self, logits: Array) -> list[tuple[Array, Array]]:
+        """Log-probability and probability of the options of each choice."""
         xp = namespace(logits)
         normalised = []
         for block in self.blocks:
             x = logits[:, block]
-            x = x - xp.max(x, axis=-1, keepdims=True)
-            normalised.append(x - xp.log(xp.sum(xp.exp(x), axis=-1, keepdims=True)))
+            x = x - _largest(x)
+            p = xp.exp(x)
+            total = p.sum(axis=-1, keepdims=True)
+            normalised.append((x - xp.log(total), p / total))
         return normalised
 
     def _chosen(self, actions: Array) -> list[Array]:
@@ -142,44 +175,39 @@ class Categorical:
     def log_prob(self, parameters: Parameters, actions: Array) -> Array:
         xp = namespace(parameters[0])
         row = xp.arange(len(actions))
-        blocks = zip(self._log_softmax(parameters[0]), self._chosen(actions), strict=True)
-        return sum(log_p[row, chosen] for log_p, chosen in blocks)
+        blocks = zip(self._softmax(parameters[0]), self._chosen(actions), strict=True)
+        return _sum([log_p[row, chosen] for (log_p, _), chosen in blocks])
 
     def d_log_prob(self, parameters: Parameters, actions: Array) -> Parameters:
         xp = namespace(parameters[0])
         row = xp.arange(len(actions))
         derivative = []
-        for log_p, chosen in zip(self._log_softmax(parameters[0]), self._chosen(actions), strict=True):
-            d = -xp.exp(log_p)
+        for (_, p), chosen in zip(self._softmax(parameters[0]), self._chosen(actions), strict=True):
+            d = -p
             d[row, chosen] += 1.0
             derivative.append(d)
-        return (derivative[0] if len(derivative) == 1 else xp.concat(derivative, axis=-1),)
+        return (_side_by_side(derivative),)
 
     def entropy(self, parameters: Parameters) -> Array:
-        xp = namespace(parameters[0])
-        return sum(-xp.sum(xp.exp(log_p) * log_p, axis=-1) for log_p in self._log_softmax(parameters[0]))
+        return -_sum([(p * log_p).sum(axis=-1) for log_p, p in self._softmax(parameters[0])])
 
     def d_entropy(self, parameters: Parameters) -> Parameters:
-        xp = namespace(parameters[0])
         derivative = []
-        for log_p in self._log_softmax(parameters[0]):
-            p = xp.exp(log_p)
-            entropy = -xp.sum(p * log_p, axis=-1, keepdims=True)
+        for log_p, p in self._softmax(parameters[0]):
+            entropy = -(p * log_p).sum(axis=-1, keepdims=True)
             derivative.append(-p * (log_p + entropy))
-        return (derivative[0] if len(derivative) == 1 else xp.concat(derivative, axis=-1),)
+        return (_side_by_side(derivative),)
 
     def kl(self, old: Parameters, new: Parameters) -> Array:
-        xp = namespace(new[0])
-        blocks = zip(self._log_softmax(old[0]), self._log_softmax(new[0]), strict=True)
-        return sum(xp.sum(xp.exp(p) * (p - q), axis=-1) for p, q in blocks)
+        blocks = zip(self._softmax(old[0]), self._softmax(new[0]), strict=True)
+        return _sum([(p * (log_p - log_q)).sum(axis=-1) for (log_p, p), (log_q, _) in blocks])
 
     def fisher(self, parameters: Parameters, tangent: Parameters) -> Parameters:
-        xp = namespace(parameters[0])
         product = []
-        for log_p, block in zip(self._log_softmax(parameters[0]), self.blocks, strict=True):
-            p, t = xp.exp(log_p), tangent[0][:, block]
-            product.append(p * (t - xp.sum(p * t, axis=-1, keepdims=True)))
-        return (product[0] if len(product) == 1 else xp.concat(product, axis=-1),)
+        for (_, p), block in zip(self._softmax(parameters[0]), self.blocks, strict=True):
+            t = tangent[0][:, block]
+            product.append(p * (t - (p * t).sum(axis=-1, keepdims=True)))
+        return (_side_by_side(product),)
 
     def noise(self, n_rows: int) -> np.ndarray:
         drawn = []

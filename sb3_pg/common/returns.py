@@ -17,8 +17,11 @@ def discounted_sum(x: FloatArray, discount: FloatArray) -> FloatArray:
     :param discount: the same shape; 0 where an episode ends
     :return: ``y`` in float64, the same shape
     """
-    y = np.array(x, dtype=np.float64)
-    c = np.array(discount, dtype=np.float64)
+    return _scanned(np.array(x, dtype=np.float64), np.array(discount, dtype=np.float64))
+
+
+def _scanned(y: FloatArray, c: FloatArray) -> FloatArray:
+    """``discounted_sum`` of ``y`` with the discount ``c``, in their own memory."""
     span = 1
     with np.errstate(under="ignore"):  # long products of discounts may underflow to zero, as they should
         while span < len(y):
@@ -44,7 +47,8 @@ def generalized_advantage(
     alive = 1.0 - dones
     next_values = np.concatenate([values[1:], last_values[None]])
     delta = rewards + gamma * alive * next_values - values
-    return discounted_sum(delta, gamma * gae_lambda * alive)
+    alive *= gamma * gae_lambda
+    return _scanned(delta, alive)
 
 
 def reward_to_go(rewards: FloatArray, dones: BoolArray, gamma: float) -> FloatArray:

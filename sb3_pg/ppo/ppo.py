@@ -1,5 +1,6 @@
 """PPO: several epochs of minibatch steps on an objective that loses interest when the policy has moved enough."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -10,7 +11,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, update_learning_rate
 
-from sb3_pg.common.arrays import Array, mean_of, namespace
+from sb3_pg.common.arrays import Array, Column, namespace
 from sb3_pg.common.buffers import Batch, epoch, whole_batch
 from sb3_pg.common.errors import ArgumentError, check_choice, check_count, check_number
 from sb3_pg.common.networks import Network
@@ -82,6 +83,47 @@ class EarlyStopping:
         if self.limit is not None and not self.stopped:
             log_prob, _, _ = self.network.evaluate(minibatch.observations, minibatch.actions)
             self.allows(log_prob - minibatch.old_log_prob)
+
+
+class Record:
+    """What an update logs of its minibatches, as means over all their samples.
+
+    :param like: an array with one row for each sample of the rollout
+    :param clip_range: ratios further from one than this count as clipped
+    """
+
+    def __init__(self, like: Array, clip_range: float) -> None:
+        self.value_loss, self._log_ratio, self._loss, self._entropy = (Column(like) for _ in range(4))
+        self._clip_range = clip_range
+        self._sums = dict.fromkeys(("value_loss", "loss", "entropy", "kl", "clip_fraction"), 0.0)
+        self._counts = dict.fromkeys(self._sums, 0)
+
+    def add(self, log_ratio: Array, loss: Array, entropy: Array) -> None:
+        """Of a minibatch on which the policy takes a step."""
+        self._log_ratio.add(log_ratio)
+        self._loss.add(loss)
+        self._entropy.add(entropy)
+
+    def end_epoch(self) -> float:
+        """Sum up an epoch.
+
+        :return: its KL, NaN if the policy took no step
+        """
+        log_ratio = self._log_ratio.take()
+        kl, _ = kl_penalty(log_ratio)
+        columns = (self.value_loss.take(), self._loss.take(), self._entropy.take(), kl, self._outside(log_ratio))
+        for name, x in zip(self._sums, columns, strict=True):
+            self._sums[name] += float(x.sum())
+            self._counts[name] += len(x)
+        return float(kl.mean()) if len(kl) else math.nan
+
+    def means(self) -> dict[str, float]:
+        """Over all epochs; NaN of what no minibatch contributed to."""
+        return {name: x / self._counts[name] if self._counts[name] else math.nan for name, x in self._sums.items()}
+
+    def _outside(self, log_ratio: Array) -> Array:
+        xp = namespace(log_ratio)
+        return xp.astype(xp.abs(xp.expm1(log_ratio)) > self._clip_range, log_ratio.dtype)
 
 
 class PPO(PolicyGradientAlgorithm):
@@ -287,10 +329,8 @@ class PPO(PolicyGradientAlgorithm):
         objective, value_loss = self._make_objective(), self._make_value_loss()
         ent_coef, vf_coef = self._coefficient("ent_coef"), self._coefficient("vf_coef")
 
-        seen: list[tuple[Array, Array, Array]] = []  # log_ratio, policy loss and entropy of each minibatch
-        value_losses: list[Array] = []
+        record = Record(batch.old_log_prob, self._coefficient("clip_range"))
         for _ in range(self.n_epochs):
-            first = len(seen)
             for minibatch in epoch(batch, self.rollout_buffer, network, self.batch_size):
                 n = len(minibatch)
                 advantages = minibatch.advantages
@@ -300,20 +340,22 @@ class PPO(PolicyGradientAlgorithm):
                 log_ratio = log_prob - minibatch.old_log_prob
                 loss, d_log_prob = objective(log_ratio, advantages)
                 v_loss, d_value = value_loss(value, minibatch)
-                value_losses.append(v_loss)
+                record.value_loss.add(v_loss)
                 if stopping.allows(log_ratio):
-                    seen.append((log_ratio, loss, entropy))
+                    record.add(log_ratio, loss, entropy)
                     network.backward(d_log_prob / n, -ent_coef / n, d_value * (vf_coef / n))
                 else:
                     network.backward(None, None, d_value * (vf_coef / n))
                 self._take_step(minibatch, self.max_grad_norm, hold_actor=stopping.stopped)
             self._n_updates += 1
-            if self.adaptive_lr and len(seen) > first:
-                self._adapt_learning_rate(mean_of([kl_penalty(log_ratio)[0] for log_ratio, _, _ in seen[first:]]))
+            kl = record.end_epoch()
+            if self.adaptive_lr and not math.isnan(kl):
+                self._adapt_learning_rate(kl)
         stopping.end(minibatch)
         if self.target_kl is not None:
             self.logger.record("train/early_stop", float(stopping.stopped))
-        self._record_update(seen, value_losses, ent_coef, vf_coef)
+        last_loss = loss.mean() - ent_coef * entropy.mean() + vf_coef * v_loss.mean()
+        self._record_update(record.means(), float(last_loss))
 
     # ---------------------------------------------------------------- options
 
@@ -352,32 +394,22 @@ class PPO(PolicyGradientAlgorithm):
         update_learning_rate(self.policy.optimizer, self._adapted_lr)
         self.logger.record("train/learning_rate", self._adapted_lr)
 
-    def _record_update(
-        self,
-        seen: list[tuple[Array, Array, Array]],
-        value_losses: list[Array],
-        ent_coef: float,
-        vf_coef: float,
-    ) -> None:
-        """Log the means over all minibatches of the update, and adapt the KL coefficient."""
-        record, clip_range = self.logger.record, self._coefficient("clip_range")
-        log_ratios = [log_ratio for log_ratio, _, _ in seen]
-        kl = mean_of([kl_penalty(log_ratio)[0] for log_ratio in log_ratios])
-        entropy = mean_of([entropy for _, _, entropy in seen])
-        record("train/entropy_loss", -entropy)
-        record("train/policy_gradient_loss", mean_of([loss for _, loss, _ in seen]))
-        record("train/value_loss", mean_of(value_losses))
-        record("train/approx_kl", kl)
-        record("train/clip_fraction", mean_of([_outside(log_ratio, clip_range) for log_ratio in log_ratios]))
-        last_losses = [float(x.mean()) for x in (seen[-1][1], seen[-1][2], value_losses[-1])] if seen else [0.0] * 3
-        record("train/loss", last_losses[0] - ent_coef * last_losses[1] + vf_coef * last_losses[2])
-        record("train/clip_range", clip_range)
+    def _record_update(self, means: dict[str, float], last_loss: float) -> None:
+        """Log the means over all minibatches of the update, SB3's ``loss`` of the last; adapt the KL coefficient."""
+        record = self.logger.record
+        record("train/entropy_loss", -means["entropy"])
+        record("train/policy_gradient_loss", means["loss"])
+        record("train/value_loss", means["value_loss"])
+        record("train/approx_kl", means["kl"])
+        record("train/clip_fraction", means["clip_fraction"])
+        record("train/loss", last_loss)
+        record("train/clip_range", self._coefficient("clip_range"))
         if self.clip_range_vf is not None:
             record("train/clip_range_vf", self._coefficient("clip_range_vf"))
         if self._present_kl_coef() > 0.0:
             record("train/kl_coef", self._present_kl_coef())
         if self.adaptive_kl_coef:
-            self._adapted_kl_coef = adapted_kl_coef(self._present_kl_coef(), kl, self.desired_kl)
+            self._adapted_kl_coef = adapted_kl_coef(self._present_kl_coef(), means["kl"], self.desired_kl)
         self._record_common()
 
     def learn(
@@ -407,8 +439,3 @@ def _is_constant(value: Any) -> bool:
     while isinstance(value, FloatSchedule):
         value = value.value_schedule
     return isinstance(value, ConstantSchedule) or not callable(value)
-
-
-def _outside(log_ratio: Array, clip_range: float) -> Array:
-    xp = namespace(log_ratio)
-    return xp.astype(xp.abs(xp.expm1(log_ratio)) > clip_range, log_ratio.dtype)

@@ -10,8 +10,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_pg.common.arrays import Array, mean_of, take
-from sb3_pg.common.buffers import Batch, RolloutBuffer, flat_arrays, shuffled, whole_batch
+from sb3_pg.common.arrays import Column, take
+from sb3_pg.common.buffers import Batch, RolloutBuffer, flat_arrays, random_order, whole_batch
 from sb3_pg.common.errors import ArgumentError, check_choice, check_count, check_number
 from sb3_pg.common.objectives import policy_gradient, squared_error
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
@@ -264,25 +264,25 @@ class REINFORCE(PolicyGradientAlgorithm):
         if self.baseline != "value":
             vf_coef = 0.0
 
-        policy_losses, value_losses, entropies = [], [], []
-        ordered = batch if self.batch_size is None else shuffled(batch, self.rollout_buffer)
-        for minibatch in ordered.minibatches(self.batch_size, even=True):
+        policy_losses, value_losses, entropies = (Column(batch.returns) for _ in range(3))
+        order = None if self.batch_size is None else random_order(batch, self.rollout_buffer)
+        for minibatch in batch.minibatches(self.batch_size, order, even=True):
             n = len(minibatch)
             log_prob, entropy, value = network.evaluate(minibatch.observations, minibatch.actions)
             loss, d_log_prob = policy_gradient(log_prob, minibatch.advantages)
             value_loss, d_value = squared_error(value, minibatch.returns)
             network.backward(d_log_prob / n, -ent_coef / n, d_value * (vf_coef / n) if vf_coef else None)
             self._take_step(minibatch, self.max_grad_norm)
-            policy_losses.append(loss)
-            value_losses.append(value_loss)
-            entropies.append(entropy)
+            policy_losses.add(loss)
+            value_losses.add(value_loss)
+            entropies.add(entropy)
         if self.baseline == "value":
-            value_losses = self._fit_critic(batch) or value_losses
+            self._fit_critic(batch, value_losses)
 
         self._n_updates += 1
-        self.logger.record("train/entropy_loss", -mean_of(entropies))
-        self.logger.record("train/policy_loss", mean_of(policy_losses))
-        self.logger.record("train/value_loss", mean_of(value_losses))
+        self.logger.record("train/entropy_loss", -entropies.mean())
+        self.logger.record("train/policy_loss", policy_losses.mean())
+        self.logger.record("train/value_loss", value_losses.mean())
         self.logger.record("train/samples_used", len(batch) / keep.size)
         self._record_common()
 
@@ -346,18 +346,19 @@ class REINFORCE(PolicyGradientAlgorithm):
         group: np.ndarray = of_episode[episode]
         return group
 
-    def _fit_critic(self, batch: Batch) -> list[Array]:
+    def _fit_critic(self, batch: Batch, losses: Column) -> None:
         """Further passes for the value network alone; whatever the actor uses too stays as it is."""
         self.network.find_actor(batch.observations, batch.actions)
-        losses: list[Array] = []
+        if self.n_critic_updates:
+            losses.take()  # of the value network before them
         for _ in range(self.n_critic_updates):
-            for minibatch in shuffled(batch, self.rollout_buffer).minibatches(self.critic_batch_size, even=True):
+            order = random_order(batch, self.rollout_buffer)
+            for minibatch in batch.minibatches(self.critic_batch_size, order, even=True):
                 _, _, value = self.network.evaluate(minibatch.observations, None)
                 loss, d_value = squared_error(value, minibatch.returns)
                 self.network.backward(None, None, d_value / len(minibatch))
                 self._take_step(minibatch, self.max_grad_norm, hold_actor=True)
-                losses.append(loss)
-        return losses
+                losses.add(loss)
 
     def learn(
         self: SelfREINFORCE,

@@ -50,7 +50,7 @@ class TextNetwork(AutogradNetwork):
         with th.no_grad():
             hidden = self.policy.hidden_states(observations)
         values = self.policy.value_head(hidden).flatten()
-        self._outputs = (None, None, values)
+        self._push = lambda d_log_prob, d_entropy, d_value: [(values, d_value)]
         return None, None, values.detach()
 
     # Natural gradient: in pieces, whose logits fit into memory

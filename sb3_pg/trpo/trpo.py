@@ -8,8 +8,9 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
-from sb3_pg.common.arrays import Array, mean_of, take
+from sb3_pg.common.arrays import Array, Column, take
 from sb3_pg.common.buffers import Batch, epoch, whole_batch
+from sb3_pg.common.distributions import Parameters
 from sb3_pg.common.errors import ArgumentError, check_count, check_number
 from sb3_pg.common.objectives import squared_error, surrogate
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
@@ -181,7 +182,8 @@ class TRPO(PolicyGradientAlgorithm):
         """Maximise ``g.x`` subject to ``x.F x / 2 <= target_kl``, then search along x (section 6, appendix C)."""
         network, n = self.network, len(batch)
         ent_coef = self._coefficient("ent_coef")
-        log_prob, entropy, _ = network.actor(batch.observations, batch.actions)
+        log_prob, entropy, distribution = network.actor(batch.observations, batch.actions)
+        old_objective = self._objective(log_prob, entropy, batch, advantages, ent_coef)
 
         # g: the gradient of the surrogate (and entropy bonus), at ratio one.
         _, d_log_prob = surrogate(log_prob - batch.old_log_prob, advantages)
@@ -193,8 +195,7 @@ class TRPO(PolicyGradientAlgorithm):
         def damped(vector: Array) -> Array:
             return fisher(vector) + self.cg_damping * vector
 
-        direction, iterations, residual = conjugate_gradient(damped, gradient, self.cg_max_steps)
-        curvature = float(direction @ damped(direction))
+        direction, iterations, residual, curvature = conjugate_gradient(damped, gradient, self.cg_max_steps)
 
         squared = float(gradient @ gradient)
         if not math.isfinite(squared):
@@ -206,21 +207,27 @@ class TRPO(PolicyGradientAlgorithm):
         else:
             # The longest step in the quadratic model of the KL: x.F x / 2 = target_kl.
             step = math.sqrt(2.0 * self._coefficient("target_kl") / curvature) * direction
-            accepted = self._search_along(step, batch, advantages, ent_coef)
+            accepted = self._search_along(step, batch, advantages, ent_coef, old_objective, distribution)
             outcome = "accepted" if accepted else "line search failed"
 
         self.logger.record("train/policy_step", outcome, exclude="tensorboard")
         self.logger.record("train/cg_iterations", iterations)
         self.logger.record("train/cg_residual", residual)
         self.logger.record("train/entropy_loss", -float(entropy.mean()))
-        self._record_step(accepted, step, gradient, self._objective(log_prob, entropy, batch, advantages, ent_coef))
+        self._record_step(accepted, step, gradient, old_objective)
 
-    def _search_along(self, step: Array, batch: Batch, advantages: Array, ent_coef: float) -> Accepted | None:
+    def _search_along(
+        self,
+        step: Array,
+        batch: Batch,
+        advantages: Array,
+        ent_coef: float,
+        old_objective: float,
+        old_distribution: Parameters,
+    ) -> Accepted | None:
         """Move the policy by the largest fraction of ``step`` that improves it in the trust region, or not at all."""
         network = self.network
         old = network.get_actor()
-        log_prob, entropy, old_distribution = network.actor(batch.observations, batch.actions)
-        old_objective = self._objective(log_prob, entropy, batch, advantages, ent_coef)
 
         def attempt(fraction: float) -> tuple[float, float]:
             network.set_actor(old + fraction * step)
@@ -253,7 +260,7 @@ class TRPO(PolicyGradientAlgorithm):
 
     def _fit_critic(self, batch: Batch) -> float:
         """Regress V on the returns by minibatches; the mean loss."""
-        losses = []
+        losses = Column(batch.returns)
         for _ in range(self.n_critic_updates):
             for minibatch in epoch(batch, self.rollout_buffer, self.network, self.batch_size):
                 _, _, value = self.network.evaluate(minibatch.observations, None)
@@ -261,8 +268,8 @@ class TRPO(PolicyGradientAlgorithm):
                 self.network.backward(None, None, d_value / len(minibatch))
                 # Whatever the actor shares with the critic stays: moving it would move the policy as well.
                 self._take_step(minibatch, max_grad_norm=None, hold_actor=True)
-                losses.append(loss)
-        return mean_of(losses)
+                losses.add(loss)
+        return losses.mean()
 
     def learn(
         self: SelfTRPO,

@@ -13,6 +13,7 @@ class Solution(NamedTuple):
     x: Array
     iterations: int
     residual: float  # |b - A x| / |b|
+    curvature: float  # x A x, from the residual: no further product is needed
 
 
 def conjugate_gradient(
@@ -31,23 +32,21 @@ def conjugate_gradient(
     x = 0.0 * b
     residual, direction = b, b
     squared = start = float(b @ b)
-    for iteration in range(max_steps):
-        if not squared > tolerance * tolerance * start:
-            return Solution(x, iteration, _relative(squared, start))
+    iteration = 0
+    while iteration < max_steps and squared > tolerance * tolerance * start:
         curved = product(direction)
         curvature = float(direction @ curved)
         if not curvature > 0.0:  # A is not positive definite, or a number is not finite: keep what is there
-            return Solution(x if iteration else math.nan * b, iteration, _relative(squared, start))
+            x = x if iteration else math.nan * b
+            break
         alpha = squared / curvature
         x = x + alpha * direction
         residual = residual - alpha * curved
         previous, squared = squared, float(residual @ residual)
         direction = residual + (squared / previous) * direction
-    return Solution(x, max_steps, _relative(squared, start))
-
-
-def _relative(squared: float, start: float) -> float:
-    return math.sqrt(squared / start) if start > 0.0 else 0.0
+        iteration += 1
+    relative = math.sqrt(squared / start) if start > 0.0 else 0.0
+    return Solution(x, iteration, relative, float(x @ (b - residual)))
 
 
 class Accepted(NamedTuple):

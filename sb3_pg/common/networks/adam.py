@@ -1,7 +1,7 @@
 """Adam as a few operations on whole vectors, with its state where torch's optimizer keeps it."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -18,6 +18,13 @@ def is_plain_adam(optimizer: Any) -> bool:
     return not (variants or decays or hooks or "step" in optimizer.__dict__ or isinstance(group["lr"], th.Tensor))
 
 
+class Span(NamedTuple):
+    """Parameters that follow each other."""
+
+    parameters: slice  # their places in the list of parameters
+    numbers: slice  # their numbers' places in the flat vector
+
+
 class FlatAdam:
     """The step of torch's Adam or AdamW for parameters whose gradients lie one after the other in one vector.
 
@@ -26,16 +33,23 @@ class FlatAdam:
     going on with torch's own step see nothing unusual.
 
     :param optimizer: a torch optimizer that ``is_plain_adam``
-    :param parameters: those of its parameters that take their steps together
+    :param first: those of its parameters at the start of the vector
+    :param second: the others; the two groups may step apart
+    :raises ValueError: parameters of one group have made different numbers of steps
     """
 
-    def __init__(self, optimizer: Any, parameters: list[th.Tensor]) -> None:
+    def __init__(self, optimizer: Any, first: list[th.Tensor], second: list[th.Tensor]) -> None:
         self._optimizer = optimizer
-        self._parameters = parameters
+        self._parameters = parameters = [*first, *second]
         self._arrays = [p.detach().numpy() for p in parameters]
         sizes = [p.numel() for p in parameters]
-        dtype = self._arrays[0].dtype
-        self._m, self._v, self._change = (np.zeros(sum(sizes), dtype) for _ in range(3))
+        n_first, size_first, size = len(first), sum(sizes[: len(first)]), sum(sizes)
+        self._all = Span(slice(0, len(parameters)), slice(0, size))
+        self._groups = (
+            Span(slice(0, n_first), slice(0, size_first)),
+            Span(slice(n_first, len(parameters)), slice(size_first, size)),
+        )
+        self._m, self._v, self._change = (np.zeros(size, self._arrays[0].dtype) for _ in range(3))
         # A count for each, as torch has it: saved and loaded, one tensor for all would count every step many times.
         self._steps = np.zeros(len(parameters), np.float32)
         self._step_views = list(th.from_numpy(self._steps).unbind())
@@ -47,54 +61,65 @@ class FlatAdam:
             [part.view_as(p) for part, p in zip(th.split(th.from_numpy(x), sizes), parameters, strict=True)]
             for x in (self._m, self._v)
         ]
-        self._take_over()
+        for group in self._groups:
+            self._take_over(group)
 
-    def _take_over(self) -> None:
-        """Continue from the optimizer's state.
+    def _states(self, span: Span) -> list[dict[str, Any]]:
+        return [self._optimizer.state.get(p, {}) for p in self._parameters[span.parameters]]
 
-        :raises ValueError: its parameters have made different numbers of steps
-        """
-        states = [self._optimizer.state.get(p, {}) for p in self._parameters]
+    def _take_over(self, span: Span) -> None:
+        """Continue from the optimizer's state."""
+        states = self._states(span)
         steps = {float(state.get("step", 0.0)) for state in states}
         if len(steps) > 1:
             raise ValueError("the parameters have made different numbers of steps")
-        self._steps[:] = steps.pop()
-        for state, m, v in zip(states, *self._views, strict=True):
+        self._steps[span.parameters] = steps.pop()
+        m, v = (views[span.parameters] for views in self._views)
+        for state, its_m, its_v in zip(states, m, v, strict=True):
             if state:
-                m.copy_(state["exp_avg"])
-                v.copy_(state["exp_avg_sq"])
+                its_m.copy_(state["exp_avg"])
+                its_v.copy_(state["exp_avg_sq"])
         if any(states):
-            self._publish()
+            self._publish(span)
 
-    def _publish(self) -> None:
+    def _publish(self, span: Span) -> None:
         """Let the optimizer's state be our views."""
-        for p, step, m, v in zip(self._parameters, self._step_views, *self._views, strict=True):
+        columns = (self._parameters, self._step_views, *self._views)
+        for p, step, m, v in zip(*(column[span.parameters] for column in columns), strict=True):
             self._optimizer.state[p].update(step=step, exp_avg=m, exp_avg_sq=v)
 
     def continues(self, optimizer: Any) -> bool:
         """Whether this is still the step of ``optimizer``, whose state is ours and not, for example, a loaded one."""
         if optimizer is not self._optimizer or not is_plain_adam(optimizer):
             return False
-        states = [self._optimizer.state.get(p, {}) for p in self._parameters]
-        if not self._steps[0]:
-            return not any(states)
+        columns = (self._states(self._all), self._steps, self._step_views, self._views[0])
         return all(
-            state.get("exp_avg") is m and state.get("step") is step
-            for state, m, step in zip(states, self._views[0], self._step_views, strict=True)
+            (state.get("exp_avg") is m and state.get("step") is view) if steps else not state
+            for state, steps, view, m in zip(*columns, strict=True)
         )
 
-    def step(self, gradient: np.ndarray) -> None:
-        """Move the parameters (Kingma and Ba 2015, algorithm 1, with its rearrangement at the end of section 2).
+    def step(self, gradient: np.ndarray, moves: tuple[bool, bool]) -> None:
+        """Move the parameters.
 
         :param gradient: of all parameters, flat
+        :param moves: whether the first and the second group are moved
         """
+        if all(moves) and self._steps[0] == self._steps[-1]:
+            self._move(gradient, self._all)
+            return
+        for span, its in zip(self._groups, moves, strict=True):
+            if its:
+                self._move(gradient, span)
+
+    def _move(self, gradient: np.ndarray, span: Span) -> None:
+        """Kingma and Ba 2015, algorithm 1, with its rearrangement at the end of section 2."""
         group = self._optimizer.param_groups[0]
         (beta1, beta2), lr = group["betas"], group["lr"]
-        if not self._steps[0]:
-            self._publish()
-        self._steps += 1.0
-        t = float(self._steps[0])
-        m, v, change = self._m, self._v, self._change
+        if not self._steps[span.parameters.start]:
+            self._publish(span)
+        self._steps[span.parameters] += 1.0
+        t = float(self._steps[span.parameters.start])
+        gradient, m, v, change = (x[span.numbers] for x in (gradient, self._m, self._v, self._change))
         np.multiply(gradient, 1.0 - beta1, out=change)
         m *= beta1
         m += change
@@ -109,7 +134,7 @@ class FlatAdam:
         np.divide(m, change, out=change)
         change *= lr * root / (1.0 - beta1**t)
         decay = group["weight_decay"]
-        for array, piece in zip(self._arrays, self._pieces, strict=True):
+        for array, piece in zip(self._arrays[span.parameters], self._pieces[span.parameters], strict=True):
             if decay:
                 array *= 1.0 - lr * decay
             array -= piece

@@ -14,17 +14,21 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_pg.common.arrays import Array, length, take
-from sb3_pg.common.distributions import Parameters, describe
+from sb3_pg.common.distributions import Family, Gaussian, Parameters, d_parameters, describe
+from sb3_pg.common.networks.blueprint import Unsuitable, family_of
 from sb3_pg.common.networks.protocol import Fisher, KnownEarly
 
 #: The methods by which SB3's policy acts and judges. If a subclass changes one of them, its ``forward`` acts,
 #: as in SB3, and what ``forward`` says about values and log-probabilities is believed.
 _ACTING = ("forward", "evaluate_actions", "get_distribution", "predict_values", "extract_features")
 
-#: Numbers in the observations of one chunk of a judging pass: 16 MB of float32, so that a rollout of images does
+#: Numbers in the observations of one chunk of a judging pass: 4 MB of float32, so that a rollout of images does
 #: not become float32, and the activations of a convolution, all at once.
-_CHUNK_NUMBERS = 1 << 22
+_CHUNK_NUMBERS = 1 << 20
 
+
+#: Tensors in the graph with the derivatives of the loss by them.
+Derivatives = list[tuple[th.Tensor, th.Tensor | None]]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -64,7 +68,9 @@ class AutogradNetwork:
             getattr(type(policy), name) is not getattr(ActorCriticPolicy, name) or name in policy.__dict__
             for name in _ACTING
         )
-        self._outputs: tuple[th.Tensor | None, th.Tensor | None, th.Tensor | None] = (None, None, None)
+        self._family = None if self.judges_while_acting else _family_of(policy)
+        #: from the derivatives by what ``evaluate`` returned to those by tensors in the graph
+        self._push: Callable[[Array | None, float | None, Array | None], Derivatives] | None = None
         self._actor: list[th.nn.Parameter] = []
         use_fused_adam(policy.optimizer)
         extractors = {type(policy.pi_features_extractor), type(policy.vf_features_extractor)}
@@ -83,9 +89,24 @@ class AutogradNetwork:
             if self.judges_while_acting:
                 actions, values, log_prob = self.policy(tensor)
                 return actions.cpu().numpy(), (values, log_prob)
-            actions = self.policy.get_distribution(tensor).get_actions()
+            if self._family is None:
+                actions = self.policy.get_distribution(tensor).get_actions().cpu().numpy()
+            else:
+                parameters = tuple(x.float().cpu().numpy() for x in self._actor_outputs(tensor))
+                actions = self._family.sample(parameters, self._family.noise(len(parameters[0])))
         shape: tuple[int, ...] = self.policy.action_space.shape or ()
-        return actions.cpu().numpy().reshape(-1, *shape), None
+        return actions.reshape(-1, *shape), None
+
+    def _actor_outputs(self, observations: Any) -> tuple[th.Tensor, ...]:
+        """What ``policy.get_distribution`` makes a distribution of, which on a few rows takes longer than it does."""
+        policy = self.policy
+        features = super(ActorCriticPolicy, policy).extract_features(observations, policy.pi_features_extractor)
+        return self._parameters(policy.action_net(policy.mlp_extractor.forward_actor(features)))
+
+    def _parameters(self, outputs: th.Tensor) -> tuple[th.Tensor, ...]:
+        if isinstance(self._family, Gaussian):
+            return outputs, self.policy.log_std.expand_as(outputs)
+        return (outputs,)
 
     # Judge
 
@@ -95,29 +116,32 @@ class AutogradNetwork:
         return th.as_tensor(x, device=self.policy.device)
 
     def actions(self, x: np.ndarray) -> th.Tensor:
-        if isinstance(self.policy.action_space, spaces.Discrete):
-            return th.as_tensor(x, device=self.policy.device).long().flatten()
+        space = self.policy.action_space
+        if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+            choices = th.as_tensor(x, device=self.policy.device).long()
+            return choices.flatten() if isinstance(space, spaces.Discrete) else choices
         return th.as_tensor(x.astype(np.float32, copy=False), device=self.policy.device)
 
     def values(self, observations: Any) -> np.ndarray:
+        values = np.empty(length(observations), np.float32)
         with th.no_grad():
-            found = [
-                self.policy.predict_values(self._arranged(self.asarray(take(observations, chunk))))
-                for chunk in self._chunks(observations)
-            ]
-        return th.cat(found).flatten().cpu().numpy()
+            for chunk in self._chunks(observations):
+                found = self.policy.predict_values(self._arranged(self.asarray(take(observations, chunk))))
+                values[chunk] = found.flatten().cpu().numpy()
+        return values
 
     @_without_validation
     def judge(self, observations: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        values, log_probs = [], []
+        # Into memory made before: see Column about small arrays that stay.
+        values, log_probs = (np.empty(length(observations), np.float32) for _ in range(2))
         with th.no_grad():
             for chunk in self._chunks(observations):
                 v, log_prob, _ = self.policy.evaluate_actions(
                     self._arranged(self.asarray(take(observations, chunk))), self.actions(actions[chunk])
                 )
-                values.append(v.flatten())
-                log_probs.append(log_prob)
-        return th.cat(values).cpu().numpy(), th.cat(log_probs).cpu().numpy()
+                values[chunk] = v.flatten().cpu().numpy()
+                log_probs[chunk] = log_prob.cpu().numpy()
+        return values, log_probs
 
     @staticmethod
     def _chunks(observations: Any) -> list[slice]:
@@ -133,30 +157,56 @@ class AutogradNetwork:
         observations = self._arranged(observations)
         if actions is None:
             values = self.policy.predict_values(observations).flatten()
-            self._outputs = (None, None, values)
+            self._push = lambda d_log_prob, d_entropy, d_value: [(values, d_value)]
             return None, None, values.detach()
+        return (self._evaluate_policy if self._family is None else self._evaluate_family)(observations, actions)
+
+    def _evaluate_family(self, observations: Array, actions: Array) -> tuple[Array, Array, Array]:
+        """The graph ends with the distribution's parameters; the rest is formulas, which take fewer calls."""
+        family: Any = self._family
+        outputs, values = self._outputs(observations)
+        parameters = tuple(x.detach() for x in outputs)
+
+        def push(d_log_prob: Array | None, d_entropy: float | None, d_value: Array | None) -> Derivatives:
+            d_outputs = d_parameters(family, parameters, actions, d_log_prob, d_entropy)
+            return [*zip(outputs, d_outputs or [None] * len(outputs), strict=True), (values, d_value)]
+
+        self._push = push
+        return family.log_prob(parameters, actions), family.entropy(parameters), values.detach()
+
+    def _outputs(self, observations: Any) -> tuple[tuple[th.Tensor, ...], th.Tensor]:
+        """Parameters of each row's distribution, and V."""
+        policy = self.policy
+        features = policy.extract_features(observations)
+        if policy.share_features_extractor:
+            latent_pi, latent_vf = policy.mlp_extractor(features)
+        else:
+            latent_pi, latent_vf = (
+                policy.mlp_extractor.forward_actor(features[0]),
+                policy.mlp_extractor.forward_critic(features[1]),
+            )
+        return self._parameters(policy.action_net(latent_pi)), policy.value_net(latent_vf).flatten()
+
+    def _evaluate_policy(self, observations: Array, actions: Array) -> tuple[Array, Array, Array]:
+        """By the policy's own method, for distributions of any kind."""
         values, log_prob, entropy = self.policy.evaluate_actions(observations, actions)
         values = values.flatten()
         if entropy is None:
             entropy = -log_prob  # no closed form (squashed Gaussian): its one-sample estimate, as in SB3
-        self._outputs = (log_prob, entropy, values)
+
+        def push(d_log_prob: Array | None, d_entropy: float | None, d_value: Array | None) -> Derivatives:
+            d = th.full_like(entropy, d_entropy) if d_entropy and entropy.requires_grad else None
+            return [(log_prob, d_log_prob), (entropy, d), (values, d_value)]
+
+        self._push = push
         return log_prob.detach(), entropy.detach(), values.detach()
 
     def backward(self, d_log_prob: Array | None, d_entropy: float | None, d_value: Array | None) -> None:
         self.policy.optimizer.zero_grad(set_to_none=True)
-        log_prob, entropy, values = self._outputs
-        outputs, derivatives = [], []
-        if d_log_prob is not None and log_prob is not None:
-            outputs.append(log_prob)
-            derivatives.append(d_log_prob)
-        if d_entropy and entropy is not None and entropy.requires_grad:
-            outputs.append(entropy)
-            derivatives.append(th.full_like(entropy, d_entropy))
-        if d_value is not None and values is not None:
-            outputs.append(values)
-            derivatives.append(d_value)
-        th.autograd.backward(outputs, derivatives)
-        self._outputs = (None, None, None)
+        assert self._push is not None, "evaluate comes first"
+        known = [(x, d) for x, d in self._push(d_log_prob, d_entropy, d_value) if d is not None]
+        th.autograd.backward([x for x, _ in known], [d for _, d in known])
+        self._push = None
 
     def step(self, max_grad_norm: float | None, *, hold_actor: bool = False) -> float:
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
@@ -184,10 +234,14 @@ class AutogradNetwork:
             return
         training = self.policy.training
         self.policy.set_training_mode(False)  # batch normalisation learns nothing from this one row
-        log_prob = self.policy.evaluate_actions(take(observations, slice(0, 1)), actions[:1])[1]
+        row = take(observations, slice(0, 1))
+        if self._family is not None:
+            outputs = self._actor_outputs(row)
+        else:
+            outputs = (self.policy.evaluate_actions(row, actions[:1])[1],)
         self.policy.set_training_mode(training)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
-        gradients = th.autograd.grad(log_prob.sum(), trained, allow_unused=True)
+        gradients = th.autograd.grad([x.sum() for x in outputs], trained, allow_unused=True)
         self._actor = [p for p, g in zip(trained, gradients, strict=True) if g is not None]
 
     def get_actor(self) -> Array:
@@ -201,19 +255,24 @@ class AutogradNetwork:
     # Natural gradient
 
     def actor_gradient(self, observations: Array, actions: Array, d_log_prob: Array, d_entropy: float | None) -> Array:
-        self.evaluate(observations, actions)
-        self.backward(d_log_prob, d_entropy, None)
-        flat = _flat([p.grad for p in self._actor], self._actor)
+        gradient = th.zeros(())
+        for chunk in self._chunks(observations):
+            self.evaluate(take(observations, chunk), actions[chunk])
+            self.backward(d_log_prob[chunk], d_entropy, None)
+            gradient = gradient + _flat([p.grad for p in self._actor], self._actor)
         self.policy.optimizer.zero_grad(set_to_none=True)
-        return flat
+        return gradient
 
     @_without_validation
     def fisher(self, observations: Array) -> Fisher:
-        distribution = self.policy.get_distribution(self._arranged(observations))
-        described = describe(distribution)
-        if described is None:
-            return self._fisher_from_kl(distribution, length(observations))
-        family, outputs = described
+        if self._family is not None:
+            family, outputs = self._family, self._actor_outputs(self._arranged(observations))
+        else:
+            distribution = self.policy.get_distribution(self._arranged(observations))
+            described = describe(distribution)
+            if described is None:
+                return self._fisher_from_kl(distribution, length(observations))
+            family, outputs = described
         values = tuple(z.detach() for z in outputs)
         # J v without forward-mode differentiation: the gradient g(u) = J^T u is linear in u, so differentiating
         # g . v with respect to u gives J v. One backward pass recorded here serves every product.
@@ -245,6 +304,11 @@ class AutogradNetwork:
     @_without_validation
     def actor(self, observations: Array, actions: Array) -> tuple[Array, Array, Parameters]:
         with th.no_grad():
+            if self._family is not None:
+                chunks = (self._arranged(take(observations, chunk)) for chunk in self._chunks(observations))
+                outputs = tuple(map(th.cat, zip(*map(self._actor_outputs, chunks), strict=True)))
+                family: Any = self._family
+                return family.log_prob(outputs, actions), family.entropy(outputs), (family, outputs)
             distribution = self.policy.get_distribution(self._arranged(observations))
             log_prob = distribution.log_prob(actions)
             entropy = distribution.entropy()
@@ -265,6 +329,17 @@ class AutogradNetwork:
     def _torch_kl(old: Distribution, new: Distribution) -> th.Tensor:
         per_dimension = kl_divergence(old, new)
         return per_dimension.flatten(1).sum(dim=1) if per_dimension.ndim > 1 else per_dimension
+
+
+def _family_of(policy: ActorCriticPolicy) -> Family | None:
+    """The formulas of the policy's distribution, if they are known and it is made of ``action_net`` alone."""
+    method = "_get_action_dist_from_latent"
+    if getattr(type(policy), method) is not getattr(ActorCriticPolicy, method) or method in policy.__dict__:
+        return None
+    try:
+        return family_of(policy.action_dist)
+    except Unsuitable:
+        return None
 
 
 def channels_last(x: Any) -> Any:

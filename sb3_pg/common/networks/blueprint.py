@@ -41,7 +41,7 @@ class Blueprint:
         _check_space(policy.observation_space)
         self.actor: Layers = [*_layers(policy.mlp_extractor.policy_net), (_linear(policy.action_net), None)]
         self.critic: Layers = [*_layers(policy.mlp_extractor.value_net), (_linear(policy.value_net), None)]
-        self.family = _family(policy.action_dist)
+        self.family = family_of(policy.action_dist)
         self.log_std: nn.Parameter | None = policy.log_std if isinstance(self.family, Gaussian) else None
         #: the actor's and then the critic's, each in the order of ``policy.parameters()``
         self.parameters: list[th.Tensor] = [] if self.log_std is None else [self.log_std]
@@ -103,7 +103,11 @@ def _linear(module: nn.Module) -> nn.Linear:
     return module
 
 
-def _family(distribution: sb3.Distribution) -> Family:
+def family_of(distribution: sb3.Distribution) -> Family:
+    """The formulas of one of SB3's distributions.
+
+    :raises Unsuitable: they are not known
+    """
     if type(distribution) is sb3.DiagGaussianDistribution:
         return Gaussian(distribution.action_dim)
     if type(distribution) is sb3.CategoricalDistribution:
@@ -135,11 +139,11 @@ def _check_parameters(parameters: list[th.Tensor]) -> None:
 
 
 class SharingCategorical(Categorical):
-    """Remembers the log-softmax of the last logits, which all formulas on one minibatch share."""
+    """Remembers the softmax of the last logits, which all formulas on one minibatch share."""
 
-    _last: tuple[Array, list[Array]] = (None, [])
+    _last: tuple[Array, list[tuple[Array, Array]]] = (None, [])
 
-    def _log_softmax(self, logits: Array) -> list[Array]:
+    def _softmax(self, logits: Array) -> list[tuple[Array, Array]]:
         if self._last[0] is not logits:
-            self._last = (logits, super()._log_softmax(logits))
+            self._last = (logits, super()._softmax(logits))
         return self._last[1]

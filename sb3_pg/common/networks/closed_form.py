@@ -20,7 +20,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
 
 from sb3_pg.common.arrays import Array
-from sb3_pg.common.distributions import Categorical, Parameters
+from sb3_pg.common.distributions import Categorical, Parameters, d_parameters
 from sb3_pg.common.networks.adam import FlatAdam, is_plain_adam
 from sb3_pg.common.networks.autograd import use_fused_adam
 from sb3_pg.common.networks.blueprint import DTYPES, Blueprint, Layers, Unsuitable
@@ -28,6 +28,9 @@ from sb3_pg.common.networks.mlp import ACTIVATIONS, Mlp, Pieces, Trace
 from sb3_pg.common.networks.protocol import Fisher, KnownEarly
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+#: log_std, if there is one, and weights and biases of the actor
+ActorPieces = tuple[np.ndarray | None, Pieces]
 
 
 def _quiet(function: Function) -> Function:
@@ -82,6 +85,7 @@ class ClosedFormNetwork:
         self.policy = policy
         self.description = "closed-form"
         use_fused_adam(policy.optimizer)
+        self._errors_raise = True
         self._build(Blueprint(policy))
 
     def _build(self, blueprint: Blueprint) -> None:
@@ -91,44 +95,48 @@ class ClosedFormNetwork:
         self._fingerprint = blueprint.fingerprint()
         self._family = blueprint.family
         self._dtype = DTYPES[parameters[0].dtype]
+        self._action_shape: tuple[int, ...] = self.policy.action_space.shape  # type: ignore[assignment]
         self._actor, self._critic = _mlp(blueprint.actor), _mlp(blueprint.critic)
         self._log_std = None if blueprint.log_std is None else _view(blueprint.log_std)
         self._encode = Encoder(self.policy.observation_space, self.policy.normalize_images, self._dtype)
 
         self._actor_size = self._actor.size + (0 if self._log_std is None else self._log_std.size)
         self._gradient = np.zeros(self._actor_size + self._critic.size, self._dtype)
+        self._actor_gradient = self._split(self._gradient)
         self._critic_gradient = self._critic.split(self._gradient[self._actor_size :])
         pieces = th.split(th.from_numpy(self._gradient), [p.numel() for p in parameters])
         offered = [(p, g.view_as(p)) for p, g in zip(parameters, pieces, strict=True)]
         n_actor = len(parameters) - 2 * len(blueprint.critic)
         self._offered = (offered[:n_actor], offered[n_actor:])
-        self._offer(actor=False, critic=False)
+        self._offer((False, False))
         self._forget()
-        self._adams = self._find_adams()
+        self._adam = self._find_adam()
 
-    def _find_adams(self) -> list[FlatAdam]:
-        """Adam on flat vectors for actor and critic, or nothing if only the optimizer itself can make its step."""
+    def _find_adam(self) -> FlatAdam | None:
+        """Adam on flat vectors, or None if only the optimizer itself can make its step."""
         optimizer = self.policy.optimizer
         if not is_plain_adam(optimizer):
-            return []
+            return None
         its = {id(p) for p in optimizer.param_groups[0]["params"]}
         if not all(id(p) in its for p in self._trained):
-            return []
+            return None
         try:
-            return [FlatAdam(optimizer, [p for p, _ in offered]) for offered in self._offered]
+            return FlatAdam(optimizer, *([p for p, _ in offered] for offered in self._offered))
         except ValueError:  # some parameters have made more steps than others
-            return []
+            return None
 
     def refresh(self) -> bool:
+        self._errors_raise = not {"ignore", "warn"}.issuperset(np.geterr().values())
         try:
             blueprint = Blueprint(self.policy)
         except Unsuitable:
-            self._offer(actor=False, critic=False)
+            self._offer((False, False))
             return False
         if blueprint.fingerprint() != self._fingerprint:
             self._build(blueprint)
-        elif not self._adams or not all(adam.continues(self.policy.optimizer) for adam in self._adams):
-            self._adams = self._find_adams()
+            return True
+        if self._adam is None or not self._adam.continues(self.policy.optimizer):
+            self._adam = self._find_adam()
         return True
 
     def __reduce__(self) -> Any:
@@ -139,15 +147,19 @@ class ClosedFormNetwork:
 
     # Act
 
-    @_quiet
     def act(self, observations: Any) -> tuple[np.ndarray, KnownEarly | None]:
+        return (self._act_quietly if self._errors_raise else self._act)(observations)
+
+    def _act(self, observations: Any) -> tuple[np.ndarray, KnownEarly | None]:
         x = self._encode(observations)
         n = len(x)
         outputs = self._actor(x[0])[None] if n == 1 else self._actor(x)
         actions = self._family.sample(self._parameters(outputs), self._family.noise(n))
         if actions.dtype == np.float64:
             actions = actions.astype(np.float32)
-        return actions.reshape(n, *self.policy.action_space.shape), None  # type: ignore[misc]
+        return actions.reshape(n, *self._action_shape), None
+
+    _act_quietly = _quiet(_act)  # takes as much longer as one of the layers
 
     def _parameters(self, outputs: np.ndarray) -> Parameters:
         return (outputs,) if self._log_std is None else (outputs, self._log_std)
@@ -200,69 +212,60 @@ class ClosedFormNetwork:
     @_quiet
     def backward(self, d_log_prob: Array | None, d_entropy: float | None, d_value: Array | None) -> None:
         actor_moves = critic_moves = False
-        if self._acted is not None and (d_log_prob is not None or d_entropy):
-            actor_moves = True
-            self._actor_backward(self._acted[0], self._d_parameters(d_log_prob, d_entropy), self._gradient)
+        if self._acted is not None:
+            trace, parameters, actions = self._acted
+            d_log_prob = None if d_log_prob is None else np.asarray(d_log_prob, self._dtype)
+            d_outputs = d_parameters(self._family, parameters, actions, d_log_prob, d_entropy)
+            if d_outputs is not None:
+                actor_moves = True
+                self._actor_backward(trace, d_outputs, self._actor_gradient)
         if self._critic_trace is not None and d_value is not None:
             critic_moves = True
             d = np.asarray(d_value, self._dtype).reshape(-1, 1)
             self._critic.backward(self._critic_trace, d, self._critic_gradient)
-        self._offer(actor=actor_moves, critic=critic_moves)
+        self._offer((actor_moves, critic_moves))
         self._forget()
 
-    def _d_parameters(self, d_log_prob: Array | None, d_entropy: float | None) -> Parameters:
-        """The derivative of the loss by the distribution's parameters, from those by log-probability and entropy."""
-        assert self._acted is not None
-        _, parameters, actions = self._acted
-        total: Parameters | None = None
-        if d_log_prob is not None:
-            d = np.asarray(d_log_prob, self._dtype).reshape(-1, 1)
-            total = tuple(d * x for x in self._family.d_log_prob(parameters, actions))
-        if d_entropy:
-            more = tuple(float(d_entropy) * x for x in self._family.d_entropy(parameters))
-            total = more if total is None else tuple(a + b for a, b in zip(total, more, strict=True))
-        assert total is not None
-        return total
-
-    def _actor_backward(self, trace: Trace, d: Parameters, gradient: np.ndarray) -> None:
-        """Write the actor's gradient, from the derivative by each row's parameters, to the start of ``gradient``."""
-        d_log_std, pieces = self._split(gradient)
+    def _actor_backward(self, trace: Trace, d: Parameters, gradient: ActorPieces) -> None:
+        """Write the actor's gradient, from the derivative by each row's parameters."""
+        d_log_std, pieces = gradient
         if d_log_std is not None:
-            np.sum(d[1], axis=0, out=d_log_std)
+            np.add.reduce(d[1], axis=0, out=d_log_std)
         self._actor.backward(trace, d[0], pieces)
 
-    def _split(self, flat: np.ndarray) -> tuple[np.ndarray | None, Pieces]:
+    def _split(self, flat: np.ndarray) -> ActorPieces:
         """Views of a flat vector of the actor's parameters: log_std, and weights and biases."""
         if self._log_std is None:
             return None, self._actor.split(flat)
         n = self._log_std.size
         return flat[:n], self._actor.split(flat[n:])
 
-    def _offer(self, *, actor: bool, critic: bool) -> None:
-        """Show the optimizer the gradients of those that move, and None for the others: momentum would move zeros."""
-        for offered, moves in zip(self._offered, (actor, critic), strict=True):
+    def _offer(self, moves: tuple[bool, bool]) -> None:
+        """Show the optimizer the gradients of those that move, and None for the others: momentum would move zeros.
+
+        :param moves: whether actor and critic move
+        """
+        for offered, its in zip(self._offered, moves, strict=True):
+            first, its_gradient = offered[0]
+            if first.grad is (its_gradient if its else None):
+                continue  # seen by one of them, to save time: whoever replaces gradients replaces all
             for parameter, gradient in offered:
-                wanted = gradient if moves else None
-                if parameter.grad is not wanted:
-                    parameter.grad = wanted
-        self._moves = (actor, critic)
-        start = 0 if actor else self._actor_size
-        self._moving = self._gradient[start : len(self._gradient) if critic else self._actor_size]
+                parameter.grad = gradient if its else None
+        self._moves = moves
+        start = 0 if moves[0] else self._actor_size
+        self._moving = self._gradient[start : len(self._gradient) if moves[1] else self._actor_size]
 
     @_quiet
     def step(self, max_grad_norm: float | None, *, hold_actor: bool = False) -> float:
-        if hold_actor:
-            self._offer(actor=False, critic=self._moves[1])
+        if hold_actor and self._moves[0]:
+            self._offer((False, self._moves[1]))
         norm = math.sqrt(self._moving.dot(self._moving))
-        if not np.isfinite(norm):
+        if not math.isfinite(norm):
             return norm
         if max_grad_norm is not None and norm + 1e-6 > max_grad_norm:
             self._moving *= max_grad_norm / (norm + 1e-6)
-        if self._adams:
-            gradients = (self._gradient[: self._actor_size], self._gradient[self._actor_size :])
-            for adam, gradient, moves in zip(self._adams, gradients, self._moves, strict=True):
-                if moves:
-                    adam.step(gradient)
+        if self._adam is not None:
+            self._adam.step(self._gradient, self._moves)
             return norm
         self.policy.optimizer.step()
         if [p.data_ptr() for p in self._trained] != self._memory:  # not torch's own, but some replace ``p.data``
@@ -294,7 +297,7 @@ class ClosedFormNetwork:
         self._forget()
         self._evaluate_actor(self._encode(observations), actions)
         self.backward(d_log_prob, d_entropy, None)
-        self._offer(actor=False, critic=False)
+        self._offer((False, False))
         return self._gradient[: self._actor_size].copy()
 
     @_quiet
@@ -311,7 +314,7 @@ class ClosedFormNetwork:
                 tangent = (tangent[0], np.broadcast_to(d_log_std, outputs.shape))
             weighted = tuple(x / n for x in self._family.fisher(parameters, tangent))
             result = np.empty(self._actor_size, self._dtype)
-            self._actor_backward(trace, weighted, result)
+            self._actor_backward(trace, weighted, self._split(result))
             return result
 
         return product
@@ -329,8 +332,8 @@ class ClosedFormNetwork:
         return self._family.kl(*exact)
 
 
-#: Rows of one chunk of a judging pass, to bound the memory of its activations.
-_CHUNK_ROWS = 1 << 16
+#: Rows of one chunk of a judging pass, so that its activations take little memory and stay in the cache.
+_CHUNK_ROWS = 1 << 13
 
 
 def _chunks(n: int) -> list[slice]:

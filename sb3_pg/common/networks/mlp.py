@@ -9,6 +9,7 @@ Each layer is ``h_l = f_l(z_l)`` with ``z_l = h_(l-1) W_l^T + b_l``, one row per
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,32 +18,33 @@ from torch import nn
 
 
 class Activation(NamedTuple):
-    """A function of each number, and its derivative.
+    """A function of each number, and its derivative."""
 
-    ``function`` may overwrite its argument z if ``slope`` does not need it.
-    """
-
-    function: Callable[[np.ndarray], np.ndarray]  # z to h
+    function: Callable[[np.ndarray, np.ndarray | None], np.ndarray]  # z, and perhaps memory for the result, to h
     slope: Callable[[np.ndarray, np.ndarray], np.ndarray]  # z and h to dh / dz
+    needs_z: bool = True  # whether ``slope`` does, so that h must not overwrite it
 
 
 def _tanh(_: Any) -> Activation:
-    return Activation(lambda z: np.tanh(z, out=z), lambda z, h: 1.0 - h * h)
+    return Activation(np.tanh, lambda z, h: 1.0 - h * h, needs_z=False)
 
 
 def _relu(_: Any) -> Activation:
-    return Activation(lambda z: np.maximum(z, 0.0, out=z), lambda z, h: (h > 0.0).astype(h.dtype))
+    return Activation(partial(np.maximum, 0.0), lambda z, h: (h > 0.0).astype(h.dtype), needs_z=False)
 
 
 def _leaky_relu(module: Any) -> Activation:
     a = float(module.negative_slope)
-    return Activation(lambda z: np.where(z > 0.0, z, a * z), lambda z, h: np.where(z > 0.0, 1.0, a).astype(z.dtype))
+    return Activation(
+        lambda z, out: np.multiply(z, np.where(z > 0.0, z.dtype.type(1.0), z.dtype.type(a)), out),
+        lambda z, h: np.where(z > 0.0, h.dtype.type(1.0), h.dtype.type(a)),
+    )
 
 
 def _elu(module: Any) -> Activation:
     a = float(module.alpha)
     return Activation(
-        lambda z: np.where(z > 0.0, z, a * np.expm1(np.minimum(z, 0.0))),
+        lambda z, out: np.where(z > 0.0, z, a * np.expm1(np.minimum(z, 0.0))),
         lambda z, h: np.where(z > 0.0, np.ones_like(h), h + a),
     )
 
@@ -56,7 +58,7 @@ def _silu(_: Any) -> Activation:
         p = _sigmoid(z)
         return p + h * (1.0 - p)
 
-    return Activation(lambda z: z * _sigmoid(z), slope)
+    return Activation(lambda z, out: np.multiply(z, _sigmoid(z), out), slope)
 
 
 def _gelu(module: Any) -> Activation:
@@ -69,7 +71,10 @@ def _gelu(module: Any) -> Activation:
             return 0.5 + 0.5 * erf
 
         density = 1.0 / math.sqrt(2.0 * math.pi)
-        return Activation(lambda z: z * phi(z), lambda z, h: phi(z) + density * z * np.exp(-0.5 * z * z))
+        return Activation(
+            lambda z, out: np.multiply(z, phi(z), out),
+            lambda z, h: phi(z) + density * z * np.exp(-0.5 * z * z),
+        )
 
     k, c = math.sqrt(2.0 / math.pi), 0.044715
 
@@ -80,7 +85,7 @@ def _gelu(module: Any) -> Activation:
         t = gate(z)
         return 0.5 * (1.0 + t) + 0.5 * k * z * (1.0 - t * t) * (1.0 + 3.0 * c * z * z)
 
-    return Activation(lambda z: 0.5 * z * (1.0 + gate(z)), slope)
+    return Activation(lambda z, out: np.multiply(0.5 * z, 1.0 + gate(z), out), slope)
 
 
 #: By the exact class of the torch module.
@@ -104,6 +109,12 @@ class Trace(NamedTuple):
     slopes: list[np.ndarray | None]
 
 
+def _times(x: np.ndarray, weight: np.ndarray, activation: Activation | None) -> np.ndarray:
+    """``x W^T``. Outputs are laid out column by column: sums over a few columns are faster that way."""
+    product: np.ndarray = weight.dot(x.T).T if activation is None else x.dot(weight.T)
+    return product
+
+
 class Mlp:
     """A chain of linear layers with activations.
 
@@ -115,18 +126,18 @@ class Mlp:
         self.pieces = pieces
         self.activations = activations
         self.size = sum(weight.size + bias.size for weight, bias in pieces)
-        self._steps = [
-            (weight.T, bias, activation.function if activation else None)
-            for (weight, bias), activation in zip(pieces, activations, strict=True)
-        ]
+        self._layers = [(w, b, f and f.function) for (w, b), f in zip(pieces, activations, strict=True)]
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """The outputs, (n, outputs); ``x`` may also be a single row (inputs,), which is faster."""
-        for weight, bias, function in self._steps:
-            x = x.dot(weight)
-            x += bias
-            if function is not None:
-                x = function(x)
+        for weight, bias, function in self._layers:
+            if function is None:
+                x = weight.dot(x.T).T  # see _times
+                x += bias
+            else:
+                x = x.dot(weight.T)
+                x += bias
+                x = function(x, x)
         return x
 
     def forward(self, x: np.ndarray) -> tuple[np.ndarray, Trace]:
@@ -134,10 +145,14 @@ class Mlp:
         trace = Trace([], [])
         for (weight, bias), activation in zip(self.pieces, self.activations, strict=True):
             trace.inputs.append(x)
-            z = x.dot(weight.T)
-            z += bias
-            x = z if activation is None else activation.function(z)
-            trace.slopes.append(None if activation is None else activation.slope(z, x))
+            x = _times(x, weight, activation)
+            x += bias
+            slope = None
+            if activation is not None:
+                z = x
+                x = activation.function(z, None if activation.needs_z else z)
+                slope = activation.slope(z, x)
+            trace.slopes.append(slope)
         return x, trace
 
     def backward(self, trace: Trace, d: np.ndarray, gradient: Pieces) -> None:
@@ -165,11 +180,11 @@ class Mlp:
         """
         t = np.empty(0)
         for layer, (d_weight, d_bias) in enumerate(change):
-            dz: np.ndarray = trace.inputs[layer].dot(d_weight.T)
+            slope, activation = trace.slopes[layer], self.activations[layer]
+            dz = _times(trace.inputs[layer], d_weight, activation)
             dz += d_bias
             if layer:  # observations do not change
-                dz += t.dot(self.pieces[layer][0].T)
-            slope = trace.slopes[layer]
+                dz += _times(t, self.pieces[layer][0], activation)
             if slope is not None:
                 dz *= slope
             t = dz

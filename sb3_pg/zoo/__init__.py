@@ -1,0 +1,36 @@
+"""The bridge to rl-zoo: its commands, files and folders for REINFORCE, TRPO and PPO.
+
+``python -m sb3_pg.zoo train --algo trpo --env Pendulum-v1`` is rl_zoo3's own code after one call of :func:`register`.
+Needs the extra ``zoo``; importing this package does not.
+"""
+
+import sys
+from pathlib import Path
+
+import sb3_pg
+
+#: Where the default settings lie, one file for each algorithm: next to this package, in a checkout and when installed.
+CONFIGS = Path(sb3_pg.__file__).parents[1] / "zoo_configs"
+
+__all__ = ["CONFIGS", "register"]
+
+
+def register() -> None:
+    """Tell the rl_zoo3 of this process about the algorithms; ``trpo`` and ``ppo`` become ours.
+
+    They are trained with our settings (:data:`CONFIGS`) unless others are given, and searched in our spaces. Other
+    programs that use rl_zoo3 are not affected. A second call changes nothing.
+
+    :raises ImportError: rl_zoo3 is not installed
+    """
+    from rl_zoo3 import ALGOS, exp_manager, hyperparams_opt
+
+    from sb3_pg.zoo import search
+    from sb3_pg.zoo.manager import ExperimentManager
+
+    ALGOS.update({"reinforce": sb3_pg.REINFORCE, "trpo": sb3_pg.TRPO, "ppo": sb3_pg.PPO})
+    hyperparams_opt.HYPERPARAMS_SAMPLER.update(search.SAMPLERS)
+    hyperparams_opt.HYPERPARAMS_CONVERTER.update(search.CONVERTERS)
+    exp_manager.ExperimentManager = ExperimentManager  # type: ignore[misc]
+    if "rl_zoo3.train" in sys.modules:  # which has looked the name up already
+        sys.modules["rl_zoo3.train"].ExperimentManager = ExperimentManager  # type: ignore[attr-defined]

@@ -1,0 +1,129 @@
+"""rl-zoo's commands with REINFORCE, TRPO and PPO: ``python -m sb3_pg.zoo train --algo trpo --env Pendulum-v1``.
+
+Every option is rl_zoo3's own and passes through; ``python -m sb3_pg.zoo train --help`` lists them.
+"""
+
+import argparse
+import importlib
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, NoReturn
+
+import gymnasium as gym
+
+from sb3_pg.common.errors import ArgumentError, NonFiniteError
+from sb3_pg.zoo import register
+
+PROGRAM = "python -m sb3_pg.zoo"
+
+#: Commands that rl_zoo3 has a function of the same name for, and where.
+FUNCTIONS = {
+    "train": "rl_zoo3.train",
+    "enjoy": "rl_zoo3.enjoy",
+    "plot_train": "rl_zoo3.plots",
+    "all_plots": "rl_zoo3.plots",
+    "plot_from_file": "rl_zoo3.plots",
+}
+
+#: Commands that are modules of rl_zoo3 to be run.
+MODULES = ("record_video", "record_training", "benchmark")
+
+COMMANDS = (*FUNCTIONS, *MODULES)
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give an attribute another value for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def one_line_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """``ArgumentParser.error`` without the list of all options."""
+    parser.exit(2, f"{parser.prog}: {message}\n")
+
+
+def our_command(command: Any) -> Any:
+    """What rl_zoo3's scripts start as children (``python -m rl_zoo3.x`` or ``python x.py``) with our algorithms."""
+    match command:
+        case ["python", "-m", str(module), *options] if module.startswith("rl_zoo3."):
+            return [sys.executable, "-m", "sb3_pg.zoo", module.removeprefix("rl_zoo3."), *options]
+        case ["python", str(file), *options] if file.endswith(".py"):
+            return [sys.executable, "-m", "sb3_pg.zoo", file.removesuffix(".py"), *options]
+    return command
+
+
+def run(command: str, options: list[str]) -> None:
+    """Run a script of rl_zoo3 as if from the command line, with our algorithms in it and in its children."""
+    if command == "record_training" and shutil.which("ffmpeg") is None:
+        raise ArgumentError("record_training joins its videos with the program ffmpeg, which is not installed.")
+    register()
+    call = subprocess.call
+
+    def call_with_ours(command: Any, *more: Any, **options: Any) -> int:
+        return call(our_command(command), *more, **options)
+
+    with ExitStack() as stack:
+        stack.enter_context(replaced(sys, "argv", [f"{PROGRAM} {command}", *options]))
+        stack.enter_context(replaced(argparse.ArgumentParser, "error", one_line_error))
+        if command in FUNCTIONS:
+            getattr(importlib.import_module(FUNCTIONS[command]), command)()
+        else:
+            stack.enter_context(replaced(subprocess, "call", call_with_ours))
+            runpy.run_module(f"rl_zoo3.{command}", run_name="__main__")
+
+
+def is_from_rl_zoo(traceback: TracebackType | None) -> bool:
+    """Whether lines of rl_zoo3, or of its downloads, raised an error: then its message is meant for the user."""
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    package = traceback.tb_frame.f_globals.get("__package__") if traceback else None
+    return (package or "").split(".")[0] in ("rl_zoo3", "huggingface_sb3")
+
+
+def explain(error: Exception) -> str | None:
+    """The line that tells the user what to change; None for an error that only its traceback explains."""
+    message = " ".join(str(error).split())
+    if isinstance(error, (ArgumentError, NonFiniteError, gym.error.Error)):
+        return message
+    if isinstance(error, ImportError):
+        return f"{message.rstrip('.')}. What the commands themselves need: pip install 'sb3_pg[zoo]'"
+    if not is_from_rl_zoo(error.__traceback__):
+        return None
+    if isinstance(error, (NameError, SyntaxError)):
+        return f"{message}. The values of -params are Python: text is quoted twice, learning_rate:\"'lin_3e-4'\"."
+    return message if isinstance(error, (ValueError, AssertionError, OSError)) else None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the exit code: 0, or 2 for input that cannot work."""
+    command, *options = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    usage = f"{PROGRAM} COMMAND [options]; the commands are {', '.join(COMMANDS)}"
+    if command in ("-h", "--help"):
+        print(usage)
+        return 0
+    if command not in COMMANDS:
+        print(f"{PROGRAM}: there is no command {command!r}. Usage: {usage}", file=sys.stderr)
+        return 2
+    try:
+        run(command, options)
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        print(f"{PROGRAM} {command}: {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

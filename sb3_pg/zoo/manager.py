@@ -1,0 +1,155 @@
+"""rl_zoo3's ExperimentManager for our algorithms: their settings, schedules and environments, and clear errors."""
+
+import difflib
+import inspect
+import re
+import typing
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import yaml
+from gymnasium import spaces
+from rl_zoo3 import ALGOS, exp_manager, linear_schedule
+from stable_baselines3.common import vec_env as sb3
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import Schedule
+
+from sb3_pg.common.errors import ArgumentError, NonFiniteError
+from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
+from sb3_pg.common.vec_env import DummyVecEnv, VecNormalize
+from sb3_pg.zoo import CONFIGS
+
+#: Keys of a configuration that rl_zoo3 takes for itself; all others are arguments of the algorithm.
+ZOO_KEYS = (
+    "callback",
+    "env_kwargs",
+    "env_wrapper",
+    "frame_stack",
+    "monitor_kwargs",
+    "n_envs",
+    "n_timesteps",
+    "normalize",
+    "vec_env_wrapper",
+)
+
+#: Arguments that rl_zoo3 takes from the command line.
+COMMAND_LINE_ARGUMENTS = ("_init_setup_model", "device", "env", "seed", "tensorboard_log", "verbose")
+
+
+def config_arguments(algorithm: type[BaseAlgorithm]) -> list[str]:
+    """The arguments of an algorithm that a configuration may set."""
+    return [name for name in inspect.signature(algorithm).parameters if name not in COMMAND_LINE_ARGUMENTS]
+
+
+def schedule_arguments(algorithm: type[BaseAlgorithm]) -> list[str]:
+    """The arguments of an algorithm that may be schedules, by its annotations."""
+    parameters = inspect.signature(algorithm).parameters.values()
+    return [parameter.name for parameter in parameters if Schedule in typing.get_args(parameter.annotation)]
+
+
+class ExperimentManager(exp_manager.ExperimentManager):
+    """Arguments are rl_zoo3's; ``config`` has a default for each of our algorithms. Other algorithms run as there.
+
+    :raises ArgumentError: a configuration that cannot work
+    """
+
+    def __init__(self, args: Any, algo: str, *more: Any, **options: Any) -> None:
+        super().__init__(args, algo, *more, **options)
+        self.config_is_given = options.get("config") is not None
+        default = CONFIGS / f"{algo}.yml"
+        if not self.config_is_given and default.exists():
+            self.config = str(default)
+        self.is_ours = issubclass(ALGOS[algo], PolicyGradientAlgorithm)
+        if self.is_ours and self.vec_env_class is sb3.DummyVecEnv:
+            self.vec_env_class = DummyVecEnv
+
+    # --------------------------------------------------------------- settings
+
+    def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The settings as they are in the file."""
+        if self.trial_id == 0 and self.storage and self.study_name:  # rl_zoo3 takes 0 for none given
+            trial = self.load_trial(self.storage, self.study_name, 0)
+            self.custom_hyperparams = trial | (self.custom_hyperparams or {})
+        try:
+            return super().read_hyperparameters()
+        except KeyError as key:
+            raise ArgumentError(f"{self.config} has no entry {key}.") from None
+        except yaml.YAMLError as error:
+            raise ArgumentError(f"{self.config} cannot be read as YAML: {error}") from None
+
+    def load_trial(self, storage: str, study_name: str, trial_id: int | None = None, convert: bool = True) -> Any:
+        """The settings of one trial of an Optuna study."""
+        try:
+            return super().load_trial(storage, study_name, trial_id, convert)
+        except (KeyError, IndexError):
+            raise ArgumentError(f"There is no trial {trial_id} of a study {study_name!r} in {storage}.") from None
+
+    def _preprocess_hyperparams(
+        self, hyperparams: dict[str, Any]
+    ) -> tuple[dict[str, Any], Callable[..., Any] | None, list[BaseCallback], Callable[..., Any] | None]:
+        where = f"{self.config}, {self.env_name.gym_id}"
+        for key in ("n_timesteps", "policy"):
+            if key not in hyperparams:
+                raise ArgumentError(f"{where}: the key {key!r} is missing.")
+        processed = super()._preprocess_hyperparams(hyperparams)
+        known = config_arguments(ALGOS[self.algo])
+        for key in processed[0]:
+            if self.is_ours and key not in known:
+                near = difflib.get_close_matches(key, [*known, *ZOO_KEYS], n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else " Take it out."
+                raise ArgumentError(f"{where}: {key!r} is neither an argument of {self.algo} nor rl-zoo's.{hint}")
+        return processed
+
+    def _preprocess_schedules(self, hyperparams: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+        """``lin_0.1`` becomes a schedule wherever the algorithm takes one; rl_zoo3 knows four of the names."""
+        if not self.is_ours:
+            return super()._preprocess_schedules(hyperparams)
+        for name in schedule_arguments(ALGOS[self.algo]):
+            value = hyperparams.get(name)
+            if isinstance(value, str):
+                number = re.fullmatch(r"lin_([-+.\deE]+)", value)
+                if number is None:
+                    raise ArgumentError(f"`{name}` must be a number, or lin_ and a number for a schedule, not {value}.")
+                hyperparams[name] = linear_schedule(number[1])
+        return hyperparams
+
+    # ----------------------------------------------------------- environments
+
+    def _maybe_normalize(self, env: sb3.VecEnv, eval_env: bool) -> sb3.VecEnv:
+        env = super()._maybe_normalize(env, eval_env)
+        if self.is_ours and type(env) is sb3.VecNormalize:
+            env.__class__ = VecNormalize  # the same attributes, lighter methods
+        return env
+
+    # --------------------------------------------------------------- training
+
+    def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
+        """Make model and environments; None when settings are to be searched."""
+        made = super().setup_experiment()
+        if made is not None and self.algo == "trpo" and self.is_ours and self.config_is_given:
+            self._warn_of_joint_kl(made[0])
+        return made
+
+    def _warn_of_joint_kl(self, model: Any) -> None:
+        """Settings from elsewhere may mean the KL averaged over action dimensions, as sb3-contrib's do."""
+        space = model.action_space
+        n = int(np.prod(space.shape)) if isinstance(space, (spaces.Box, spaces.MultiBinary)) else 1
+        if n > 1:
+            warnings.warn(
+                f"target_kl={model.target_kl} bounds the KL summed over the {n} action dimensions, sb3-contrib's the "
+                f"mean over them. If {self.config} was tuned for sb3-contrib, multiply target_kl and cg_damping by "
+                f"{n} to get what it does there (for its defaults: -params target_kl:{0.01 * n:g} "
+                f"cg_damping:{0.1 * n:g}).",
+                stacklevel=2,
+            )
+
+    def learn(self, model: BaseAlgorithm) -> None:
+        """Train, and keep what was learned if a number that is not finite stops it."""
+        try:
+            super().learn(model)
+        except NonFiniteError:
+            self.save_trained_model(model)
+            raise
