@@ -36,6 +36,8 @@ from sb3_pg.common.buffers import random_order, whole_batch
 from sb3_pg.text import TextVecEnv
 from sb3_pg.text.demo import ALGORITHMS, PRETRAIN_STEPS, TIMESTEPS, make_model
 from sb3_pg.text.evaluation import evaluate_texts, table
+from sb3_pg.text.policies import SMALL_CAUSAL
+from sb3_pg.text.spaces import text_space
 from sb3_pg.text.supervised import pretrain
 from sb3_pg.text.tasks import TASKS
 
@@ -96,13 +98,10 @@ def decoding(repeats: int) -> list[dict[str, Any]]:
     task = TASKS["sentiment"].make("train")
     found = []
     shapes = {"small": None, "medium": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6}}
+    task.response_length = 32
+    width = task.width + 32
+    task.observation_space = text_space(task.width, 32, len(task.tokenizer))
     for name, change in shapes.items():
-        task.response_length = 32
-        width = task.width + 32
-        from sb3_pg.text.policies import SMALL_CAUSAL
-        from sb3_pg.text.spaces import text_space
-
-        task.observation_space = text_space(task.width, 32, len(task.tokenizer))
         config = {**SMALL_CAUSAL, **(change or {}), "vocab_size": len(task.tokenizer), "bos_token_id": None}
         config |= {"eos_token_id": task.end_token, "max_position_embeddings": width}
         for n in (1, 16, 64):

@@ -167,19 +167,9 @@ class LanguageModelPolicy(ActorCriticPolicy):
 
     @property
     def end_token(self) -> int:
-        """The token that ends a response.
-
-        :raises ArgumentError: neither the environment nor the model's configuration names one
-        """
-        end = getattr(self.action_space, "end_token", None)
-        if end is None:
-            end = self.lm.config.eos_token_id
-        if isinstance(end, (list, tuple)):
-            end = end[0]
-        if end is None:
-            raise ArgumentError(
-                "The model has no end token, so no response would ever end: set `eos_token_id` in its configuration."
-            )
+        """The token that ends a response: the environment's, or else the (first) one of the model's configuration."""
+        own = self.lm.config.eos_token_id
+        end: Any = getattr(self.action_space, "end_token", own[0] if isinstance(own, (list, tuple)) else own)
         return int(end)
 
     def _make_model(self, model: Any) -> Any:
