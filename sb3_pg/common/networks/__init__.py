@@ -1,4 +1,7 @@
-"""Two implementations of one protocol: any torch policy, and SB3's MlpPolicy in closed form."""
+"""Two implementations of one protocol: any torch policy, and SB3's MlpPolicy in closed form.
+
+A policy may bring a third, as language models do.
+"""
 
 from collections.abc import Callable
 
