@@ -180,7 +180,14 @@ class LanguageModelPolicy(ActorCriticPolicy):
             )
         if isinstance(model, (str, Path)):
             made = self.auto_model.from_pretrained(model, **{"dtype": th.float32, **self._arguments["model_kwargs"]})
-            return made.float() if self._arguments["model_kwargs"].get("dtype") is None else made
+            if getattr(made.config, "quantization_config", None) is None:
+                return made
+            # From GGUF: the weights are ordinary numbers by now, but the model still counts as quantised, which can
+            # neither be trained nor saved. A fresh one with the same weights can.
+            del made.config.quantization_config
+            fresh = self.auto_model.from_config(made.config, dtype=th.float32)
+            fresh.load_state_dict(made.state_dict())
+            return fresh
         end = getattr(self.action_space, "end_token", None)
         width = self.observation_space.shape[0]  # type: ignore[index]
         if model is None:
