@@ -21,7 +21,7 @@ STAMP := $(VENV)/.installed-$(EXTRAS)
 SOURCES := sb3_pg tests benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint type format clean install benchmark-speed
+.PHONY: help run test lint type format clean install benchmark-speed benchmark-text
 
 help:  ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,9 @@ type: $(STAMP)  ## mypy, strict
 benchmark-speed: $(STAMP)  ## time ours against the peers (half an hour on a quiet machine); installs sbx
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt sbx-rl
 	$(BIN)/python benchmarks/speed.py
+
+benchmark-text: $(STAMP)  ## tune small language models: three tasks, three algorithms, three seeds (an hour)
+	$(BIN)/python benchmarks/text.py
 
 format: $(STAMP)  ## let ruff repair and format
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -78,7 +78,11 @@ def test_wrong_coefficients_name_themselves(algorithm, name, value):
         (TRPO, {"cg_damping": float("nan")}, "`cg_damping` must be"),
         (TRPO, {"sub_sampling_factor": 0}, "`sub_sampling_factor` must be"),
         (REINFORCE, {"n_episodes": 0}, "`n_episodes` must be"),
-        (REINFORCE, {"baseline": "mean"}, "`baseline` must be one of 'value', 'leave_one_out', 'ema', None"),
+        (
+            REINFORCE,
+            {"baseline": "mean"},
+            "`baseline` must be one of 'value', 'leave_one_out', 'leave_one_out_same_start', 'ema', None",
+        ),
         (REINFORCE, {"baseline": "ema", "gae_lambda": 0.9}, "needs the value network"),
         (REINFORCE, {"baseline": None, "n_steps": 8}, "needs the value network"),
         (REINFORCE, {"ema_decay": 1.0}, "`ema_decay` must be below 1"),

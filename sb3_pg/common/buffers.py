@@ -203,7 +203,8 @@ class Batch:
     """Samples in the arrays of a network: NumPy for the closed form, torch on its device for autograd.
 
     All have one row per sample; ``actions`` is in the form that the network's ``evaluate`` takes. ``rows`` are the
-    samples' numbers in the rollout, ``step * n_envs + env``, to name a sample in an error.
+    samples' numbers in the rollout, ``step * n_envs + env``, to name a sample in an error. ``sequence`` numbers the
+    stretch of an episode that each sample belongs to, if the network is better off with whole ones.
     """
 
     observations: Array
@@ -213,17 +214,21 @@ class Batch:
     advantages: Array
     returns: Array
     rows: np.ndarray
+    sequence: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> "Batch":
-        return Batch(*(take(x, index) for x in self.__dict__.values()))
+        columns: list[Any] = [None if x is None else take(x, index) for x in self.__dict__.values()]
+        return Batch(*columns)
 
     def minibatches(
         self, batch_size: int | None, order: np.ndarray | None = None, *, even: bool = False
     ) -> Generator["Batch", None, None]:
         """Pieces of ``batch_size`` samples; all at once for None.
+
+        Sequences are not cut: a piece goes on to the end of the one that it ends in.
 
         :param order: the numbers of the samples in the order in which they are wanted, by default as they are
         :param even: spread a shorter last piece over all, so that none is much smaller than the others
@@ -231,12 +236,18 @@ class Batch:
         n = len(self)
         size = batch_size or n
         edges = np.linspace(0, n, -(-n // size) + 1).astype(int) if even else [*range(0, n, size), n]
+        if self.sequence is not None:
+            sequence = self.sequence if order is None else self.sequence[order]
+            ends = np.append(np.flatnonzero(np.diff(sequence)) + 1, n)
+            edges = [0, *np.unique(ends[np.searchsorted(ends, edges[1:])])]
         if order is None:
             for start, end in pairwise(edges):
                 yield self[start:end]
             return
         # Gathered together, minibatches are plain slices of the result; images are too large for many at a time.
-        n_together = max(1, _GATHERED_BYTES * n // max(1, sum(map(nbytes, self.__dict__.values())) * size))
+        n_together = max(
+            1, _GATHERED_BYTES * n // max(1, sum(nbytes(x) for x in self.__dict__.values() if x is not None) * size)
+        )
         for first in range(0, len(edges) - 1, n_together):
             its = edges[first : first + n_together + 1]
             gathered = self[order[its[0] : its[-1]]]
@@ -259,12 +270,27 @@ def whole_batch(buffer: sb3_buffers.RolloutBuffer, network: Network, keep: np.nd
         rows = np.flatnonzero(keep)
         observations, actions = take(observations, rows), actions[rows]
         numbers = [x[rows] for x in numbers]
-    arrays = [network.asarray(observations), network.actions(actions), *map(network.asarray, numbers), rows]
+    sequence = sequence_numbers(buffer)[rows] if network.sequential else None
+    arrays = [network.asarray(observations), network.actions(actions), *map(network.asarray, numbers), rows, sequence]
     return Batch(*arrays)
 
 
+def sequence_numbers(buffer: sb3_buffers.RolloutBuffer) -> np.ndarray:
+    """A number for each stretch of an episode within the rollout, given to each of its samples, (n_steps * n_envs,)."""
+    starts = buffer.episode_starts[: buffer.pos] > 0
+    starts[0] = True
+    numbers: np.ndarray = (np.cumsum(starts, axis=0) * buffer.n_envs + np.arange(buffer.n_envs)).ravel()
+    return numbers
+
+
 def random_order(batch: Batch, buffer: sb3_buffers.RolloutBuffer) -> np.ndarray:
-    """The numbers of the samples in random order, the same as SB3's for the same NumPy seed."""
+    """The numbers of the samples in random order, the same as SB3's for the same NumPy seed.
+
+    Samples of one sequence stay together and in time order.
+    """
+    if batch.sequence is not None:
+        _, number = np.unique(batch.sequence, return_inverse=True)
+        return np.argsort(np.random.permutation(number.max() + 1)[number], kind="stable")
     order = np.random.permutation(len(batch))
     if len(batch) == buffer.pos * buffer.n_envs:
         order = sb3_order(order, buffer.pos, buffer.n_envs)

@@ -10,6 +10,8 @@ import json
 import pathlib
 import warnings
 import zipfile
+from collections.abc import Iterable
+from importlib import import_module
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -83,6 +85,12 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         "MultiInputPolicy": MultiInputActorCriticPolicy,
     }
 
+    #: Policies of optional extras, by the module to import when one is asked for.
+    optional_policies: ClassVar[dict[str, str]] = {
+        "CausalLMPolicy": "sb3_pg.text.policies",
+        "Seq2SeqLMPolicy": "sb3_pg.text.policies",
+    }
+
     #: The name under which archives of this algorithm are known, see ``load``.
     archive_name: ClassVar[str]
     rollout_buffer_class: type[sb3_buffers.RolloutBuffer] | None
@@ -140,6 +148,12 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         self._rollout_is_unfinished = False
 
     # ------------------------------------------------------------------ setup
+
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        if policy_name in self.optional_policies:
+            found: type[BasePolicy] = getattr(import_module(self.optional_policies[policy_name]), policy_name)
+            return found
+        return super()._get_policy_from_name(policy_name)
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
@@ -360,6 +374,11 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
             buffer.log_probs[:n] = log_probs.reshape(n, -1)
         require_finite("value", buffer.values[:n])
         require_finite("log-probability", buffer.log_probs[:n])
+        # A policy may have a say in the rewards, as one that is kept near a reference has.
+        shape_rewards: Any = getattr(self.policy, "shape_rewards", None)
+        if shape_rewards is not None:
+            for name, value in shape_rewards(buffer, dones).items():
+                self.logger.record(name, value)
         last_values = self._bootstrap(buffer, new_obs)
         buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
         return last_values
@@ -491,6 +510,20 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_network", "_truncations", "_rollout_is_unfinished"]
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """SB3's. A policy made from files is saved so that it can be loaded without them."""
+        given, portable_kwargs = self.policy_kwargs, getattr(self.policy, "portable_kwargs", dict)
+        self.policy_kwargs = portable_kwargs(given)
+        try:
+            super().save(path, exclude, include)
+        finally:
+            self.policy_kwargs = given
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"

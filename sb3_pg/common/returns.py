@@ -96,3 +96,22 @@ def leave_one_out(
     over_all_steps = (table.sum() - table.sum(axis=1, keepdims=True)) / np.maximum(n_other_samples, 1)
     baseline = np.where(n_others > 0, at_same_step, over_all_steps)
     return baseline[episode, step], n_others[step] < 1
+
+
+def leave_one_out_within(
+    group: NDArray[np.int64], returns: FloatArray, episode: NDArray[np.int64], step: NDArray[np.int64]
+) -> FloatArray:
+    """:func:`leave_one_out` among the episodes of one group, such as those that began alike.
+
+    With one completion of a prompt as the episode and the prompt as the group this is RLOO for language models
+    (Ahmadian et al. 2024). An episode alone in its group gets zero.
+
+    :param group: number of the group of each sample, the same for all samples of an episode, (n,)
+    :return: the baseline of each sample, (n,)
+    """
+    baseline = np.zeros(len(returns))
+    for number in np.unique(group):
+        members = group == number
+        _, of_group = np.unique(episode[members], return_inverse=True)
+        baseline[members], _ = leave_one_out(returns[members], of_group, step[members])
+    return baseline

@@ -15,12 +15,14 @@ from sb3_pg.common.buffers import Batch, RolloutBuffer, flat_arrays, random_orde
 from sb3_pg.common.errors import ArgumentError, check_choice, check_count, check_number
 from sb3_pg.common.objectives import policy_gradient, squared_error
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
-from sb3_pg.common.returns import episode_numbers, leave_one_out, reward_to_go
+from sb3_pg.common.returns import episode_numbers, leave_one_out, leave_one_out_within, reward_to_go
 
 SelfREINFORCE = TypeVar("SelfREINFORCE", bound="REINFORCE")
 
 #: (observations, returns) to the baseline of each sample; see the argument ``baseline``
 Baseline = Callable[[Any, np.ndarray], np.ndarray]
+
+_BASELINES = ("value", "leave_one_out", "leave_one_out_same_start", "ema", None)
 
 #: An episode longer than the whole of ``learn``, within these limits, is taken for one that never ends.
 _SHORTEST_ENDLESS, _LONGEST = 10_000, 200_000
@@ -66,9 +68,11 @@ class REINFORCE(PolicyGradientAlgorithm):
     :param device: "cpu", "cuda" or "auto"
     :param _init_setup_model: False leaves the networks to be made by ``load``
     :param baseline: what the return is compared with. "value": the value network. "leave_one_out": the mean
-        return of the batch's other episodes (:func:`sb3_pg.common.returns.leave_one_out`). "ema": a moving average
-        of past returns. None: nothing. Or a function from (observations of the batch, their returns-to-go, (n,))
-        to (n,) numbers; to add no bias it must not use the returns of the same episode
+        return of the batch's other episodes (:func:`sb3_pg.common.returns.leave_one_out`).
+        "leave_one_out_same_start": of those of them that began with the same observation, as the responses to one
+        prompt do. "ema": a moving average of past returns. None: nothing. Or a function from (observations of the
+        batch, their returns-to-go, (n,)) to (n,) numbers; to add no bias it must not use the returns of the same
+        episode
     :param ema_decay: in [0, 1), of "ema". Higher remembers longer
     :param batch_size: samples per gradient step of the policy, in one pass over the batch. None makes a single
         step, as in the paper; smaller makes more, noisier steps
@@ -167,7 +171,7 @@ class REINFORCE(PolicyGradientAlgorithm):
         if not self.ema_decay < 1:
             raise ArgumentError(f"`ema_decay` must be below 1, not {self.ema_decay!r}: the average would never move.")
         if not callable(self.baseline):
-            check_choice("baseline", self.baseline, ("value", "leave_one_out", "ema", None))
+            check_choice("baseline", self.baseline, _BASELINES)
         if self.baseline != "value":
             for name, neutral in (("n_steps", None), ("gae_lambda", 1.0)):
                 if getattr(self, name) != neutral:
@@ -313,6 +317,8 @@ class REINFORCE(PolicyGradientAlgorithm):
         """What each return is compared with, if not the value network: (n,) or one number."""
         if self.baseline == "leave_one_out":
             return leave_one_out(returns, episode, step)[0]
+        if self.baseline == "leave_one_out_same_start":
+            return leave_one_out_within(self._starts(episode, step, keep), returns, episode, step)
         if self.baseline == "ema":
             # The average of *earlier* batches, so that it does not depend on this one's actions.
             before, now = self._return_ema, float(returns.mean())
@@ -328,6 +334,17 @@ class REINFORCE(PolicyGradientAlgorithm):
                 f"array of shape {baseline.shape} with {int((~np.isfinite(baseline)).sum())} that are not finite."
             )
         return baseline
+
+    def _starts(self, episode: np.ndarray, step: np.ndarray, keep: np.ndarray) -> np.ndarray:
+        """A number for each sample, the same in episodes that began with the same observation, (n,)."""
+        is_first = step == 0
+        first: Any = take(flat_arrays(self.rollout_buffer)[0], np.flatnonzero(keep)[is_first])
+        parts = first.values() if isinstance(first, dict) else [first]
+        rows = np.concatenate([x.reshape(len(x), -1) for x in parts], axis=1)
+        of_episode = np.zeros(int(episode.max()) + 1, dtype=np.int64)
+        of_episode[episode[is_first]] = np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1)
+        group: np.ndarray = of_episode[episode]
+        return group
 
     def _fit_critic(self, batch: Batch, losses: Column) -> None:
         """Further passes for the value network alone; whatever the actor uses too stays as it is."""

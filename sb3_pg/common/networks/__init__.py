@@ -1,4 +1,9 @@
-"""Two implementations of one protocol: any torch policy, and SB3's MlpPolicy in closed form."""
+"""Two implementations of one protocol: any torch policy, and SB3's MlpPolicy in closed form.
+
+A policy may bring a third, as language models do.
+"""
+
+from collections.abc import Callable
 
 from stable_baselines3.common.policies import ActorCriticPolicy
 
@@ -13,11 +18,14 @@ __all__ = ["AutogradNetwork", "ClosedFormNetwork", "Fisher", "Network", "make_ne
 def make_network(policy: ActorCriticPolicy, engine: str = "auto") -> Network:
     """The fastest network that computes exactly what ``policy`` does.
 
-    :param policy: any ActorCriticPolicy
+    :param policy: any ActorCriticPolicy; one with a method ``make_network`` is asked for its own
     :param engine: "autograd" always takes torch's
     """
     if engine == "autograd":
         return AutogradNetwork(policy, "engine='autograd'")
+    make: Callable[[], Network] | None = getattr(policy, "make_network", None)
+    if make is not None:
+        return make()
     try:
         return ClosedFormNetwork(policy)
     except Unsuitable as reason:

@@ -58,6 +58,8 @@ class AutogradNetwork:
     :param policy: any ActorCriticPolicy, SB3's or a subclass with its own modules, distributions or features
     """
 
+    sequential = False
+
     def __init__(self, policy: ActorCriticPolicy, why: str = "") -> None:
         self.policy = policy
         self.description = "autograd" + (f" ({why})" if why else "")

@@ -75,6 +75,7 @@ class ClosedFormNetwork:
     """
 
     judges_while_acting = False
+    sequential = False
 
     #: what ``evaluate`` remembers for ``backward``
     _critic_trace: Trace | None

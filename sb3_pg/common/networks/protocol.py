@@ -28,6 +28,7 @@ class Network(Protocol):
     policy: ActorCriticPolicy
     description: str  # what runs and why, for ``verbose=1``
     judges_while_acting: bool  # whether ``act`` gives values and log-probabilities, so that ``judge`` is not needed
+    sequential: bool  # whether it works best on whole stretches of episodes; minibatches are then made of such
 
     def refresh(self) -> bool:
         """Look at the policy's parameters anew; called before every rollout and every update.

@@ -1,0 +1,256 @@
+"""Tune small language models by all three algorithms, and time decoding; writes benchmarks/text/.
+
+    python benchmarks/text.py                    # nine pairs of task and algorithm, three seeds, and the timings
+    python benchmarks/text.py --only sentiment   # the pairs whose name contains a word
+    python benchmarks/text.py --smoke            # a few steps of everything, into benchmarks/text/smoke
+    python benchmarks/text.py --report           # table and figure again from the data
+
+Every run starts from the same kind of supervised model (made from the run's seed) and is judged on all held-out
+prompts, with answers drawn as in training, by the task's metric, which is not the reward. Finished runs are kept, so
+an interrupted benchmark goes on where it was. The settings are those of ``python -m sb3_pg.text.demo``.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__" and os.environ.get("OMP_NUM_THREADS") != "1":
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+import numpy as np
+import torch as th
+import transformers
+from stable_baselines3.common.logger import Logger
+
+from sb3_pg import PPO
+from sb3_pg.common.buffers import random_order, whole_batch
+from sb3_pg.text import TextVecEnv
+from sb3_pg.text.demo import ALGORITHMS, PRETRAIN_STEPS, TIMESTEPS, make_model
+from sb3_pg.text.evaluation import evaluate_texts, table
+from sb3_pg.text.policies import SMALL_CAUSAL
+from sb3_pg.text.spaces import text_space
+from sb3_pg.text.supervised import pretrain
+from sb3_pg.text.tasks import TASKS
+
+OUT = Path(__file__).parent / "text"
+SEEDS = (0, 1, 2)
+EVALUATIONS = 8  # during a run, and one before it
+
+
+def metric_of(task: str) -> str:
+    """The metric's name in the figures; sentiment is the score itself."""
+    return {"sentiment": "score"}.get(TASKS[task].metric, TASKS[task].metric)
+
+
+# --------------------------------------------------------------------- learning
+
+
+def evaluate(model: Any, task: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    th.manual_seed(0)
+    names = ["distinct_2"] if task.references is None else ["exact_match", "bleu", "chrf", "token_f1", "distinct_2"]
+    times = 1 if len(task.prompts) > 200 else 8
+    return evaluate_texts(model.policy, task, 400, names, num_return_sequences=times)
+
+
+def run(task: str, algo: str, seed: int, folder: Path, timesteps: int) -> dict[str, Any]:
+    """One run: the learning curve, and texts before and after."""
+    train, held_out = TASKS[task].make("train"), TASKS[task].make("test")
+    model = make_model(algo, train, folder, seed)
+    model.set_logger(Logger(None, []))
+    figures, records = evaluate(model, held_out)
+    curve, before, seconds = [{"timesteps": 0, **figures}], records[:8], 0.0
+    for step in range(EVALUATIONS):
+        start = time.perf_counter()
+        goal = timesteps * (step + 1) // EVALUATIONS
+        model.learn(goal - model.num_timesteps, reset_num_timesteps=step == 0)
+        seconds += time.perf_counter() - start
+        figures, records = evaluate(model, held_out)
+        logged = {k.split("/")[1]: v for k, v in model.logger.name_to_value.items() if k.startswith("text/")}
+        kept = {name: logged[name] for name in ("kl", "reference_perplexity", "ended", "response_length")}
+        curve.append({"timesteps": model.num_timesteps, **figures, **kept})
+    return {"curve": curve, "seconds": seconds, "before": before, "after": records[:8]}
+
+
+# ---------------------------------------------------------------------- timings
+
+
+def median_seconds(function: Callable[[], Any], repeats: int) -> float:
+    function()
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def decoding(repeats: int) -> list[dict[str, Any]]:
+    """Tokens per second of acting and of the model's own ``generate``, at the same batch and lengths."""
+    task = TASKS["sentiment"].make("train")
+    found = []
+    shapes = {"small": None, "medium": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6}}
+    task.response_length = 32
+    width = task.width + 32
+    task.observation_space = text_space(task.width, 32, len(task.tokenizer))
+    for name, change in shapes.items():
+        config = {**SMALL_CAUSAL, **(change or {}), "vocab_size": len(task.tokenizer), "bos_token_id": None}
+        config |= {"eos_token_id": task.end_token, "max_position_embeddings": width}
+        for n in (1, 16, 64):
+            env = TextVecEnv(task, n, seed=0)
+            kwargs = {"model": config, "reference_kl_coef": None}
+            model = PPO("CausalLMPolicy", env, n_steps=32, batch_size=32 * n, device="cpu", policy_kwargs=kwargs)
+            policy, rows = model.policy, env.reset()
+
+            def act(model: Any = model, rows: Any = rows, width: int = task.width) -> None:
+                seen = rows.copy()
+                model.network.refresh()
+                for step in range(32):
+                    seen[:, width + step] = np.where(model.network.act(seen)[0] == 1, 3, 4)
+
+            def generate(policy: Any = policy, rows: Any = rows) -> None:
+                policy.generate(rows, do_sample=True, min_new_tokens=32)
+
+            ours, theirs = median_seconds(act, repeats), median_seconds(generate, repeats)
+            row = {"model": name, "batch": n, "acting": 32 * n / ours, "generate": 32 * n / theirs}
+            found.append(row)
+            print(f"decoding {name} x{n}: {row['acting']:.0f} and {row['generate']:.0f} tokens/s", flush=True)
+    return found
+
+
+def forwards_per_update(folder: Path) -> dict[str, float]:
+    """Sequences read in an epoch of an update, for each sequence in the rollout."""
+    model = make_model("ppo", TASKS["translation"].make("train"), folder, 0)
+    model.set_logger(Logger(None, []))
+    _, callback = model._setup_learn(1)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    read: list[int] = []
+    policy: Any = model.policy
+    original = policy.read_sequences
+    policy.read_sequences = lambda lm, rows: read.append(len(rows)) or original(lm, rows)
+    batch = whole_batch(model.rollout_buffer, model.network)
+    order = random_order(batch, model.rollout_buffer)
+    for minibatch in batch.minibatches(model.batch_size, order):
+        model.network.evaluate(minibatch.observations, minibatch.actions)
+    sequences = len(np.unique(batch.sequence))
+    return {"tokens": len(batch), "sequences": sequences, "sequences_read": sum(read)}
+
+
+# ----------------------------------------------------------------------- report
+
+
+def report(data: dict[str, Any], out: Path) -> None:
+    lines = ["# Small language models, tuned", "", data["machine"], ""]
+    lines += ["Means over seeds (smallest to largest) on held-out prompts; KL in nats per response.", ""]
+    lines += ["| task | algorithm | metric | before | after | KL | distinct-2 before | after | minutes |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    for task in TASKS:
+        for algo in ALGORITHMS:
+            runs = [r for name, r in data["runs"].items() if name.startswith(f"{task} {algo} ")]
+            if not runs:
+                continue
+            metric = metric_of(task)
+
+            def over(key: str, place: int, runs: list[Any] = runs) -> str:
+                values = [r["curve"][place][key] for r in runs]
+                return f"{statistics.mean(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+            minutes = statistics.mean(r["seconds"] for r in runs) / 60
+            cells = [over(metric, 0), over(metric, -1), over("kl", -1), over("distinct_2", 0), over("distinct_2", -1)]
+            lines.append(f"| {task} | {algo} | {TASKS[task].metric} | " + " | ".join(cells) + f" | {minutes:.1f} |")
+    if "decoding" in data:
+        lines += ["", "## Decoding", "", "Tokens per second with sampling, prompts and 32 new tokens each.", ""]
+        lines += ["| model | batch | acting | model.generate() | ratio |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {r['model']} | {r['batch']} | {r['acting']:.0f} | {r['generate']:.0f} "
+            f"| {r['acting'] / r['generate']:.2f} |"
+            for r in data["decoding"]
+        ]
+        f = data["forwards"]
+        lines += ["", f"An epoch over {f['tokens']} tokens in {f['sequences']} sequences reads {f['sequences_read']}."]
+        lines += [f"Peak memory of the whole process: {data['peak_memory_mb']:.0f} MB."]
+    for name, result in data["runs"].items():
+        if name.endswith(" 0"):
+            lines += ["", f"## {name[:-2]}, seed 0", "", "Before:", "", table(result["before"][:4])]
+            lines += ["", "After:", "", table(result["after"][:4])]
+    (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    draw(data, out)
+
+
+def draw(data: dict[str, Any], out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(TASKS), figsize=(11, 3.4), layout="constrained")
+    colors = {"reinforce": "#4477aa", "trpo": "#228833", "ppo": "#cc6677"}
+    for axis, task in zip(axes, TASKS, strict=True):
+        for algo, color in colors.items():
+            runs = [r["curve"] for name, r in data["runs"].items() if name.startswith(f"{task} {algo} ")]
+            for number, curve in enumerate(runs):
+                x = [point["timesteps"] for point in curve]
+                y = [point[metric_of(task)] for point in curve]
+                axis.plot(x, y, color=color, lw=1.2, label=algo if number == 0 else None)
+        axis.set(title=task.replace("_", " "), xlabel="tokens acted", ylabel=TASKS[task].metric.replace("_", " "))
+        axis.grid(alpha=0.3)
+    if data["runs"]:
+        axes[0].legend(fontsize=8)
+    figure.savefig(out / "learning.png", dpi=150)
+    plt.close(figure)
+
+
+def machine() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+    versions = f"Python {platform.python_version()}, torch {th.__version__}, transformers {transformers.__version__}"
+    return f"{cpu}, one thread, {versions}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="pairs such as 'translation ppo' whose name contains this")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
+    parser.add_argument("--report", action="store_true", help="only write the report again")
+    args = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    th.set_num_threads(1)
+    out = OUT / "smoke" if args.smoke else OUT
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "results.json"
+    data = json.loads(path.read_text()) if path.exists() else {"runs": {}}
+    data["machine"] = machine()
+    if not args.report:
+        models = Path("runs") / ("text-smoke" if args.smoke else "text-benchmark")
+        for name, task, algo, seed in [
+            (f"{task} {algo} {seed}", task, algo, seed) for task in TASKS for algo in ALGORITHMS for seed in SEEDS
+        ]:
+            if name in data["runs"] or args.only not in name or (args.smoke and seed):
+                continue
+            folder = models / f"{task}-{seed}"
+            if not (folder / "config.json").exists():
+                steps = 5 if args.smoke else PRETRAIN_STEPS[task]
+                pretrain(TASKS[task].make("train"), folder, n_steps=steps, seed=seed)
+            data["runs"][name] = result = run(task, algo, seed, folder, 4000 if args.smoke else TIMESTEPS[algo])
+            first, last = (result["curve"][i][metric_of(task)] for i in (0, -1))
+            print(f"{name}: {metric_of(task)} {first:.3g} -> {last:.3g} in {result['seconds']:.0f} s", flush=True)
+            path.write_text(json.dumps(data, indent=1))
+        if "decoding" not in data and not args.only:
+            data["decoding"] = decoding(1 if args.smoke else 9)
+            data["forwards"] = forwards_per_update(models / "translation-0")
+            data["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            path.write_text(json.dumps(data, indent=1))
+    report(data, out)
+
+
+if __name__ == "__main__":
+    main()

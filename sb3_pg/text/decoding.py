@@ -1,0 +1,132 @@
+"""Acting with a key/value cache whose rows need not be in step.
+
+The rows of a batch of environments differ in length, and some begin a new prompt while others go on. So each row's
+last token stands in the last column of the cache, and the columns before its first token are masked. A token added
+to every row is one more column; a row that begins anew is read on its own and spliced in.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch as th
+from transformers import DynamicCache
+
+from sb3_pg.text.spaces import EMPTY
+
+
+class Memory:
+    """Keys and values of a batch of rows, each ending in the last column.
+
+    :param cache: one layer of keys and values, (n, heads, columns, d), for each layer of the model
+    :param lengths: how many of the last columns are in use, (n,)
+    """
+
+    def __init__(self, cache: DynamicCache, lengths: th.Tensor) -> None:
+        self.cache = cache
+        self.lengths = lengths
+
+    def mask(self, more: int = 0) -> th.Tensor:
+        """Which columns are in use, (n, columns + more), the added ones included."""
+        width = self.cache.get_seq_length() + more
+        columns = th.arange(width, device=self.lengths.device)
+        return (columns >= width - more - self.lengths[:, None]).long()
+
+    def select(self, rows: th.Tensor) -> "Memory":
+        """The memory of some rows."""
+        self.cache.batch_select_indices(rows)
+        return Memory(self.cache, self.lengths[rows])
+
+
+def spliced(parts: list[tuple[th.Tensor, Memory]]) -> Memory:
+    """One memory out of several, each given with the places of its rows in the whole."""
+    n = sum(len(rows) for rows, _ in parts)
+    lengths = th.zeros(n, dtype=th.long, device=parts[0][1].lengths.device)
+    for rows, memory in parts:
+        lengths[rows] = memory.lengths
+    width = int(lengths.max())
+    whole = DynamicCache()
+    for number in range(len(parts[0][1].cache.layers)):
+        pair = []
+        for kind in ("keys", "values"):
+            first = getattr(parts[0][1].cache.layers[number], kind)
+            out = first.new_zeros(n, first.shape[1], width, first.shape[3])
+            for rows, memory in parts:
+                x = getattr(memory.cache.layers[number], kind)
+                used = min(width, x.shape[2])
+                out[rows, :, width - used :] = x[:, :, x.shape[2] - used :]
+            pair.append(out)
+        whole.update(*pair, number)
+    return Memory(whole, lengths)
+
+
+class Decoder:
+    """Reads observations one after the other, and of each row only what is new.
+
+    Whatever it is given, it gives what reading the whole rows would: a row that is not the last one with one more
+    token is read from its beginning, and so are all when the model's weights have changed.
+
+    :param policy: the language model policy that reads
+    """
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+        self.forget()
+
+    def forget(self) -> None:
+        """Read everything anew next time."""
+        self._state: Any = None
+        self._rows: np.ndarray = np.empty((0, 0))
+        self._weights: Any = None
+        self._parameters = list(self.policy.parameters())  # gathering them takes as long as a small layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"policy": self.policy}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.policy = state["policy"]
+        self.forget()
+
+    @th.no_grad()
+    def read(self, rows: np.ndarray) -> th.Tensor:
+        """The hidden state at the last token of each row, (n, d).
+
+        :param rows: observations, (n, prompt_length + response_length)
+        """
+        weights = [(p._version, p.data_ptr()) for p in self._parameters]  # changes whenever a weight does
+        if weights != self._weights:
+            self.forget()
+        grown, ends = self._grown(rows)
+        tokens = th.as_tensor(np.take_along_axis(rows, ends[:, None], axis=1)[:, 0], device=self.policy.device).long()
+        hidden: th.Tensor
+        if not grown.any():
+            self._state = None  # two caches need not fit into memory
+            hidden, self._state = self.policy.begin(rows)
+        elif grown.all():
+            hidden, self._state = self.policy.proceed(self._state, tokens)
+        else:
+            hidden = self._read_mixed(rows, tokens, grown)
+        self._rows, self._weights = np.array(rows), weights
+        return hidden
+
+    def _read_mixed(self, rows: np.ndarray, tokens: th.Tensor, grown: np.ndarray) -> th.Tensor:
+        old = th.as_tensor(np.flatnonzero(grown), device=tokens.device)
+        new = th.as_tensor(np.flatnonzero(~grown), device=tokens.device)
+        hidden_old, state_old = self.policy.proceed(tuple(memory.select(old) for memory in self._state), tokens[old])
+        hidden_new, state_new = self.policy.begin(rows[~grown])
+        self._state = tuple(spliced([(old, a), (new, b)]) for a, b in zip(state_old, state_new, strict=True))
+        hidden: th.Tensor = hidden_new.new_empty(len(rows), hidden_new.shape[1])
+        hidden[old], hidden[new] = hidden_old, hidden_new
+        return hidden
+
+    def _grown(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which rows are the last ones with one token more, (n,), and the column of that token."""
+        n, width = rows.shape
+        last = width - 1 - (rows[:, ::-1] != EMPTY).argmax(axis=1)
+        if self._state is None or self._rows.shape != rows.shape:
+            return np.zeros(n, dtype=bool), last
+        before = self._rows.copy()
+        everything = np.arange(n)
+        fits = (last >= self.policy.prompt_length) & (before[everything, last] == EMPTY)
+        before[everything, last] = rows[everything, last]
+        grown: np.ndarray = fits & (before == rows).all(axis=1)
+        return grown, last

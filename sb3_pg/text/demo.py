@@ -1,0 +1,142 @@
+"""From nothing to a tuned small language model: ``python -m sb3_pg.text.demo --task translation --algo ppo``.
+
+Makes a small model, teaches it a task for a quarter of a minute, tunes it with a policy gradient for a minute or
+two, and shows what it answers to held-out prompts before and after.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch as th
+
+from sb3_pg import PPO, REINFORCE, TRPO
+from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
+from sb3_pg.text.environment import TextTask, TextVecEnv
+from sb3_pg.text.evaluation import evaluate_texts, table
+from sb3_pg.text.supervised import pretrain
+from sb3_pg.text.tasks import TASKS
+
+ALGORITHMS: dict[str, type[PolicyGradientAlgorithm]] = {"reinforce": REINFORCE, "trpo": TRPO, "ppo": PPO}
+
+#: Gradient steps of the supervised start: enough to get the form right and to be wrong often.
+PRETRAIN_STEPS = {"question_answering": 600, "translation": 400, "sentiment": 250}
+
+#: Tokens acted while tuning, about a minute each.
+TIMESTEPS = {"reinforce": 150_000, "trpo": 60_000, "ppo": 100_000}
+
+#: Environments side by side, and how many of them are shown the same prompts.
+N_ENVS = 64
+COMPLETIONS_PER_PROMPT = {"reinforce": 4, "trpo": 1, "ppo": 1}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "reinforce": {
+        "n_episodes": 64,
+        "baseline": "leave_one_out_same_start",
+        "learning_rate": 3e-4,
+        "n_critic_updates": 0,
+    },
+    "trpo": {
+        "n_steps": 32,
+        "batch_size": 1024,
+        "gae_lambda": 1.0,
+        "target_kl": 0.02,
+        "sub_sampling_factor": 4,
+        "n_critic_updates": 5,
+    },
+    "ppo": {
+        "n_steps": 64,
+        "batch_size": 512,
+        "n_epochs": 4,
+        "learning_rate": 1e-4,
+        "max_grad_norm": 1.0,
+    },
+}
+
+#: Weight of the penalty for leaving the supervised model.
+REFERENCE_KL_COEF = 0.05
+
+
+def make_model(algo: str, task: TextTask, folder: Path, seed: int, **changes: Any) -> PolicyGradientAlgorithm:
+    """The algorithm with the settings above on a pretrained model.
+
+    :param changes: of the settings
+    """
+    env = TextVecEnv(task, N_ENVS, COMPLETIONS_PER_PROMPT[algo], seed=seed)
+    kwargs = {"model": str(folder), "reference_kl_coef": REFERENCE_KL_COEF}
+    settings = {**SETTINGS[algo], **changes}
+    return ALGORITHMS[algo]("CausalLMPolicy", env, gamma=1.0, seed=seed, device="cpu", policy_kwargs=kwargs, **settings)
+
+
+def show(when: str, model: Any, task: TextTask, metric: str) -> dict[str, float]:
+    """Print figures and some texts; all held-out prompts, answers drawn as in training."""
+    th.manual_seed(0)
+    figures, records = evaluate_texts(model.policy, task, 200)
+    if metric not in figures:  # the sentiment is the score itself
+        metric = "score"
+    named = {name: figures[name] for name in dict.fromkeys((metric, "score", "distinct_2", "length"))}
+    print(f"\n{when}: " + ", ".join(f"{name} {value:.3g}" for name, value in named.items()))
+    print(table(records[:6]))
+    return figures
+
+
+def run(options: argparse.Namespace) -> None:
+    """The whole demonstration."""
+    built_in = TASKS[options.task]
+    task, held_out = built_in.make("train"), built_in.make("test")
+    folder = options.out / "supervised"
+    start = time.perf_counter()
+    steps = options.pretrain_steps or PRETRAIN_STEPS[options.task]
+    print(f"{options.task}: {len(task.prompts):,} prompts to train on, {len(held_out.prompts):,} held out")
+    pretrain(task, folder, n_steps=steps, seed=options.seed)
+    print(f"Supervised start: {steps} steps in {time.perf_counter() - start:.0f} s, saved in {folder}")
+
+    model = make_model(options.algo, task, folder, options.seed)
+    before = show("Before tuning", model, held_out, built_in.metric)
+    start = time.perf_counter()
+    model.learn(options.timesteps or TIMESTEPS[options.algo], progress_bar=options.progress)
+    seconds = time.perf_counter() - start
+    after = show(
+        f"After {model.num_timesteps:,} tokens of {type(model).__name__} in {seconds:.0f} s",
+        model,
+        held_out,
+        built_in.metric,
+    )
+    path = options.out / "model.zip"
+    model.save(path)
+    metric = built_in.metric if built_in.metric in after else "score"
+    print(f"\n{metric} on held-out prompts: {before[metric]:.3g} before, {after[metric]:.3g} after. Saved as {path}")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m sb3_pg.text.demo", description=__doc__.split("\n")[0])
+    parser.add_argument("--task", default="translation", choices=TASKS, help="default: translation")
+    parser.add_argument("--algo", default="ppo", choices=ALGORITHMS, help="default: ppo")
+    parser.add_argument("--timesteps", type=int, metavar="N", help="tokens acted while tuning")
+    parser.add_argument("--pretrain-steps", type=int, metavar="N", help="supervised gradient steps")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/text-TASK-ALGO-SEED")
+    parser.add_argument("--progress", action="store_true", help="show a progress bar (needs tqdm and rich)")
+    options = parser.parse_args(arguments)
+    if options.out is None:
+        options.out = Path("runs") / f"text-{options.task}-{options.algo}-{options.seed}"
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the demonstration."""
+    options = parse(arguments)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    run(options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""Text as an environment: the prompt is where an episode begins, each action adds a token, the reward comes last."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
+
+from sb3_pg.common.errors import ArgumentError, NonFiniteError, check_count, check_number
+from sb3_pg.text.spaces import EMPTY, Vocabulary, text_space
+
+#: (prompts, completions, references) to one finite number for each; references are None where the task has none
+RewardFunction = Callable[[list[str], list[str], list[Any]], Sequence[float]]
+
+
+@dataclass
+class TextTask:
+    """What to answer and how answers are scored.
+
+    :param prompts: texts to continue; each episode begins with one of them, drawn at random
+    :param reward: scores finished responses, several at once: one call in each step of a :class:`TextVecEnv`
+    :param tokenizer: a Hugging Face tokenizer with an end token
+    :param references: the right response to each prompt (or several), for the reward and for metrics
+    :param examples: texts for each prompt that a supervised start imitates; None takes the references
+    :param prompt_length: columns of an observation for the prompt; None takes those of the longest
+    :param response_length: longest response in tokens, the end token included; reaching it ends the episode
+    :param missing_end_penalty: taken from the reward of a response that has reached that length without its end
+    :param name: for logs
+    :raises ArgumentError: no prompts, an empty one or one that is too long, a tokenizer without an end token, or a
+        different number of references
+    """
+
+    prompts: Sequence[str]
+    reward: RewardFunction
+    tokenizer: Any
+    references: Sequence[Any] | None = None
+    examples: Sequence[Any] | None = None
+    prompt_length: int | None = None
+    response_length: int = 32
+    missing_end_penalty: float = 0.0
+    name: str = "text"
+    rows: np.ndarray = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_count("response_length", self.response_length)
+        check_number("missing_end_penalty", self.missing_end_penalty)
+        self.prompts = list(self.prompts)
+        if not self.prompts:
+            raise ArgumentError("`prompts` is empty: an episode begins with one of them.")
+        for name, given in (("references", self.references), ("examples", self.examples)):
+            if given is not None and len(given) != len(self.prompts):
+                raise ArgumentError(
+                    f"`{name}` must have one entry for each of the {len(self.prompts)} prompts, not {len(given)}."
+                )
+        if getattr(self.tokenizer, "eos_token_id", None) is None:
+            raise ArgumentError("`tokenizer` has no end token (eos_token), so no response would ever end.")
+        self.rows = self._encode_prompts()
+        width = self.rows.shape[1]
+        self.observation_space = text_space(width, self.response_length, len(self.tokenizer))
+        self.action_space = Vocabulary(len(self.tokenizer), self.tokenizer.eos_token_id)
+
+    def _encode_prompts(self) -> np.ndarray:
+        """Token numbers of the prompts, each in the last columns of its row."""
+        tokens = self.tokenizer(list(self.prompts), add_special_tokens=True)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        # Tokenizers such as T5's end every text; a prompt that is to be continued must not be at its end.
+        tokens = [ids[:-1] if ids and ids[-1] == end and len(ids) > 1 else ids for ids in tokens]
+        for number, ids in enumerate(tokens):
+            if not ids:
+                raise ArgumentError(f"Prompt {number} ({self.prompts[number]!r}) has no tokens.")
+        longest = max(range(len(tokens)), key=lambda number: len(tokens[number]))
+        width = self.prompt_length or len(tokens[longest])
+        if len(tokens[longest]) > width:
+            raise ArgumentError(
+                f"Prompt {longest} has {len(tokens[longest])} tokens, more than prompt_length={width}: "
+                f"{self.prompts[longest][:60]!r}. Shorten it or raise `prompt_length`."
+            )
+        rows = np.full((len(tokens), width), EMPTY, dtype=np.int32)
+        for row, ids in zip(rows, tokens, strict=True):
+            row[width - len(ids) :] = ids
+        return rows
+
+    @property
+    def width(self) -> int:
+        """Columns of an observation that belong to the prompt."""
+        return int(self.rows.shape[1])
+
+    @property
+    def end_token(self) -> int:
+        """The token that ends a response."""
+        return int(self.action_space.end_token)
+
+    def observations(self, numbers: Any = None) -> np.ndarray:
+        """First observations, (n, prompt_length + response_length), of the prompts with these numbers or of all."""
+        prompts = self.rows if numbers is None else self.rows[numbers]
+        rows = np.full((len(prompts), self.width + self.response_length), EMPTY, dtype=np.int32)
+        rows[:, : self.width] = prompts
+        return rows
+
+    def decode(self, responses: np.ndarray) -> list[str]:
+        """The texts of responses, (n, response_length), without their end tokens."""
+        keep = (responses != EMPTY) & (responses != self.end_token)
+        tokens = [row[used].tolist() for row, used in zip(responses, keep, strict=True)]
+        texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return texts
+
+    def score(self, numbers: Sequence[int], responses: np.ndarray) -> tuple[np.ndarray, list[str]]:
+        """Rewards, float64 (n,), and texts of finished responses to the prompts with these numbers.
+
+        :raises ArgumentError: the reward function returned another number of rewards
+        :raises NonFiniteError: it returned one that is not finite
+        """
+        texts = self.decode(responses)
+        prompts = [self.prompts[number] for number in numbers]
+        references = [None if self.references is None else self.references[number] for number in numbers]
+        rewards = np.asarray(self.reward(prompts, texts, references), dtype=np.float64)
+        if rewards.shape != (len(texts),):
+            raise ArgumentError(
+                f"`reward` must return one number for each of the {len(texts)} completions it is given, but "
+                f"returned an array of shape {rewards.shape}."
+            )
+        if not np.isfinite(rewards).all():
+            bad = int(np.flatnonzero(~np.isfinite(rewards))[0])
+            raise NonFiniteError(
+                f"`reward` returned {rewards[bad]} for the prompt {prompts[bad]!r} and the completion {texts[bad]!r}."
+            )
+        unended = ~(responses == self.end_token).any(axis=1)
+        return rewards - self.missing_end_penalty * unended, texts
+
+    def info(self, number: int, text: str, row: np.ndarray) -> dict[str, Any]:
+        """What the last step of an episode tells besides its reward."""
+        return {
+            "prompt": self.prompts[number],
+            "completion": text,
+            "reference": None if self.references is None else self.references[number],
+            "ended": bool((row[self.width :] == self.end_token).any()),
+        }
+
+
+class TextEnv(gym.Env[np.ndarray, np.integer[Any]]):
+    """One prompt after the other. For training prefer :class:`TextVecEnv`, which scores many responses at once.
+
+    :param task: prompts, tokenizer and reward
+    """
+
+    metadata = {"render_modes": ["ansi"]}  # noqa: RUF012  # as gymnasium declares it
+
+    def __init__(self, task: TextTask, render_mode: str | None = None) -> None:
+        self.task = task
+        self.observation_space = task.observation_space
+        self.action_space = task.action_space
+        self.render_mode = render_mode
+        self._row = task.observations([0])[0]
+        self._number = self._length = 0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Show a new prompt; ``options={"prompt": number}`` chooses it."""
+        super().reset(seed=seed)
+        drawn = int(self.np_random.integers(len(self.task.prompts)))
+        self._number = (options or {}).get("prompt", drawn)
+        self._length = 0
+        self._row = self.task.observations([self._number])[0]
+        return self._row.copy(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Add a token to the response."""
+        task = self.task
+        self._row[task.width + self._length] = action
+        self._length += 1
+        over = int(action) == task.end_token or self._length == task.response_length
+        if not over:
+            return self._row.copy(), 0.0, False, False, {}
+        rewards, texts = task.score([self._number], self._row[None, task.width :])
+        return self._row.copy(), float(rewards[0]), True, False, task.info(self._number, texts[0], self._row)
+
+    def render(self) -> str:
+        """Prompt and response as text."""
+        return f"{self.task.prompts[self._number]} | {self.task.decode(self._row[None, self.task.width :])[0]}"
+
+
+class TextVecEnv(VecEnv):
+    """Many episodes of a task side by side, stepped as one array and scored in one call.
+
+    Reports the finished episodes as Monitor does, so it needs no such wrapper.
+
+    :param task: prompts, tokenizer and reward
+    :param n_envs: episodes side by side. More make better use of the model
+    :param completions_per_prompt: neighbouring environments that are shown the same prompts, for baselines that
+        compare the responses to one prompt; divides ``n_envs``
+    :param in_order: show the prompts one after the other instead of drawing them, for evaluation
+    :param seed: of the drawing
+    """
+
+    def __init__(
+        self,
+        task: TextTask,
+        n_envs: int = 32,
+        completions_per_prompt: int = 1,
+        in_order: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        check_count("n_envs", n_envs)
+        check_count("completions_per_prompt", completions_per_prompt)
+        if n_envs % completions_per_prompt:
+            raise ArgumentError(
+                f"`completions_per_prompt` must divide n_envs={n_envs}, but {completions_per_prompt} does not."
+            )
+        self.task = task
+        self.completions_per_prompt = completions_per_prompt
+        self.in_order = in_order
+        self.render_mode = None
+        super().__init__(n_envs, task.observation_space, task.action_space)
+        self._rng = np.random.default_rng(seed)
+        self._actions = np.zeros(n_envs, dtype=np.int64)
+        self._rows = task.observations(np.zeros(n_envs, dtype=int))
+        self._lengths = np.zeros(n_envs, dtype=int)
+        self._numbers = np.zeros(n_envs, dtype=int)
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Forget which prompts each group has seen; from here on its environments see the same ones."""
+        self._queues: list[list[int]] = [[] for _ in range(self.num_envs // self.completions_per_prompt)]
+        self._seen = np.zeros(self.num_envs, dtype=int)
+        self._next = 0
+        self._start_time = time.time()
+
+    def _draw(self) -> int:
+        if not self.in_order:
+            return int(self._rng.integers(len(self.task.prompts)))
+        self._next += 1
+        return (self._next - 1) % len(self.task.prompts)
+
+    def _show_prompts(self, envs: Iterable[int]) -> None:
+        envs = np.asarray(list(envs))
+        for env in envs:
+            queue = self._queues[env // self.completions_per_prompt]
+            if self._seen[env] == len(queue):
+                queue.append(self._draw())
+            self._numbers[env] = queue[self._seen[env]]
+            self._seen[env] += 1
+        self._lengths[envs] = 0
+        self._rows[envs] = self.task.observations(self._numbers[envs])
+
+    def reset(self) -> VecEnvObs:
+        """Show every environment a new prompt."""
+        seed = self._seeds[0]
+        if seed is not None:
+            self._rng = np.random.default_rng(seed)
+        self._reset_seeds()
+        self._reset_options()
+        self.reset_infos = [{} for _ in range(self.num_envs)]
+        self._begin_anew()
+        self._show_prompts(range(self.num_envs))
+        return self._rows.copy()
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self._actions = np.asarray(actions).reshape(-1)
+
+    def step_wait(self) -> VecEnvStepReturn:
+        task, everything = self.task, np.arange(self.num_envs)
+        self._rows[everything, task.width + self._lengths] = self._actions
+        self._lengths += 1
+        dones = (self._actions == task.end_token) | (self._lengths == task.response_length)
+        rewards = np.zeros(self.num_envs, dtype=np.float32)
+        infos: list[dict[str, Any]] = [{"TimeLimit.truncated": False} for _ in range(self.num_envs)]
+        if dones.any():
+            over = np.flatnonzero(dones)
+            found, texts = task.score(self._numbers[over].tolist(), self._rows[over, task.width :])
+            rewards[over] = found
+            passed = round(time.time() - self._start_time, 6)
+            for env, reward, text in zip(over, found, texts, strict=True):
+                row = self._rows[env].copy()
+                infos[env].update(task.info(int(self._numbers[env]), text, row))
+                infos[env]["terminal_observation"] = row
+                infos[env]["episode"] = {"r": round(float(reward), 6), "l": int(self._lengths[env]), "t": passed}
+            self._show_prompts(over)
+        return self._rows.copy(), rewards, dones, infos
+
+    def close(self) -> None:
+        pass
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        setattr(self, attr_name, value)
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list[Any]:
+        raise NotImplementedError("The environments of a TextVecEnv are one object and have no methods of their own.")
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: Any = None) -> list[bool]:
+        return [wrapper_class is Monitor for _ in self._get_indices(indices)]

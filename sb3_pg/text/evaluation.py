@@ -1,0 +1,163 @@
+"""Look at a language model on prompts that it is not trained on: figures and texts."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.callbacks import EventCallback
+
+from sb3_pg.common.errors import ArgumentError, check_count
+from sb3_pg.text import metrics
+from sb3_pg.text.environment import TextTask
+from sb3_pg.text.policies import LanguageModelPolicy
+
+#: Prompts completed at once.
+BATCH = 64
+
+
+def complete(policy: LanguageModelPolicy, task: TextTask, numbers: Sequence[int], **settings: Any) -> np.ndarray:
+    """Responses to the prompts with these numbers, (n, response_length); settings as for ``policy.generate``."""
+    batches = [
+        policy.generate(task.observations(list(numbers[start : start + BATCH])), **settings)
+        for start in range(0, len(numbers), BATCH)
+    ]
+    return np.concatenate(batches)
+
+
+def evaluate_texts(
+    policy: LanguageModelPolicy,
+    task: TextTask,
+    n_prompts: int | None = None,
+    names: Sequence[str] | None = None,
+    **settings: Any,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Complete the first prompts of a task and measure the answers.
+
+    :param policy: a language model policy
+    :param task: with prompts to complete, such as the held-out ones
+    :param n_prompts: how many; None takes all
+    :param names: metrics of :mod:`sb3_pg.text.metrics`; None takes all that the task allows
+    :param settings: of ``policy.generate``; by default it samples as in training. ``do_sample=False`` is greedy
+    :return: figures, among them "score" (the task's reward) and "length" in tokens, and a record of each answer
+    """
+    settings = {"do_sample": True, **settings}
+    count = min(n_prompts or len(task.prompts), len(task.prompts))
+    numbers = [number for number in range(count) for _ in range(settings.get("num_return_sequences", 1))]
+    responses = complete(policy, task, range(count), **settings)
+    scores, texts = task.score(numbers, responses)
+    references = None if task.references is None else [task.references[n] for n in numbers]
+    figures = {"score": float(scores.mean()), "length": float((responses >= 0).sum(axis=1).mean())}
+    figures.update(metrics.measure(texts, references, names))
+    records = [
+        {
+            "prompt": task.prompts[number],
+            "completion": text,
+            "reference": None if references is None else references[i],
+            "score": float(scores[i]),
+        }
+        for i, (number, text) in enumerate(zip(numbers, texts, strict=True))
+    ]
+    return figures, records
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Prompts, completions, references and scores as a Markdown table."""
+
+    def cell(x: Any) -> str:
+        text = x if isinstance(x, str) else f"{x:.2f}" if isinstance(x, float) else (x[0] if x else "")
+        return str(text).replace("|", "\\|").replace("\n", " ")
+
+    columns = ["prompt", "completion", "reference", "score"]
+    if all(not isinstance(record["reference"], str) for record in records):
+        columns.remove("reference")
+    lines = [columns, ["---"] * len(columns), *([cell(record[c]) for c in columns] for record in records)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+class TextEvalCallback(EventCallback):
+    """Evaluate on held-out prompts every so many steps, and log figures and sample texts.
+
+    Figures are logged as ``eval/<name>``, a table of texts as ``eval/texts`` where the log takes text (TensorBoard).
+    Watch a metric that is not the reward: a model that learns to fool the reward shows there.
+
+    :param task: with prompts that are not trained on
+    :param eval_freq: calls of the environment between two evaluations; the first is before training
+    :param n_prompts: how many prompts
+    :param n_texts: texts in the table
+    :param names: metrics; None takes all that the task allows
+    :param settings: of ``policy.generate``; by default it samples
+    :param log_path: folder for ``evaluations.jsonl`` (figures) and ``texts.md``; None writes none
+    :param best_model_save_path: folder for the model with the best ``best_by`` so far; None writes none
+    :param best_by: a metric, higher being better
+    :param callback_on_new_best: called then
+    :param verbose: 1 prints figures and texts
+    :raises ArgumentError: ``best_by`` is not among the metrics
+    """
+
+    def __init__(
+        self,
+        task: TextTask,
+        eval_freq: int = 1000,
+        n_prompts: int | None = 128,
+        n_texts: int = 5,
+        names: Sequence[str] | None = None,
+        settings: dict[str, Any] | None = None,
+        log_path: str | Path | None = None,
+        best_model_save_path: str | Path | None = None,
+        best_by: str = "score",
+        callback_on_new_best: Any = None,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(callback_on_new_best, verbose=verbose)
+        check_count("eval_freq", eval_freq)
+        self.task = task
+        self.eval_freq = eval_freq
+        self.n_prompts = n_prompts
+        self.n_texts = n_texts
+        self.names = names
+        self.settings = dict(settings or {})
+        self.log_path = None if log_path is None else Path(log_path)
+        self.best_model_save_path = None if best_model_save_path is None else Path(best_model_save_path)
+        self.best_by = best_by
+        self.best = -np.inf
+        self.history: list[dict[str, float]] = []
+
+    def _on_training_start(self) -> None:
+        if not self.history:
+            self.evaluate()
+
+    def _on_step(self) -> bool:
+        return self.evaluate() if self.n_calls % self.eval_freq == 0 else True
+
+    def evaluate(self) -> bool:
+        """Evaluate now; False if ``callback_on_new_best`` wants to stop."""
+        assert isinstance(self.model.policy, LanguageModelPolicy)
+        figures, records = evaluate_texts(self.model.policy, self.task, self.n_prompts, self.names, **self.settings)
+        self.history.append({"timesteps": self.num_timesteps, **figures})
+        texts = table(records[: self.n_texts])
+        for name, value in figures.items():
+            self.logger.record(f"eval/{name}", value)
+        self.logger.record("eval/texts", texts, exclude=("stdout", "log", "json", "csv"))
+        if self.log_path is not None:
+            self.log_path.mkdir(parents=True, exist_ok=True)
+            with (self.log_path / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.history[-1]) + "\n")
+            with (self.log_path / "texts.md").open("a", encoding="utf-8") as file:
+                file.write(f"After {self.num_timesteps} steps:\n\n{texts}\n\n")
+        if self.verbose:
+            print(f"After {self.num_timesteps} steps: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+            print(texts)
+        return self._note_best(figures)
+
+    def _note_best(self, figures: dict[str, float]) -> bool:
+        if self.best_by not in figures:
+            raise ArgumentError(f"`best_by` must be one of {', '.join(figures)}, not {self.best_by!r}.")
+        if figures[self.best_by] <= self.best:
+            return True
+        self.best = figures[self.best_by]
+        if self.best_model_save_path is not None:
+            self.best_model_save_path.mkdir(parents=True, exist_ok=True)
+            self.model.save(self.best_model_save_path / "best_model")
+        return self._on_event() if self.callback is not None else True

@@ -1,0 +1,658 @@
+"""Language models of the Hugging Face library as SB3 policies: a token is an action."""
+
+import copy
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common import buffers as sb3_buffers
+from stable_baselines3.common.distributions import CategoricalDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import Schedule
+from torch.utils.checkpoint import checkpoint
+
+from sb3_pg.common.buffers import flat_arrays
+from sb3_pg.common.errors import ArgumentError, check_count, check_number
+
+try:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, EncoderDecoderCache
+except ImportError as error:
+    raise ImportError("Language models need the extra `text`: pip install 'sb3_pg[text]'") from error
+
+from sb3_pg.text.decoding import Decoder, Memory
+from sb3_pg.text.sequences import flush_left, flush_right, prefix_chains, response_lengths
+from sb3_pg.text.spaces import EMPTY, prompt_length_of
+
+#: Tokens of one forward pass. More in a pass are not faster, and their activations would need more memory at once.
+CHUNK_TOKENS = 1 << 13
+
+#: Numbers in the logits of one chunk: 64 MB. With gradients the logits of the other chunks are computed again.
+CHUNK_LOGITS = 1 << 24
+
+#: A model of the size that the built-in tasks need; untrained.
+SMALL_CAUSAL: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": True,
+}
+SMALL_SEQ2SEQ: dict[str, Any] = {
+    "model_type": "t5",
+    "d_model": 96,
+    "d_kv": 24,
+    "d_ff": 192,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
+class LanguageModelPolicy(ActorCriticPolicy):
+    """What both kinds of language model have in common: heads, temperature, reference, adapters, generation.
+
+    Dropout is off throughout, since a log-probability must be the same whenever it is asked for.
+
+    :param observation_space: rows of tokens, see :func:`sb3_pg.text.spaces.text_space`
+    :param action_space: :class:`sb3_pg.text.spaces.Vocabulary`, or any ``Discrete`` for a model that knows its end
+        token
+    :param lr_schedule: learning rate as a function of the remaining progress
+    :param model: folder or name of a pretrained model, or the configuration of a new one as a dictionary with
+        "model_type" (what transformers' ``AutoConfig`` takes); None makes a small new one
+    :param model_kwargs: arguments of ``from_pretrained``, such as ``gguf_file``
+    :param temperature: divides the logits wherever probabilities are computed, the reference's too. Higher explores
+        more
+    :param lora: arguments of peft's ``LoraConfig``, such as ``{"r": 8}``; then only the adapter and the value head
+        are trained, and the reference is the same model without the adapter. A higher rank can change more
+    :param frozen_layers: so many of the lowest layers, and the token embeddings, are not trained. More are cheaper
+    :param reference_kl_coef: weight of ``log pi - log pi_ref`` that is taken from each token's reward, where pi_ref
+        is the model as it was at the beginning. Higher stays nearer to it, lower earns more reward; 0 only logs the
+        KL, None has no reference, which saves its memory
+    :param reference_kl_target: nats per response; the weight is then adapted after each rollout to keep the KL there
+        (Ziegler et al. 2019, section 2.2). None keeps the weight
+    :param optimizer_class: of torch
+    :param optimizer_kwargs: its arguments but the learning rate
+    :param use_sde: only False, as SB3's algorithms pass it
+    :raises ArgumentError: the model does not fit the spaces, or an argument cannot work
+    """
+
+    #: the configuration of ``model=None``
+    small_config: dict[str, Any]
+    #: transformers' class that makes the model
+    auto_model: Any
+    reference_kl_coef: th.Tensor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        model: str | Path | Mapping[str, Any] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        temperature: float = 1.0,
+        lora: Mapping[str, Any] | None = None,
+        frozen_layers: int = 0,
+        reference_kl_coef: float | None = 0.05,
+        reference_kl_target: float | None = None,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        use_sde: bool = False,
+    ) -> None:
+        # Past ActorCriticPolicy's constructor, which would make perceptrons.
+        super(ActorCriticPolicy, self).__init__(
+            observation_space, action_space, optimizer_class=optimizer_class, optimizer_kwargs=optimizer_kwargs
+        )
+        check_number("temperature", temperature, above_low=True)
+        check_count("frozen_layers", frozen_layers, low=0)
+        for name, value in (("reference_kl_coef", reference_kl_coef), ("reference_kl_target", reference_kl_target)):
+            if value is not None:
+                check_number(name, value, above_low=name == "reference_kl_target")
+        if use_sde or not isinstance(action_space, spaces.Discrete):
+            raise ArgumentError(f"A language model chooses tokens (Discrete actions, no gSDE), not {action_space}.")
+        self.prompt_length = prompt_length_of(observation_space)
+        self.n_tokens = int(action_space.n)
+        self.temperature = temperature
+        self.use_sde = False
+        self.share_features_extractor = True
+        self.features_extractor = self.pi_features_extractor = self.vf_features_extractor = th.nn.Identity()  # type: ignore[assignment]
+        self.action_dist = CategoricalDistribution(self.n_tokens)
+        self._arguments: dict[str, Any] = {
+            "model_kwargs": dict(model_kwargs or {}),
+            "temperature": temperature,
+            "lora": None if lora is None else dict(lora),
+            "frozen_layers": frozen_layers,
+            "reference_kl_coef": reference_kl_coef,
+            "reference_kl_target": reference_kl_target,
+        }
+
+        self.has_adapter = False
+        self.language_model: Any = self._make_model(model)
+        self._check_fit()
+        self._check_head()
+        if frozen_layers:
+            freeze(self.language_model, frozen_layers)
+        self.reference: Any = None
+        self.has_reference = reference_kl_coef is not None
+        if lora is not None:
+            self.language_model = with_adapter(self.language_model, lora)
+            self.has_adapter = True
+        elif self.has_reference:
+            self.reference = copy.deepcopy(self.language_model).requires_grad_(False)
+        self.value_head = th.nn.Linear(self.lm.get_output_embeddings().in_features, 1)
+        th.nn.init.zeros_(self.value_head.weight)
+        th.nn.init.zeros_(self.value_head.bias)
+        self.reference_kl_target = reference_kl_target
+        self.register_buffer("reference_kl_coef", th.tensor(reference_kl_coef or 0.0, dtype=th.float64))
+        trained = [p for p in self.parameters() if p.requires_grad]
+        self.optimizer = optimizer_class(trained, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        self._decoder = Decoder(self)
+        self.set_training_mode(False)
+
+    # ------------------------------------------------------------------ setup
+
+    @property
+    def lm(self) -> Any:
+        """The transformers model, with the adapter's layers in it if there is one."""
+        return self.language_model.get_base_model() if self.has_adapter else self.language_model
+
+    @property
+    def end_token(self) -> int:
+        """The token that ends a response: the environment's, or else the (first) one of the model's configuration."""
+        own = self.lm.config.eos_token_id
+        end: Any = getattr(self.action_space, "end_token", own[0] if isinstance(own, (list, tuple)) else own)
+        return int(end)
+
+    def _make_model(self, model: Any) -> Any:
+        if isinstance(model, th.nn.Module):
+            raise ArgumentError(
+                f"`model` must be a folder, a name or a configuration (dictionary), not a live {type(model).__name__}, "
+                "which could not be saved with the policy's arguments. Use model.save_pretrained(folder)."
+            )
+        if isinstance(model, (str, Path)):
+            made = self.auto_model.from_pretrained(model, **{"dtype": th.float32, **self._arguments["model_kwargs"]})
+            if getattr(made.config, "quantization_config", None) is None:
+                return made
+            # From GGUF: the weights are ordinary numbers by now, but the model still counts as quantised, which can
+            # neither be trained nor saved. A fresh one with the same weights can.
+            del made.config.quantization_config
+            fresh = self.auto_model.from_config(made.config, dtype=th.float32)
+            fresh.load_state_dict(made.state_dict())
+            return fresh
+        end = getattr(self.action_space, "end_token", None)
+        width = self.observation_space.shape[0]  # type: ignore[index]
+        if model is None:
+            model = {**self.small_config, "vocab_size": self.n_tokens, "eos_token_id": end, "bos_token_id": None}
+            if model["model_type"] != "t5":
+                model["max_position_embeddings"] = width
+        if not isinstance(model, Mapping) or "model_type" not in model:
+            raise ArgumentError(f"`model` as a dictionary needs a 'model_type', such as 'gpt2' or 't5'; got {model!r}.")
+        # `env.action_space.n` is a NumPy number, which transformers refuses.
+        numbers = {name: value.item() if isinstance(value, np.generic) else value for name, value in model.items()}
+        return self.auto_model.from_config(AutoConfig.for_model(**numbers), dtype=th.float32)
+
+    def _check_fit(self) -> None:
+        """Refuse a model that cannot read this environment's tokens."""
+        config, end = self.lm.config, getattr(self.action_space, "end_token", None)
+        n_known = self.lm.get_output_embeddings().out_features
+        # Models round their vocabulary up, so a few tokens more than the tokenizer has are usual.
+        if n_known < self.n_tokens or self.n_tokens < 0.9 * n_known:
+            raise ArgumentError(
+                f"The tokenizer does not fit the model: it has {self.n_tokens} tokens, but the model's vocabulary "
+                f"has {n_known}. Use the tokenizer that the model was trained with, or `vocab_size={self.n_tokens}`."
+            )
+        own = config.eos_token_id
+        own = list(own) if isinstance(own, (list, tuple)) else [own]
+        if own == [None]:
+            raise ArgumentError(
+                "The model has no end token, so no response would ever end: set `eos_token_id` in its configuration."
+            )
+        if end is not None and end not in own:
+            raise ArgumentError(
+                f"The tokenizer does not fit the model: it ends texts with token {end}, the model with "
+                f"{own[0] if len(own) == 1 else own}. Use the tokenizer that the model was trained with."
+            )
+        window, width = getattr(config, "max_position_embeddings", None), self.observation_space.shape[0]  # type: ignore[index]
+        if window is not None and width > window:
+            raise ArgumentError(
+                f"Prompt and response may take {width} tokens ({self.prompt_length} and "
+                f"{width - self.prompt_length}), but the model's window is {window}. Shorten one of them."
+            )
+
+    @th.no_grad()
+    def _check_head(self) -> None:
+        """Refuse a model that does more to its logits than is known here, such as capping them."""
+        self.language_model.eval()
+        rows = np.full((1, self.prompt_length), EMPTY)
+        rows[0, -1] = self.end_token
+        inputs = {"input_ids": th.full((1, 1), self.end_token)}
+        if self.lm.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = th.full((1, 1), self.lm.config.decoder_start_token_id)
+        expected = self.lm(**inputs).logits[0, -1, : self.n_tokens].float()
+        found = self.logits(self.hidden_states(rows))[0] * self.temperature
+        if not th.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+            raise ArgumentError(
+                f"Models of type {self.lm.config.model_type!r} are not supported: their logits are not just the "
+                "output embeddings times the last hidden state."
+            )
+
+    def make_network(self) -> Any:
+        """The network by which this package's algorithms act, judge and step with it."""
+        from sb3_pg.text.network import TextNetwork
+
+        return TextNetwork(self)
+
+    def portable_kwargs(self, policy_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The policy's arguments with the model's configuration in place of its folder."""
+        config = self.lm.config.to_dict()
+        for name in ("quantization_config", "_name_or_path"):
+            config.pop(name, None)
+        return {**policy_kwargs, "model": config, "model_kwargs": None}
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "lr_schedule": self._dummy_schedule,
+            "optimizer_class": self.optimizer_class,
+            "optimizer_kwargs": self.optimizer_kwargs,
+            **self.portable_kwargs(self._arguments),
+        }
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model as transformers does; of a LoRA policy, the adapter alone."""
+        self.language_model.save_pretrained(folder)
+
+    def train(self, mode: bool = True) -> "LanguageModelPolicy":
+        """Set the mode of everything but the language models, whose dropout stays off."""
+        super().train(mode)
+        self.language_model.eval()
+        if self.reference is not None:
+            self.reference.eval()
+        return self
+
+    @contextmanager
+    def _the_reference(self) -> Iterator[Any]:
+        if self.reference is not None:
+            yield self.reference
+        else:
+            with self.language_model.disable_adapter():
+                yield self.lm
+
+    # ---------------------------------------------------------------- reading
+
+    @abstractmethod
+    def read_sequences(self, lm: Any, rows: np.ndarray) -> th.Tensor:
+        """Hidden states of whole rows, (n, length, d); those of a row begin in the first column."""
+
+    @abstractmethod
+    def place(self, rows: np.ndarray) -> np.ndarray:
+        """Where in ``read_sequences`` the last token of each row stands, (n,)."""
+
+    @abstractmethod
+    def begin(self, rows: np.ndarray) -> tuple[th.Tensor, tuple[Memory, ...]]:
+        """Hidden states at the last tokens, (n, d), and what to remember for ``proceed``."""
+
+    @abstractmethod
+    def proceed(self, memories: tuple[Memory, ...], tokens: th.Tensor) -> tuple[th.Tensor, tuple[Memory, ...]]:
+        """The same after one more token in each row."""
+
+    def hidden_states(self, observations: Any, lm: Any = None) -> th.Tensor:
+        """The hidden state at the last token of each observation, (n, d), in one forward pass per sequence.
+
+        :param observations: (n, prompt_length + response_length), in any order
+        :param lm: the model that reads; by default the policy's
+        """
+        lm = self.lm if lm is None else lm
+        rows = to_rows(observations)
+        ends, chain = prefix_chains(rows, self.prompt_length)
+        to_read, place = rows[ends], self.place(rows)
+        lengths = (to_read != EMPTY).sum(axis=1)
+        by_length = np.argsort(lengths, kind="stable")
+        size = max(1, CHUNK_TOKENS // int(lengths.max()))
+        found, sources = [], []
+        for start in range(0, len(ends), size):
+            chunk = by_length[start : start + size]
+            states = read = self.read_sequences(lm, to_read[chunk])
+            local = np.full(len(ends), -1)
+            local[chunk] = np.arange(len(chunk))
+            members = np.flatnonzero(local[chain] >= 0)
+            index = th.as_tensor(np.stack([local[chain[members]], place[members]]), device=read.device)
+            found.append(states[index[0], index[1]])
+            sources.append(members)
+        back = np.argsort(np.concatenate(sources))
+        return th.cat(found)[th.as_tensor(back, device=found[0].device)]
+
+    def logits(self, hidden: th.Tensor, lm: Any = None) -> th.Tensor:
+        """Scaled logits of the environment's tokens, (n, n_tokens)."""
+        lm = self.lm if lm is None else lm
+        config = lm.config
+        if getattr(config, "scale_decoder_outputs", False):  # T5 with tied embeddings
+            hidden = hidden * config.d_model**-0.5
+        logits = lm.get_output_embeddings()(hidden)[:, : self.n_tokens].float()
+        scaled: th.Tensor = logits if self.temperature == 1.0 else logits / self.temperature
+        return scaled
+
+    def token_statistics(self, hidden: th.Tensor, actions: th.Tensor, lm: Any = None) -> tuple[th.Tensor, th.Tensor]:
+        """Log-probability of each action and entropy at each hidden state, (n,) each, chunk by chunk."""
+
+        def statistics(some: th.Tensor, chosen: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+            log_probs = th.log_softmax(self.logits(some, lm), dim=-1)
+            entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
+            return log_probs.gather(1, chosen[:, None])[:, 0], entropy
+
+        size = max(1, CHUNK_LOGITS // self.n_tokens)
+        if len(hidden) <= size:
+            return statistics(hidden, actions)
+        pieces = [
+            checkpoint(statistics, h, a, use_reentrant=False) if th.is_grad_enabled() else statistics(h, a)
+            for h, a in zip(th.split(hidden, size), th.split(actions, size), strict=True)
+        ]
+        log_probs, entropies = zip(*pieces, strict=True)
+        return th.cat(log_probs), th.cat(entropies)
+
+    # ------------------------------------------------------- what SB3 asks for
+
+    def evaluate_actions(self, obs: Any, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        hidden = self.hidden_states(obs)
+        log_prob, entropy = self.token_statistics(hidden, actions.long().flatten())
+        return self.value_head(hidden), log_prob, entropy
+
+    def predict_values(self, obs: Any) -> th.Tensor:
+        values: th.Tensor = self.value_head(self.hidden_states(obs))
+        return values
+
+    def get_distribution(self, obs: Any) -> CategoricalDistribution:
+        return CategoricalDistribution(self.n_tokens).proba_distribution(self.logits(self.hidden_states(obs)))
+
+    def forward(self, obs: th.Tensor, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        hidden = self.hidden_states(obs)
+        distribution = CategoricalDistribution(self.n_tokens).proba_distribution(self.logits(hidden))
+        actions = distribution.get_actions(deterministic=deterministic)
+        return actions, self.value_head(hidden), distribution.log_prob(actions)
+
+    def _predict(self, observation: Any, deterministic: bool = False) -> th.Tensor:
+        return self.choose(self._decoder.read(to_rows(observation)), deterministic)
+
+    def choose(self, hidden: th.Tensor, deterministic: bool = False) -> th.Tensor:
+        """A token for each hidden state, (n,): drawn, or the most likely one."""
+        logits = self.logits(hidden)
+        if deterministic:
+            return logits.argmax(dim=-1)
+        # The largest of p / e with e exponential is a draw from p; one pass less than torch's multinomial.
+        return (logits - th.empty_like(logits).exponential_().log()).argmax(dim=-1)
+
+    # -------------------------------------------------------------- reference
+
+    @th.no_grad()
+    def reference_log_prob(self, observations: Any, actions: Any) -> np.ndarray:
+        """Log-probability of each action under the reference, float32 (n,)."""
+        chosen = th.as_tensor(actions, device=self.device).long().flatten()
+        with self._the_reference() as lm:
+            log_prob, _ = self.token_statistics(self.hidden_states(observations, lm), chosen, lm)
+        return log_prob.cpu().numpy()
+
+    def shape_rewards(self, buffer: sb3_buffers.RolloutBuffer, dones: np.ndarray) -> dict[str, float]:
+        """Take the penalty for leaving the reference from a rollout's rewards, and say how the responses are.
+
+        In judging and not in the environment, so that Monitor's episode reward stays the task's score.
+
+        :param buffer: the rollout, with log-probabilities; its rewards are changed
+        :param dones: whether the last step ended an episode, (n_envs,)
+        :return: what to log; means over the responses that ended in this rollout, in nats and tokens
+        """
+        n, found = buffer.pos, {}
+        observations, actions, *_ = flat_arrays(buffer)
+        over = np.concatenate([buffer.episode_starts[1:n], np.asarray(dones)[None]]).astype(bool)
+        length = 1.0
+        if over.any():
+            finished = observations[over.ravel()]
+            length = float(response_lengths(finished, self.prompt_length).mean()) + 1
+            found["text/score"] = float(buffer.rewards[:n][over].mean())
+            found["text/response_length"] = length
+            found["text/ended"] = float((actions[over.ravel()] == self.end_token).mean())
+        if not self.has_reference:
+            return found
+        log_prob = self.reference_log_prob(observations, actions)
+        log_ratio = buffer.log_probs[:n] - log_prob.reshape(n, -1)
+        coef = float(self.reference_kl_coef)
+        buffer.rewards[:n] -= coef * log_ratio
+        kl = float(log_ratio.mean()) * length
+        found["text/kl"], found["text/kl_coef"] = kl, coef
+        found["text/reference_perplexity"] = math.exp(-float(log_prob.mean()))
+        if over.any():
+            found["text/penalised_reward"] = found["text/score"] - coef * kl
+        if self.reference_kl_target is not None:
+            self.reference_kl_coef *= 1.0 + 0.1 * min(max(kl / self.reference_kl_target - 1.0, -0.2), 0.2)
+        return found
+
+    # ------------------------------------------------------------- generation
+
+    @th.no_grad()
+    def generate(self, observations: np.ndarray, **settings: Any) -> np.ndarray:
+        """Complete prompts by the model's own ``generate``, for evaluation.
+
+        :param observations: prompts as the environment shows them, (n, prompt_length + response_length)
+        :param settings: those of transformers' ``GenerationConfig``. Greedy by default. Sampling:
+            ``do_sample=True``, narrowed by ``top_k``, ``top_p``, ``min_p``; beam search: ``num_beams=4``; against
+            repetition: ``repetition_penalty``, ``no_repeat_ngram_size``; several responses for each prompt, which
+            then follow one another: ``num_return_sequences``
+        :return: response tokens, empty columns -1, (n * num_return_sequences, response_length)
+        """
+        self.set_training_mode(False)
+        rows = to_rows(observations)[:, : self.prompt_length]
+        end, longest = self.end_token, self.observation_space.shape[0] - self.prompt_length  # type: ignore[index]
+        tokens, lengths = flush_right(rows, end)
+        mask = np.arange(tokens.shape[1]) >= tokens.shape[1] - lengths[:, None]
+        options: dict[str, Any] = {
+            "do_sample": False,
+            "max_new_tokens": longest,
+            "eos_token_id": end,
+            "pad_token_id": end,
+            **settings,
+        }
+        if options["do_sample"]:
+            options = {"temperature": self.temperature, "top_k": 0, **options}  # transformers' own top_k is 50
+        n_known = self.lm.get_output_embeddings().out_features
+        if n_known > self.n_tokens:
+            options["suppress_tokens"] = list(range(self.n_tokens, n_known))
+        out = self.lm.generate(
+            input_ids=th.as_tensor(tokens, device=self.device).long(),
+            attention_mask=th.as_tensor(mask, device=self.device).long(),
+            **options,
+        )
+        return self._responses(out.cpu().numpy(), tokens.shape[1], end, longest)
+
+    def _responses(self, out: np.ndarray, n_prompt: int, end: int, longest: int) -> np.ndarray:
+        """The new tokens up to the end token, in rows of the environment's width."""
+        new = out[:, self._skipped(n_prompt) :][:, :longest]
+        ended = np.cumsum(new == end, axis=1) - (new == end) > 0  # after the end token
+        rows = np.full((len(new), longest), EMPTY)
+        rows[:, : new.shape[1]] = np.where(ended, EMPTY, new)
+        return rows
+
+    @abstractmethod
+    def _skipped(self, n_prompt: int) -> int:
+        """Columns of ``generate``'s output before the response."""
+
+
+class CausalLMPolicy(LanguageModelPolicy):
+    """A language model that continues its prompt, such as GPT-2 and Llama."""
+
+    small_config = SMALL_CAUSAL
+    auto_model = AutoModelForCausalLM
+
+    def place(self, rows: np.ndarray) -> np.ndarray:
+        places: np.ndarray = (rows != EMPTY).sum(axis=1) - 1
+        return places
+
+    def read_sequences(self, lm: Any, rows: np.ndarray) -> th.Tensor:
+        # Nothing to mask: what fills a row up stands behind its tokens, where they do not look.
+        tokens, _ = flush_left(rows, 0)
+        tensor = th.as_tensor(tokens, device=self.device).long()
+        states: th.Tensor = lm.base_model(input_ids=tensor, use_cache=False).last_hidden_state
+        return states
+
+    def begin(self, rows: np.ndarray) -> tuple[th.Tensor, tuple[Memory, ...]]:
+        tokens, lengths = flush_right(rows, 0)
+        memory = Memory(DynamicCache(), th.zeros(len(rows), dtype=th.long, device=self.device))
+        used = th.as_tensor(lengths, device=self.device)
+        tensor = th.as_tensor(tokens, device=self.device).long()
+        mask = (th.arange(tensor.shape[1], device=self.device) >= tensor.shape[1] - used[:, None]).long()
+        # Positions count the row's own tokens; those before the first one are never looked at.
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        return self._append(memory, tensor, mask, positions, used)
+
+    def proceed(self, memories: tuple[Memory, ...], tokens: th.Tensor) -> tuple[th.Tensor, tuple[Memory, ...]]:
+        (memory,) = memories
+        return self._append(memory, tokens[:, None], memory.mask(1), memory.lengths[:, None], 1)
+
+    def _append(
+        self, memory: Memory, tokens: th.Tensor, mask: th.Tensor, positions: th.Tensor, more: Any
+    ) -> tuple[th.Tensor, tuple[Memory, ...]]:
+        out = self.lm.base_model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=memory.cache,
+            use_cache=True,
+        )
+        return out.last_hidden_state[:, -1], (Memory(memory.cache, memory.lengths + more),)
+
+    def _skipped(self, n_prompt: int) -> int:
+        return n_prompt
+
+
+class Seq2SeqLMPolicy(LanguageModelPolicy):
+    """A language model whose encoder reads the prompt and whose decoder writes the response, such as T5.
+
+    Its positions must be relative, as T5's are; absolute ones would need rows in step.
+    """
+
+    small_config = SMALL_SEQ2SEQ
+    auto_model = AutoModelForSeq2SeqLM
+
+    def _check_fit(self) -> None:
+        super()._check_fit()
+        config = self.lm.config
+        if not hasattr(config, "relative_attention_num_buckets"):
+            raise ArgumentError(
+                f"Seq2SeqLMPolicy needs a model with relative positions (t5, mt5, umt5), not {config.model_type!r}."
+            )
+        if config.decoder_start_token_id is None:
+            raise ArgumentError("The model's configuration has no `decoder_start_token_id`; T5's is its pad token.")
+
+    def place(self, rows: np.ndarray) -> np.ndarray:
+        return response_lengths(rows, self.prompt_length)
+
+    def _encode(self, lm: Any, rows: np.ndarray) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """States, (n, length, d), and mask of each row's prompt; each different prompt is read once."""
+        prompts, which = np.unique(rows[:, : self.prompt_length], axis=0, return_inverse=True)
+        tokens, lengths = flush_right(prompts, 0)
+        used = th.as_tensor(lengths, device=self.device)
+        tensor = th.as_tensor(tokens, device=self.device).long()
+        mask = (th.arange(tensor.shape[1], device=self.device) >= tensor.shape[1] - used[:, None]).long()
+        states = lm.get_encoder()(input_ids=tensor, attention_mask=mask).last_hidden_state
+        index = th.as_tensor(which.reshape(-1), device=self.device)
+        return states[index], mask[index], used[index]
+
+    def _decoder_input(self, lm: Any, rows: np.ndarray) -> np.ndarray:
+        """The start token and the response, as rows of tokens."""
+        start = np.full((len(rows), 1), lm.config.decoder_start_token_id)
+        return np.concatenate([start, rows[:, self.prompt_length :]], axis=1)
+
+    def read_sequences(self, lm: Any, rows: np.ndarray) -> th.Tensor:
+        prompt, mask, _ = self._encode(lm, rows)
+        tokens, _ = flush_left(self._decoder_input(lm, rows), 0)
+        out = lm.get_decoder()(
+            input_ids=th.as_tensor(tokens, device=self.device).long(),
+            encoder_hidden_states=prompt,
+            encoder_attention_mask=mask,
+            use_cache=False,
+        )
+        states: th.Tensor = out.last_hidden_state
+        return states
+
+    def begin(self, rows: np.ndarray) -> tuple[th.Tensor, tuple[Memory, ...]]:
+        prompt, prompt_mask, prompt_lengths = self._encode(self.lm, rows)
+        tokens, lengths = flush_right(self._decoder_input(self.lm, rows), 0)
+        used = th.as_tensor(lengths, device=self.device)
+        tensor = th.as_tensor(tokens, device=self.device).long()
+        mask = (th.arange(tensor.shape[1], device=self.device) >= tensor.shape[1] - used[:, None]).long()
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        out = self._decode(tensor, mask, prompt, prompt_mask, cache)
+        return out, (Memory(cache.self_attention_cache, used), Memory(cache.cross_attention_cache, prompt_lengths))
+
+    def proceed(self, memories: tuple[Memory, ...], tokens: th.Tensor) -> tuple[th.Tensor, tuple[Memory, ...]]:
+        own, prompt = memories
+        cache = EncoderDecoderCache(own.cache, prompt.cache)
+        # The prompt's keys and values are in the cache; its states tell the decoder only their number.
+        prompt_mask = prompt.mask()
+        states = tokens.new_empty(*prompt_mask.shape, 0, dtype=th.float32)
+        out = self._decode(tokens[:, None], own.mask(1), states, prompt_mask, cache)
+        return out, (Memory(own.cache, own.lengths + 1), prompt)
+
+    def _decode(
+        self, tokens: th.Tensor, mask: th.Tensor, prompt: th.Tensor, prompt_mask: th.Tensor, cache: Any
+    ) -> th.Tensor:
+        out = self.lm.get_decoder()(
+            input_ids=tokens,
+            attention_mask=mask,
+            encoder_hidden_states=prompt,
+            encoder_attention_mask=prompt_mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        hidden: th.Tensor = out.last_hidden_state[:, -1]
+        return hidden
+
+    def _skipped(self, n_prompt: int) -> int:
+        return 1  # the start token
+
+
+def to_rows(observations: Any) -> np.ndarray:
+    """Observations as a NumPy array."""
+    return observations.cpu().numpy() if isinstance(observations, th.Tensor) else np.asarray(observations)
+
+
+def freeze(lm: Any, n_layers: int) -> None:
+    """Keep the token embeddings and the lowest layers of each stack as they are.
+
+    :raises ArgumentError: the model has fewer layers
+    """
+    stacks = [
+        module
+        for module in lm.modules()
+        if isinstance(module, th.nn.ModuleList) and len(module) and _is_layer(module[0])
+    ]
+    depth = min((len(stack) for stack in stacks), default=0)
+    if n_layers > depth:
+        raise ArgumentError(f"`frozen_layers={n_layers}`, but the model has {depth} layers.")
+    lm.get_input_embeddings().requires_grad_(False)
+    for stack in stacks:
+        for layer in stack[:n_layers]:
+            layer.requires_grad_(False)
+
+
+def _is_layer(module: th.nn.Module) -> bool:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return isinstance(module, GradientCheckpointingLayer)
+
+
+def with_adapter(lm: Any, lora: Mapping[str, Any]) -> Any:
+    """The model with low-rank adapters in it, the only part that is trained."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("`lora` needs the extra `text`: pip install 'sb3_pg[text]'") from error
+    return get_peft_model(lm, LoraConfig(**lora))

@@ -1,0 +1,55 @@
+"""The two spaces of a text environment, which tell a policy all that it has to know about the task."""
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from sb3_pg.common.errors import ArgumentError
+
+#: A column of an observation in which no token stands. Not a token, so it cannot be mistaken for padding or an end.
+EMPTY = -1
+
+
+class Vocabulary(spaces.Discrete):
+    """The tokens, one of which ends a response.
+
+    :param n: number of tokens
+    :param end_token: number of the token that ends a response
+    """
+
+    def __init__(self, n: int, end_token: int) -> None:
+        super().__init__(n)
+        self.end_token = int(end_token)
+
+    def __repr__(self) -> str:
+        return f"Vocabulary({self.n}, end_token={self.end_token})"
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and getattr(other, "end_token", self.end_token) == self.end_token
+
+    __hash__ = None  # type: ignore[assignment]  # as gymnasium's spaces
+
+
+def text_space(prompt_length: int, response_length: int, n_tokens: int) -> spaces.Box:
+    """One row of token numbers: the prompt at the right end of the first columns, the response in the rest.
+
+    Any column may be empty but the last of the prompt, and that is how :func:`prompt_length_of` finds it.
+    """
+    low = np.full(prompt_length + response_length, EMPTY, dtype=np.int32)
+    low[prompt_length - 1] = 0
+    return spaces.Box(low, np.full_like(low, n_tokens - 1), dtype=np.int32)
+
+
+def prompt_length_of(space: spaces.Space[Any]) -> int:
+    """How many columns of an observation belong to the prompt.
+
+    :raises ArgumentError: the space is not one of :func:`text_space`
+    """
+    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.integer) and len(space.shape) == 1:
+        filled = np.flatnonzero(space.low == 0)
+        if len(filled) == 1 and space.low.min() == EMPTY:
+            return int(filled[0]) + 1
+    raise ArgumentError(
+        f"A language model reads rows of tokens as sb3_pg.text.TextEnv makes them, not observations of {space}."
+    )

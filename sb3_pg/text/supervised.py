@@ -1,0 +1,113 @@
+"""Teach a language model the answers of a task, so that a policy gradient has something to start from."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+
+from sb3_pg.common.errors import ArgumentError, check_count
+from sb3_pg.text.environment import TextTask
+from sb3_pg.text.policies import CausalLMPolicy, LanguageModelPolicy
+from sb3_pg.text.spaces import EMPTY
+
+
+def examples(task: TextTask) -> np.ndarray:
+    """Whole rows of prompt, example and end token, (n, prompt_length + response_length), one for each example.
+
+    :raises ArgumentError: the task has no examples, or one that is too long
+    """
+    given = task.references if task.examples is None else task.examples
+    if given is None:
+        raise ArgumentError(f"The task {task.name!r} has no `examples` or `references` to learn from.")
+    pairs = [
+        (number, text) for number, some in enumerate(given) for text in ([some] if isinstance(some, str) else some)
+    ]
+    rows = task.observations([number for number, _ in pairs])
+    tokens = task.tokenizer([text for _, text in pairs], add_special_tokens=False)["input_ids"]
+    for row, ids, (_, text) in zip(rows, tokens, pairs, strict=True):
+        if len(ids) + 1 > task.response_length:
+            raise ArgumentError(
+                f"The example {text[:60]!r} has {len(ids)} tokens and its end; response_length is "
+                f"{task.response_length}. Shorten it or raise `response_length`."
+            )
+        row[task.width : task.width + len(ids) + 1] = [*ids, task.end_token]
+    return rows
+
+
+def steps_of(rows: np.ndarray, prompt_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The observations and actions of whole rows, as if they had been acted: (n, width) and (n,)."""
+    responses = rows[:, prompt_length:]
+    row, step = np.nonzero(responses != EMPTY)
+    observations = rows[row]
+    observations[:, prompt_length:][np.arange(responses.shape[1]) >= step[:, None]] = EMPTY
+    return observations, responses[row, step]
+
+
+def train(
+    policy: LanguageModelPolicy,
+    task: TextTask,
+    n_steps: int = 1000,
+    batch_size: int = 64,
+    learning_rate: float = 2e-3,
+    max_grad_norm: float = 1.0,
+    seed: int = 0,
+    report: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Maximise the log-probability of the task's examples, with a learning rate that falls to zero.
+
+    :param policy: changed in place
+    :param n_steps: gradient steps
+    :param batch_size: examples in each
+    :param learning_rate: of Adam, at the beginning
+    :param max_grad_norm: gradients are scaled down to this norm
+    :param seed: of the order of the examples
+    :param report: called with the step and the loss of each step
+    :return: the loss of each step, nats per token
+    """
+    check_count("n_steps", n_steps)
+    check_count("batch_size", batch_size)
+    rows, rng, losses = examples(task), np.random.default_rng(seed), []
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = th.optim.Adam(trained, lr=learning_rate)
+    for step in range(n_steps):
+        optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / n_steps)
+        chosen = rows[rng.integers(len(rows), size=batch_size)]
+        observations, actions = steps_of(chosen, policy.prompt_length)
+        _, log_prob, _ = policy.evaluate_actions(observations, th.as_tensor(actions, device=policy.device))
+        loss = -log_prob.mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        th.nn.utils.clip_grad_norm_(trained, max_grad_norm)
+        optimizer.step()
+        losses.append(loss.item())
+        if report is not None:
+            report(step, losses[-1])
+    return losses
+
+
+def pretrain(
+    task: TextTask,
+    folder: str | Path,
+    policy_class: type[LanguageModelPolicy] = CausalLMPolicy,
+    model: Any = None,
+    seed: int = 0,
+    **training: Any,
+) -> Path:
+    """Make a small model, teach it the task and write it to a folder, with its tokenizer, for ``model=folder``.
+
+    :param task: with examples or references
+    :param folder: where to write
+    :param policy_class: CausalLMPolicy or Seq2SeqLMPolicy
+    :param model: a configuration or the folder of a model; None makes a small new one
+    :param seed: of the weights and of the order of the examples
+    :param training: arguments of :func:`train`
+    :return: the folder
+    """
+    th.manual_seed(seed)
+    policy = policy_class(task.observation_space, task.action_space, lambda _: 0.0, model=model, reference_kl_coef=None)
+    train(policy, task, seed=seed, **training)
+    policy.save_pretrained(folder)
+    task.tokenizer.save_pretrained(folder)
+    return Path(folder)

@@ -1,0 +1,30 @@
+"""A tokenizer of whole words, made on the spot from the words of a task."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+#: In this order, so that their numbers are 0, 1 and 2, as T5's are.
+SPECIAL = ("<pad>", "<end>", "<unknown>")
+
+
+def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are these words, separated by spaces in a text.
+
+    :param words: each becomes a token; in sorted order, without repetition
+    """
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *sorted(set(words))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    kind: Any = PreTrainedTokenizerFast
+    made: PreTrainedTokenizerFast = kind(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unknown>"
+    )
+    return made
+
+
+def words_of(texts: Iterable[str]) -> set[str]:
+    """The words that occur in some texts."""
+    return {word for text in texts for word in text.split()}

@@ -1,0 +1,270 @@
+"""Acting, judging and stepping of language models are the same computation."""
+
+import numpy as np
+import pytest
+import torch as th
+from conftest import silent
+from text_models import SHAPES, config_of, letters_task
+
+from sb3_pg import PPO, REINFORCE, TRPO
+from sb3_pg.common.buffers import random_order, whole_batch
+from sb3_pg.common.networks import AutogradNetwork
+from sb3_pg.text import TextVecEnv
+from sb3_pg.text.sequences import flush_left, flush_right, prefix_chains
+
+pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+
+
+def make(shape, algorithm=PPO, n_envs=4, task=None, policy_kwargs=None, **options):
+    """A model with weights large enough for its answers to differ, and a value head that is not zero."""
+    task = task or letters_task()
+    if algorithm is PPO:
+        options = {"n_steps": 13, "batch_size": 16, "n_epochs": 2, **options}
+    if algorithm is TRPO:
+        options = {"n_steps": 13, "batch_size": 16, **options}
+    kwargs = {"model": config_of(shape, task), "temperature": 0.7, **(policy_kwargs or {})}
+    env = TextVecEnv(task, n_envs, seed=3)
+    model = algorithm(SHAPES[shape][0], env, seed=1, gamma=1.0, device="cpu", policy_kwargs=kwargs, **options)
+    sharpen(model.policy)
+    return silent(model)
+
+
+def sharpen(policy):
+    generator = th.Generator().manual_seed(0)
+    for p in policy.parameters():
+        if p.ndim > 1 and p.requires_grad:
+            p.data += 0.2 * th.randn(p.shape, generator=generator)
+
+
+def act(model):
+    """Fill the rollout buffer; returns the log-probabilities and values that the cached states of acting gave."""
+    policy, seen = model.policy, []
+
+    def choose(hidden, deterministic=False):
+        tokens = type(policy).choose(policy, hidden, deterministic)
+        seen.append((policy.token_statistics(hidden, tokens)[0].numpy(), policy.value_head(hidden)[:, 0].numpy()))
+        return tokens
+
+    policy.choose = choose
+    _, callback = model._setup_learn(1000)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    del policy.choose
+    log_probs, values = zip(*seen, strict=True)
+    return np.array(log_probs), np.array(values)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_acting_judging_and_the_first_minibatch_agree(shape):
+    model = make(shape)
+    for _ in range(2):  # the second rollout begins in the middle of responses
+        log_probs, values = act(model)
+    buffer = model.rollout_buffer
+    starts = buffer.episode_starts[1 : buffer.pos]
+    assert starts.any()
+    assert (starts.any(axis=1) & ~starts.all(axis=1)).any()  # out of step
+    assert log_probs.std() > 0.3
+    np.testing.assert_allclose(log_probs, buffer.log_probs[: buffer.pos], atol=1e-5)
+    np.testing.assert_allclose(values, buffer.values[: buffer.pos], atol=1e-5)
+
+    batch = whole_batch(buffer, model.network)
+    for minibatch in batch.minibatches(16, random_order(batch, buffer)):
+        log_prob, _, value = model.network.evaluate(minibatch.observations, minibatch.actions)
+        np.testing.assert_allclose(log_prob, minibatch.old_log_prob, atol=1e-5)
+        np.testing.assert_allclose(value, minibatch.old_values, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_log_probability_is_that_of_the_plain_model(shape):
+    """One row at a time, by the model's own forward, without padding."""
+    model = make(shape)
+    act(model)
+    batch, policy = whole_batch(model.rollout_buffer, model.network), model.policy
+    for row in range(0, len(batch), 5):
+        observation = batch.observations[row]
+        prompt, response = observation[: policy.prompt_length], observation[policy.prompt_length :]
+        prompt, response = prompt[prompt >= 0][None].long(), response[response >= 0][None].long()
+        with th.no_grad():
+            if shape == "t5":
+                start = th.cat([th.zeros(1, 1, dtype=th.long), response], dim=1)
+                logits = policy.lm(input_ids=prompt, decoder_input_ids=start).logits
+            else:
+                logits = policy.lm(input_ids=th.cat([prompt, response], dim=1)).logits
+        expected = th.log_softmax(logits[0, -1] / 0.7, dim=-1)[batch.actions[row]]
+        assert batch.old_log_prob[row] == pytest.approx(float(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_of_whole_sequences_are_those_of_one_token_at_a_time(shape):
+    model = make(shape)
+    act(model)
+    batch, network, policy = whole_batch(model.rollout_buffer, model.network), model.network, model.policy
+    d_log_prob, d_value = th.randn(len(batch)), th.randn(len(batch))
+
+    network.evaluate(batch.observations, batch.actions)
+    network.backward(d_log_prob, -0.3, d_value)
+    together = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+    policy.optimizer.zero_grad()
+    for row in range(len(batch)):
+        observation, action = batch.observations[row : row + 1], batch.actions[row : row + 1]
+        values, log_prob, entropy = policy.evaluate_actions(observation, action)
+        (d_log_prob[row] * log_prob - 0.3 * entropy + d_value[row] * values.flatten()).sum().backward()
+    for name, p in policy.named_parameters():
+        if p.requires_grad:
+            np.testing.assert_allclose(together[name], p.grad, atol=1e-3 * float(p.grad.abs().max()), err_msg=name)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_one_forward_per_sequence(shape):
+    model = make(shape)
+    act(model)
+    read = []
+    original = model.policy.read_sequences
+    model.policy.read_sequences = lambda lm, rows: read.append(len(rows)) or original(lm, rows)
+    batch = whole_batch(model.rollout_buffer, model.network)
+    order = random_order(batch, model.rollout_buffer)
+    n_sequences = len(np.unique(batch.sequence))
+    assert n_sequences < len(batch) / 3
+    minibatches = list(batch.minibatches(16, order))
+    assert len(minibatches) > 1
+    for minibatch in minibatches:
+        model.network.evaluate(minibatch.observations, minibatch.actions)
+    assert sum(read) <= n_sequences
+
+
+def test_minibatches_do_not_cut_sequences():
+    model = make("gpt2")
+    act(model)
+    buffer = model.rollout_buffer
+    batch = whole_batch(buffer, model.network)
+    assert np.array_equal(batch.rows, np.arange(len(batch)))  # in time order until shuffled
+    for even in (False, True):
+        minibatches = list(batch.minibatches(16, random_order(batch, buffer), even=even))
+        assert sorted(np.concatenate([m.rows for m in minibatches])) == list(range(len(batch)))
+        held = [set(m.sequence) for m in minibatches]
+        assert sum(map(len, held)) == len(set.union(*held))
+        assert all(len(m) < 16 + 6 for m in minibatches)  # responses have up to six tokens
+        for m in minibatches:
+            same = np.diff(m.sequence) == 0
+            assert (np.diff(m.rows)[same] == buffer.n_envs).all()
+
+
+def test_prefix_chains():
+    e = -1
+    rows = np.array(
+        [[5, 6, 1, 2, e], [5, 6, e, e, e], [e, 6, e, e, e], [5, 6, 1, e, e], [5, 6, 3, e, e], [5, 6, 1, 2, e]]
+    )
+    ends, chain = prefix_chains(rows, 2)
+    for row, end in zip(rows, ends[chain], strict=True):
+        used = np.r_[True, True, row[2:] != e]
+        assert np.array_equal(row[used], rows[end][used])
+    assert len(ends) == 3  # the two long ones are the same; an empty prompt column is not a shorter prompt
+
+
+def test_flush():
+    e = -1
+    rows = np.array([[e, 4, 5, e], [1, 2, 3, e], [e, e, e, 7]])
+    left, lengths = flush_left(rows, 0)
+    assert left.tolist() == [[4, 5, 0], [1, 2, 3], [7, 0, 0]]
+    assert lengths.tolist() == [2, 3, 1]
+    assert flush_right(rows, 0)[0].tolist() == [[0, 4, 5], [1, 2, 3], [0, 0, 7]]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_cache_notices_changed_weights_and_strange_rows(shape):
+    model = make(shape)
+    policy, decoder = model.policy, model.network._decoder
+    rows = model.env.reset()
+
+    def check():
+        np.testing.assert_allclose(decoder.read(rows), policy.hidden_states(rows).detach(), atol=1e-5)
+
+    check()
+    rows[:, policy.prompt_length] = [3, 4, 5, 6]
+    check()
+    with th.no_grad():
+        next(iter(policy.lm.parameters())).mul_(1.5)
+    rows[:, policy.prompt_length + 1] = 4
+    check()
+    rows[1, policy.prompt_length] = 7  # its past has changed
+    rows[:, policy.prompt_length + 2] = 8
+    check()
+    rows[2] = model.env.task.observations([1])[0]
+    check()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_chunks_change_nothing(shape, monkeypatch):
+    model = make(shape, TRPO)
+    act(model)
+    batch, network = whole_batch(model.rollout_buffer, model.network), model.network
+    network.find_actor(batch.observations, batch.actions)
+    vector = th.randn(len(network.get_actor()))
+
+    def everything():
+        log_prob, entropy, _ = network.evaluate(batch.observations, batch.actions)
+        network.backward(th.ones(len(batch)), 0.1, th.ones(len(batch)))
+        gradient = th.cat([p.grad.flatten() for p in network._actor])
+        found = network.actor(batch.observations, batch.actions)
+        other = network.actor(batch.observations.roll(1, 0), batch.actions)
+        kl = network.kl(found[2], other[2])
+        return [log_prob, entropy, gradient, found[0], found[1], kl, network.fisher(batch.observations)(vector)]
+
+    whole = everything()
+    monkeypatch.setattr("sb3_pg.text.policies.CHUNK_TOKENS", 20)
+    monkeypatch.setattr("sb3_pg.text.policies.CHUNK_LOGITS", 90)
+    monkeypatch.setattr("sb3_pg.text.network.CHUNK_LOGITS", 90)
+    assert len(network._pieces(batch.observations)) > 3
+    for expected, found in zip(whole, everything(), strict=True):
+        np.testing.assert_allclose(found.detach(), expected.detach(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fisher_is_that_of_autograd_and_the_curvature_of_the_kl(shape):
+    model = make(shape, TRPO)
+    act(model)
+    batch, network = whole_batch(model.rollout_buffer, model.network), model.network
+    network.find_actor(batch.observations, batch.actions)
+    start = network.get_actor()
+    vector = th.randn(len(start))
+    fisher = network.fisher(batch.observations)
+    assert network.policy.lm.config._attn_implementation == "sdpa"
+    *_, old = network.actor(batch.observations, batch.actions)
+    curvature = float(vector @ fisher(vector))
+    step = 0.01 / curvature**0.5
+    kl = []
+    for sign in (1, -1):
+        network.set_actor(start + sign * step * vector)
+        kl.append(float(network.kl(old, network.actor(batch.observations, batch.actions)[2]).mean()))
+    assert np.mean(kl) == pytest.approx(0.5 * step**2 * curvature, rel=0.05)
+
+
+def test_engine_autograd_computes_the_same():
+    model = make("llama", engine="autograd")
+    assert type(model.network) is AutogradNetwork
+    act_model = make("llama")
+    act(act_model)
+    batch = whole_batch(act_model.rollout_buffer, act_model.network)
+    found = model.network.evaluate(batch.observations, batch.actions)
+    np.testing.assert_allclose(found[0], batch.old_log_prob, atol=1e-5)
+
+
+def test_dropout_is_off_in_training():
+    task = letters_task()
+    model = make("gpt2", task=task, policy_kwargs={"model": config_of("gpt2", task, resid_pdrop=0.5, embd_pdrop=0.5)})
+    act(model)
+    batch = whole_batch(model.rollout_buffer, model.network)
+    model.policy.set_training_mode(True)
+    log_prob, _, _ = model.network.evaluate(batch.observations, batch.actions)
+    np.testing.assert_allclose(log_prob, batch.old_log_prob, atol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", [PPO, TRPO, REINFORCE])
+def test_the_critic_is_fitted_without_the_actor(algorithm):
+    model = make("gpt2", algorithm)
+    act(model) if algorithm is not REINFORCE else model.learn(1)
+    batch = whole_batch(model.rollout_buffer, model.network)
+    model.network.find_actor(batch.observations, batch.actions)
+    held = {id(p) for p in model.network._actor}
+    free = [name for name, p in model.policy.named_parameters() if p.requires_grad and id(p) not in held]
+    assert free == ["value_head.weight", "value_head.bias"]
