@@ -76,7 +76,9 @@ EVALUATIONS = 10
 EPISODES = 20
 EVALUATION_SEED = 1_000_000
 
-COLUMNS = "side task seed total_steps settings steps wall_clock_s mean std min max".split()
+#: Of the results file: what tells one run from another, then an evaluation.
+COLUMNS = ["side", "task", "seed", "total_steps", "settings"]
+COLUMNS += ["steps", "wall_clock_s", "cpu_s", "mean", "std", "min", "max"]
 
 
 class Run(NamedTuple):
@@ -105,6 +107,10 @@ def fingerprint(side: str, task: str) -> str:
 # --------------------------------------------------------------------- run
 
 
+def now() -> np.ndarray:
+    return np.array([time.perf_counter(), time.process_time()])
+
+
 class Evaluate(BaseCallback):
     """Plays episodes at equal intervals and after training, and notes what the results file holds of them.
 
@@ -117,10 +123,10 @@ class Evaluate(BaseCallback):
         super().__init__()
         self.env, self.seed, self.interval = env, seed, total_steps / EVALUATIONS
         self.rows: list[list[float]] = []
-        self.started = self.paused = 0.0
+        self.clocks = np.zeros(2)  # wall-clock and CPU, in seconds, without the evaluations
 
     def _on_training_start(self) -> None:
-        self.started = time.perf_counter()
+        self.clocks = -now()
 
     def _on_step(self) -> bool:
         n = len(self.rows) + 1
@@ -132,14 +138,13 @@ class Evaluate(BaseCallback):
         self.evaluate()
 
     def evaluate(self) -> None:
-        now = time.perf_counter()
-        wall_clock = now - self.started - self.paused
+        self.clocks += now()
         sync_envs_normalization(self.model.get_env(), self.env)
         self.env.seed(EVALUATION_SEED * (1 + self.seed) + EPISODES * len(self.rows))
         returns, _ = evaluate_policy(self.model, self.env, EPISODES, return_episode_rewards=True)
-        numbers = (wall_clock, np.mean(returns), np.std(returns), np.min(returns), np.max(returns))
+        numbers = (*self.clocks, np.mean(returns), np.std(returns), np.min(returns), np.max(returns))
         self.rows.append([self.model.num_timesteps, *(round(float(number), 3) for number in numbers)])
-        self.paused += time.perf_counter() - now
+        self.clocks -= now()
 
 
 def train(run: Run) -> list[list[float]]:
@@ -224,7 +229,7 @@ def work(args: argparse.Namespace) -> bool:
                 well = False
                 continue
             append(path, run, rows)
-            _, seconds, mean, std, *_ = rows[-1]
+            _, seconds, _, mean, std, *_ = rows[-1]
             print(f"{name}: {mean:.1f} +/- {std:.1f} after {seconds:.1f} s", flush=True)
     return well
 
@@ -234,4 +239,246 @@ def run_command(args: argparse.Namespace) -> bool:
         return work(args)
     command = [sys.executable, *sys.argv, "--processes", "1"]
     children = [subprocess.Popen(command) for _ in range(args.processes)]
-    return not any([child.wait() for child in children])
+    codes = [child.wait() for child in children]
+    return not any(codes)
+
+
+# ------------------------------------------------------------------ report
+
+#: Fewer seeds than this have no interval.
+MIN_SEEDS = 3
+REPETITIONS = 2000
+DISTURBED = 1.2
+
+#: A colour for ours and its peer, the peer dashed: Okabe and Ito's, which the colour-blind can tell apart.
+COLOURS = {"trpo": "#0072b2", "ppo": "#d55e00", "reinforce": "#009e73"}
+STYLES = {side: {"color": colour, "ls": "-"} for side, colour in COLOURS.items()} | {
+    PEERS[side]: {"color": colour, "ls": (0, (3, 1.5))} for side, colour in COLOURS.items()
+}
+
+
+class Curve(NamedTuple):
+    """All runs of one side on one task: arrays (seeds, evaluations), the last two (evaluations,)."""
+
+    steps: np.ndarray
+    seconds: np.ndarray
+    cpu_seconds: np.ndarray
+    scores: np.ndarray
+    iqm: np.ndarray
+    interval: tuple[np.ndarray, np.ndarray] | None
+
+
+Curves = dict[tuple[str, int], dict[str, Curve]]
+
+
+def bootstrap(scores: Any, statistic: Any) -> tuple[np.ndarray, np.ndarray]:
+    """A statistic and its 95 % interval, (2, ...), by rliable's stratified bootstrap."""
+    from rliable.library import get_interval_estimates
+
+    np.random.seed(0)  # rliable resamples with NumPy's own generator
+    values, intervals = get_interval_estimates({"": scores}, statistic, reps=REPETITIONS)
+    return values[""], intervals[""]
+
+
+def make_curve(rows: list[dict[str, str]]) -> Curve:
+    from rliable.metrics import aggregate_iqm
+
+    def iqm(scores: np.ndarray) -> np.ndarray:
+        return np.array([aggregate_iqm(scores[..., i]) for i in range(scores.shape[-1])])
+
+    def column(name: str) -> np.ndarray:
+        return np.array([float(row[name]) for row in rows]).reshape(-1, EVALUATIONS)
+
+    scores = column("mean")
+    value, interval = iqm(scores), None
+    if len(scores) >= MIN_SEEDS:
+        value, interval = bootstrap(scores[:, None, :], iqm)
+    return Curve(column("steps"), column("wall_clock_s"), column("cpu_s"), scores, value, interval)
+
+
+def read_curves(path: Path) -> Curves:
+    """From the results file by (task, steps) and side, in the order of the tasks and sides above."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    current = [row for row in rows if row["settings"] == fingerprint(row["side"], row["task"])]
+    if len(current) < len(rows):
+        print(f"{len(rows) - len(current)} rows are left out: the settings of their task have changed since.")
+    panels = sorted(
+        {(row["task"], int(row["total_steps"])) for row in current}, key=lambda p: (list(TASKS).index(p[0]), p[1])
+    )
+    curves: Curves = {}
+    for panel in panels:
+        for side in SIDES:
+            mine = [row for row in current if (row["task"], int(row["total_steps"]), row["side"]) == (*panel, side)]
+            if mine:
+                curves.setdefault(panel, {})[side] = make_curve(mine)
+    return curves
+
+
+def improvement(pairs: list[tuple[Curve, Curve]]) -> str:
+    """How probably a run of ours ends above one of its peer, averaged over tasks, by rliable; ties count half."""
+    from rliable.metrics import probability_of_improvement
+
+    scores = []
+    for curves in zip(*pairs, strict=True):  # ours, then the peers
+        n = min(len(curve.scores) for curve in curves)
+        scores.append(np.stack([curve.scores[:n, -1] for curve in curves], axis=1))
+    if min(map(len, scores)) < MIN_SEEDS:
+        return "-"
+    value, interval = bootstrap(scores, lambda *sides: np.array([probability_of_improvement(*sides)]))
+    return f"{value[0]:.2f} [{interval[0, 0]:.2f}, {interval[1, 0]:.2f}]"
+
+
+def number(x: float) -> str:
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.1f}"
+
+
+def table_row(side: str, sides: dict[str, Curve]) -> list[str]:
+    curve, peer = sides[side], sides.get(PEERS.get(side, ""))
+    final = curve.scores[:, -1]
+    bounds = curve.interval and f" [{number(curve.interval[0][-1])}, {number(curve.interval[1][-1])}]"
+    return [
+        SIDES[side],
+        str(len(final)),
+        number(curve.iqm[-1]) + (bounds or ""),
+        f"{number(final.min())} to {number(final.max())}",
+        f"{np.median(curve.seconds[:, -1]):,.0f}",
+        improvement([(curve, peer)]) if peer else "",
+    ]
+
+
+def make_table(curves: Curves) -> list[str]:
+    lines = [
+        "| task | steps | side | seeds | final return | worst to best seed | seconds of training | above its peer |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (task, steps), sides in curves.items():
+        for side in sides:
+            lines.append("| " + " | ".join([task, f"{steps:,}", *table_row(side, sides)]) + " |")
+    for ours, peer in PEERS.items():
+        pairs = [(sides[ours], sides[peer]) for sides in curves.values() if ours in sides and peer in sides]
+        if len(pairs) > 1:
+            lines.append(f"| all {len(pairs)} | | {SIDES[ours]} | | | | | {improvement(pairs)} |")
+    return lines
+
+
+def disturbed(curves: Curves) -> str:
+    """How many runs had to wait for their core, which makes their wall-clock too long."""
+    runs = [curve for sides in curves.values() for curve in sides.values()]
+    ratios = np.concatenate([curve.seconds[:, -1] / curve.cpu_seconds[:, -1] for curve in runs])
+    return f"{np.sum(ratios > DISTURBED)} of {len(ratios)} runs took more than {DISTURBED} times their CPU time."
+
+
+def write_table(curves: Curves, folder: Path) -> None:
+    where = folder / "machine.txt"
+    pairs = ", ".join(f"{SIDES[ours]} above {SIDES[peer]}" for ours, peer in PEERS.items())
+    text = [
+        "# Learning",
+        "",
+        f"Made by `benchmarks/learning.py` on {where.read_text().strip()}; one thread for each run.",
+        "",
+        f"- Final return: the mean of {EPISODES} episodes with deterministic actions after training; of the seeds the",
+        f"  interquartile mean, with its 95 % bootstrap interval from {MIN_SEEDS} seeds on.",
+        f"- Seconds of training: the median over seeds, without evaluations. {disturbed(curves)}",
+        f"- Above its peer: how probably a run of ours ends above one of its peer's ({pairs});",
+        "  0.5 is a draw.",
+        "",
+        *make_table(curves),
+        "",
+    ]
+    (folder / "table.md").write_text("\n".join(text))
+    print("\n".join(text))
+
+
+def draw_panel(axis: Any, side: str, x: np.ndarray, curve: Curve) -> None:
+    for seed_x, scores in zip(x, curve.scores, strict=True):
+        axis.plot(seed_x, scores, lw=0.6, alpha=0.3, **STYLES[side])
+    if curve.interval is not None:
+        middle = np.median(x, axis=0)
+        axis.plot(middle, curve.iqm, lw=1.9, **STYLES[side])
+        axis.fill_between(middle, *curve.interval, color=STYLES[side]["color"], alpha=0.13, lw=0)
+
+
+def draw(curves: Curves, folder: Path) -> None:
+    """Panels in rows of four: above against steps, below against wall-clock."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import EngFormatter
+
+    n_columns = min(len(curves), 4)
+    n_rows = 2 * -(-len(curves) // n_columns)
+    figure, axes = plt.subplots(
+        n_rows, n_columns, figsize=(3.3 * n_columns + 0.5, 2.7 * n_rows + 0.8), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for i, ((task, steps), sides) in enumerate(curves.items()):
+        block, column = divmod(i, n_columns)
+        above, below = axes[2 * block : 2 * block + 2, column]
+        for side, curve in sides.items():
+            draw_panel(above, side, curve.steps, curve)
+            draw_panel(below, side, curve.seconds, curve)
+        above.set_title(f"{task}, {EngFormatter(sep='')(steps)} steps", fontsize=11)
+        above.set(xlabel="environment steps", xlim=0)
+        above.xaxis.set_major_formatter(EngFormatter(sep=""))
+        below.set(xlabel="seconds of training", xscale="log")
+        below.xaxis.set_major_formatter("{x:g}")
+        for axis in (above, below):
+            axis.set_visible(True)
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+            if column == 0:
+                axis.set_ylabel("return")
+    handles = [Line2D([], [], lw=1.9, label=SIDES[side], **STYLES[side]) for side in SIDES]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(6, 2 * n_columns), frameon=False, fontsize=11)
+    figure.savefig(folder / "curves.png", dpi=130)
+
+
+def report_command(args: argparse.Namespace) -> bool:
+    path = args.folder / "results.csv"
+    if not path.exists():
+        print(f"{path} does not exist: call `run` first.")
+        return False
+    curves = {
+        panel: sides
+        for panel, sides in read_curves(path).items()
+        if panel[0] in args.tasks and args.steps in (None, panel[1])
+    }
+    curves = {panel: {s: c for s, c in sides.items() if s in args.algos} for panel, sides in curves.items()}
+    write_table(curves, args.folder)
+    draw(curves, args.folder)
+    return True
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def main() -> None:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS))
+    common.add_argument("--algos", nargs="+", choices=SIDES, default=list(SIDES), metavar="SIDE", help=", ".join(SIDES))
+    common.add_argument(
+        "--steps", type=positive, help="of training (default: 100,000 or 300,000, by task; all in a report)"
+    )
+    common.add_argument("--folder", type=Path, default=HERE, help="where the results are")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    run = commands.add_parser("run", parents=[common], help="train whatever is not in the results")
+    run.add_argument("--seeds", type=positive, default=5, help="how many, from 0")
+    run.add_argument("--processes", type=positive, default=1, help="how many runs at a time, one core each")
+    run.set_defaults(command=run_command)
+    report = commands.add_parser("report", parents=[common], help="draw the curves and write the table")
+    report.set_defaults(command=report_command)
+    args = parser.parse_args()
+    sys.exit(0 if args.command(args) else 1)
+
+
+if __name__ == "__main__":
+    main()
