@@ -18,6 +18,7 @@ after a change of settings it is done again, and ``report`` leaves out the old o
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -39,6 +40,7 @@ import numpy as np
 import torch as th
 import yaml
 from filelock import FileLock, Timeout
+from scipy.stats import trim_mean
 from speed import machine
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -98,6 +100,7 @@ def settings_of(side: str, task: str) -> dict[str, Any]:
     return yaml.safe_load((HERE / "peers.yml").read_text())[side][task]
 
 
+@functools.cache
 def fingerprint(side: str, task: str) -> str:
     """Eight letters that change with the settings."""
     settings = {key: value for key, value in settings_of(side, task).items() if key != "n_timesteps"}
@@ -258,14 +261,14 @@ STYLES = {side: {"color": colour, "ls": "-"} for side, colour in COLOURS.items()
 
 
 class Curve(NamedTuple):
-    """All runs of one side on one task: arrays (seeds, evaluations), the last two (evaluations,)."""
+    """All runs of one side on one task: arrays (seeds, evaluations), ``iqm`` (evaluations,), ``interval`` (2, same)."""
 
     steps: np.ndarray
     seconds: np.ndarray
     cpu_seconds: np.ndarray
     scores: np.ndarray
     iqm: np.ndarray
-    interval: tuple[np.ndarray, np.ndarray] | None
+    interval: np.ndarray | None
 
 
 Curves = dict[tuple[str, int], dict[str, Curve]]
@@ -280,19 +283,19 @@ def bootstrap(scores: Any, statistic: Any) -> tuple[np.ndarray, np.ndarray]:
     return values[""], intervals[""]
 
 
+def interquartile_mean(scores: np.ndarray) -> np.ndarray:
+    """rliable's ``aggregate_iqm`` of every evaluation at once: (seeds, 1, evaluations) to (evaluations,)."""
+    return trim_mean(scores[:, 0], 0.25, axis=0)
+
+
 def make_curve(rows: list[dict[str, str]]) -> Curve:
-    from rliable.metrics import aggregate_iqm
-
-    def iqm(scores: np.ndarray) -> np.ndarray:
-        return np.array([aggregate_iqm(scores[..., i]) for i in range(scores.shape[-1])])
-
     def column(name: str) -> np.ndarray:
         return np.array([float(row[name]) for row in rows]).reshape(-1, EVALUATIONS)
 
     scores = column("mean")
-    value, interval = iqm(scores), None
+    value, interval = interquartile_mean(scores[:, None]), None
     if len(scores) >= MIN_SEEDS:
-        value, interval = bootstrap(scores[:, None, :], iqm)
+        value, interval = bootstrap(scores[:, None], interquartile_mean)
     return Curve(column("steps"), column("wall_clock_s"), column("cpu_s"), scores, value, interval)
 
 
@@ -336,11 +339,11 @@ def number(x: float) -> str:
 def table_row(side: str, sides: dict[str, Curve]) -> list[str]:
     curve, peer = sides[side], sides.get(PEERS.get(side, ""))
     final = curve.scores[:, -1]
-    bounds = curve.interval and f" [{number(curve.interval[0][-1])}, {number(curve.interval[1][-1])}]"
+    bounds = "" if curve.interval is None else " [{}, {}]".format(*map(number, curve.interval[:, -1]))
     return [
         SIDES[side],
         str(len(final)),
-        number(curve.iqm[-1]) + (bounds or ""),
+        number(curve.iqm[-1]) + bounds,
         f"{number(final.min())} to {number(final.max())}",
         f"{np.median(curve.seconds[:, -1]):,.0f}",
         improvement([(curve, peer)]) if peer else "",
