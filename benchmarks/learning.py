@@ -284,7 +284,7 @@ def bootstrap(scores: Any, statistic: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def interquartile_mean(scores: np.ndarray) -> np.ndarray:
-    """rliable's ``aggregate_iqm`` of every evaluation at once: (seeds, 1, evaluations) to (evaluations,)."""
+    """The ``aggregate_iqm`` of rliable for every evaluation at once: (seeds, 1, evaluations) to (evaluations,)."""
     return trim_mean(scores[:, 0], 0.25, axis=0)
 
 
@@ -360,6 +360,7 @@ def make_table(curves: Curves) -> list[str]:
             lines.append("| " + " | ".join([task, f"{steps:,}", *table_row(side, sides)]) + " |")
     for ours, peer in PEERS.items():
         pairs = [(sides[ours], sides[peer]) for sides in curves.values() if ours in sides and peer in sides]
+        pairs = [pair for pair in pairs if min(len(curve.scores) for curve in pair) >= MIN_SEEDS]
         if len(pairs) > 1:
             lines.append(f"| all {len(pairs)} | | {SIDES[ours]} | | | | | {improvement(pairs)} |")
     return lines
@@ -383,8 +384,8 @@ def write_table(curves: Curves, folder: Path) -> None:
         f"- Final return: the mean of {EPISODES} episodes with deterministic actions after training; of the seeds the",
         f"  interquartile mean, with its 95 % bootstrap interval from {MIN_SEEDS} seeds on.",
         f"- Seconds of training: the median over seeds, without evaluations. {disturbed(curves)}",
-        f"- Above its peer: how probably a run of ours ends above one of its peer's ({pairs});",
-        "  0.5 is a draw.",
+        f"- Above its peer: how probably a run of ours ends above one of its peer's, 0.5 being a draw ({pairs});",
+        "  in the last rows the average over the tasks.",
         "",
         *make_table(curves),
         "",
@@ -394,8 +395,9 @@ def write_table(curves: Curves, folder: Path) -> None:
 
 
 def draw_panel(axis: Any, side: str, x: np.ndarray, curve: Curve) -> None:
+    faint = {"lw": 0.9, "alpha": 0.9} if curve.interval is None else {"lw": 0.6, "alpha": 0.3}
     for seed_x, scores in zip(x, curve.scores, strict=True):
-        axis.plot(seed_x, scores, lw=0.6, alpha=0.3, **STYLES[side])
+        axis.plot(seed_x, scores, **faint, **STYLES[side])
     if curve.interval is not None:
         middle = np.median(x, axis=0)
         axis.plot(middle, curve.iqm, lw=1.9, **STYLES[side])
@@ -409,7 +411,7 @@ def draw(curves: Curves, folder: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     n_columns = min(len(curves), 4)
     n_rows = 2 * -(-len(curves) // n_columns)
@@ -428,7 +430,9 @@ def draw(curves: Curves, folder: Path) -> None:
         above.set(xlabel="environment steps", xlim=0)
         above.xaxis.set_major_formatter(EngFormatter(sep=""))
         below.set(xlabel="seconds of training", xscale="log")
+        below.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         below.xaxis.set_major_formatter("{x:g}")
+        below.xaxis.set_minor_formatter(NullFormatter())
         for axis in (above, below):
             axis.set_visible(True)
             axis.grid(alpha=0.25)
