@@ -48,7 +48,7 @@ benchmark-speed: $(STAMP)  ## time ours against the peers (half an hour on a qui
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt sbx-rl
 	$(BIN)/python benchmarks/speed.py
 
-benchmark-learning: $(STAMP)  ## learning curves of ours and the peers (days; resumable); LEARNING="--processes 2"
+benchmark-learning: $(STAMP)  ## learning curves of ours and the peers (hours; resumable); LEARNING="--processes 2"
 	$(BIN)/python benchmarks/learning.py run $(LEARNING)
 
 benchmark-report: $(STAMP)  ## draw the learning curves and write their table

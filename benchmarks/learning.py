@@ -299,22 +299,22 @@ def make_curve(rows: list[dict[str, str]]) -> Curve:
     return Curve(column("steps"), column("wall_clock_s"), column("cpu_s"), scores, value, interval)
 
 
-def read_curves(path: Path) -> Curves:
-    """From the results file by (task, steps) and side, in the order of the tasks and sides above."""
+def read_curves(path: Path, args: argparse.Namespace) -> Curves:
+    """From the results file by (task, steps) and side, in the order of the arguments."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     current = [row for row in rows if row["settings"] == fingerprint(row["side"], row["task"])]
     if len(current) < len(rows):
         print(f"{len(rows) - len(current)} rows are left out: the settings of their task have changed since.")
-    panels = sorted(
-        {(row["task"], int(row["total_steps"])) for row in current}, key=lambda p: (list(TASKS).index(p[0]), p[1])
-    )
     curves: Curves = {}
-    for panel in panels:
-        for side in SIDES:
-            mine = [row for row in current if (row["task"], int(row["total_steps"]), row["side"]) == (*panel, side)]
-            if mine:
-                curves.setdefault(panel, {})[side] = make_curve(mine)
+    for task in args.tasks:
+        for steps in sorted({int(row["total_steps"]) for row in current if row["task"] == task}):
+            for side in args.algos:
+                mine = [
+                    row for row in current if (row["task"], row["total_steps"], row["side"]) == (task, str(steps), side)
+                ]
+                if mine and args.steps in (None, steps):
+                    curves.setdefault((task, steps), {})[side] = make_curve(mine)
     return curves
 
 
@@ -449,12 +449,10 @@ def report_command(args: argparse.Namespace) -> bool:
     if not path.exists():
         print(f"{path} does not exist: call `run` first.")
         return False
-    curves = {
-        panel: sides
-        for panel, sides in read_curves(path).items()
-        if panel[0] in args.tasks and args.steps in (None, panel[1])
-    }
-    curves = {panel: {s: c for s, c in sides.items() if s in args.algos} for panel, sides in curves.items()}
+    curves = read_curves(path, args)
+    if not curves:
+        print(f"{path} has no run of these tasks, sides and steps with the settings of today.")
+        return False
     write_table(curves, args.folder)
     draw(curves, args.folder)
     return True
