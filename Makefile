@@ -12,6 +12,9 @@ N_ENVS ?=
 SEED ?= 1
 OUT ?=
 
+# Options of benchmarks/learning.py.
+LEARNING ?=
+
 # The networks are small: more threads than one only get into each other's way.
 OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
@@ -21,10 +24,11 @@ STAMP := $(VENV)/.installed-$(EXTRAS)
 SOURCES := sb3_pg tests benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint type format clean install benchmark-speed benchmark-text
+.PHONY: help run test lint type format clean install
+.PHONY: benchmark-speed benchmark-learning benchmark-report benchmark-text
 
 help:  ## list the targets and variables
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "Variables of run: ALGO=reinforce|trpo|ppo ENV=id TIMESTEPS=n N_ENVS=n SEED=n OUT=folder; of all: PYTHON=python3"
 
 run: $(STAMP)  ## train, evaluate, save, load and draw (about a minute)
@@ -47,6 +51,12 @@ benchmark-speed: $(STAMP)  ## time ours against the peers (half an hour on a qui
 
 benchmark-text: $(STAMP)  ## tune small language models: three tasks, three algorithms, three seeds (an hour)
 	$(BIN)/python benchmarks/text.py
+
+benchmark-learning: $(STAMP)  ## learning curves of ours and the peers (hours; resumable); LEARNING="--processes 2"
+	$(BIN)/python benchmarks/learning.py run $(LEARNING)
+
+benchmark-report: $(STAMP)  ## draw the learning curves and write their table
+	$(BIN)/python benchmarks/learning.py report $(LEARNING)
 
 format: $(STAMP)  ## let ruff repair and format
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -1,0 +1,489 @@
+"""Learning curves of our three algorithms and of their peers, against steps and against wall-clock.
+
+    python benchmarks/learning.py run                                            # everything, 5 seeds: many hours
+    python benchmarks/learning.py run --tasks Hopper-v5 --algos trpo contrib_trpo --seeds 10 --processes 2
+    python benchmarks/learning.py run --tasks HalfCheetah-v5 --steps 1000000
+    python benchmarks/learning.py report                                         # of whatever there is
+
+Each side trains with its zoo settings: ours with those of zoo_configs/, the peers with learning/peers.yml. Ten times
+in a run, the last after training, it plays 20 episodes with deterministic actions, on seeds that no training uses and
+that are the same for all sides, with the observations normalised as in training. The clock stops meanwhile. One
+process trains with one thread, on the vectorised environments of its side.
+
+``run`` adds the rows of a run to learning/results.csv when it is complete, and passes over those that are there, so it
+may be stopped at any time, and started twice side by side. A run is known by side, task, seed, steps and settings:
+after a change of settings it is done again, and ``report`` leaves out the old one. Changes of code it cannot see.
+"""
+
+import argparse
+import contextlib
+import csv
+import functools
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__" and os.environ.get("OMP_NUM_THREADS") != "1":
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+import numpy as np
+import torch as th
+import yaml
+from filelock import FileLock, Timeout
+from scipy.stats import trim_mean
+from speed import machine
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
+
+from sb3_pg.zoo import CONFIGS
+
+HERE = Path(__file__).parent / "learning"
+
+#: Every side, as the results name it and as the report does.
+SIDES = {
+    "trpo": "TRPO",
+    "contrib_trpo": "sb3-contrib TRPO",
+    "ppo": "PPO",
+    "sb3_ppo": "SB3 PPO",
+    "reinforce": "REINFORCE",
+    "sb3_a2c": "SB3 A2C",
+}
+
+#: Ours, and whom each is compared with.
+PEERS = {"trpo": "contrib_trpo", "ppo": "sb3_ppo", "reinforce": "sb3_a2c"}
+
+#: Steps of training.
+TASKS = {
+    "CartPole-v1": 100_000,
+    "Acrobot-v1": 100_000,
+    "LunarLanderContinuous-v3": 300_000,
+    "HalfCheetah-v5": 300_000,
+    "Hopper-v5": 300_000,
+    "Walker2d-v5": 300_000,
+    "Swimmer-v5": 300_000,
+}
+
+EVALUATIONS = 10
+EPISODES = 20
+EVALUATION_SEED = 1_000_000
+
+#: Of the results file: what tells one run from another, then an evaluation.
+COLUMNS = ["side", "task", "seed", "total_steps", "settings"]
+COLUMNS += ["steps", "wall_clock_s", "cpu_s", "mean", "std", "min", "max"]
+
+
+class Run(NamedTuple):
+    """What tells one run from another."""
+
+    side: str
+    task: str
+    seed: int
+    total_steps: int
+    settings: str
+
+
+def settings_of(side: str, task: str) -> dict[str, Any]:
+    """The entry of a configuration file."""
+    if side in PEERS:
+        return yaml.safe_load((CONFIGS / f"{side}.yml").read_text())[task]
+    return yaml.safe_load((HERE / "peers.yml").read_text())[side][task]
+
+
+@functools.cache
+def fingerprint(side: str, task: str) -> str:
+    """Eight letters that change with the settings."""
+    settings = {key: value for key, value in settings_of(side, task).items() if key != "n_timesteps"}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+# --------------------------------------------------------------------- run
+
+
+def now() -> np.ndarray:
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+class Evaluate(BaseCallback):
+    """Plays episodes at equal intervals and after training, and notes what the results file holds of them.
+
+    :param env: one environment for each episode, wrapped as those of training
+    :param seed: of training; its evaluations have seeds of their own
+    :param total_steps: of training
+    """
+
+    def __init__(self, env: VecEnv, seed: int, total_steps: int) -> None:
+        super().__init__()
+        self.env, self.seed, self.interval = env, seed, total_steps / EVALUATIONS
+        self.rows: list[list[float]] = []
+        self.clocks = np.zeros(2)  # wall-clock and CPU, in seconds, without the evaluations
+
+    def _on_training_start(self) -> None:
+        self.clocks = -now()
+
+    def _on_step(self) -> bool:
+        n = len(self.rows) + 1
+        if n < EVALUATIONS and self.num_timesteps >= n * self.interval:
+            self.evaluate()
+        return True
+
+    def _on_training_end(self) -> None:
+        self.evaluate()
+
+    def evaluate(self) -> None:
+        self.clocks += now()
+        sync_envs_normalization(self.model.get_env(), self.env)
+        self.env.seed(EVALUATION_SEED * (1 + self.seed) + EPISODES * len(self.rows))
+        returns, _ = evaluate_policy(self.model, self.env, EPISODES, return_episode_rewards=True)
+        numbers = (*self.clocks, np.mean(returns), np.std(returns), np.min(returns), np.max(returns))
+        self.rows.append([self.model.num_timesteps, *(round(float(number), 3) for number in numbers)])
+        self.clocks -= now()
+
+
+def train(run: Run) -> list[list[float]]:
+    """Train one side with rl-zoo's code for models and environments; a row for each evaluation."""
+    import sb3_contrib
+    import stable_baselines3
+    from rl_zoo3 import ALGOS
+
+    from sb3_pg.zoo import register
+    from sb3_pg.zoo.manager import ExperimentManager
+
+    register()
+    ALGOS.update(contrib_trpo=sb3_contrib.TRPO, sb3_ppo=stable_baselines3.PPO, sb3_a2c=stable_baselines3.A2C)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        config = Path(folder) / "settings.yml"
+        config.write_text(yaml.safe_dump({run.task: settings_of(run.side, run.task)}))
+        experiment = ExperimentManager(
+            argparse.Namespace(),
+            run.side,
+            run.task,
+            folder,
+            n_timesteps=run.total_steps,
+            eval_freq=-1,
+            seed=run.seed,
+            verbose=0,
+            device="cpu",
+            config=None if run.side in PEERS else str(config),
+        )
+        model, _ = experiment.setup_experiment()
+        evaluate = Evaluate(experiment.create_envs(EPISODES, eval_env=True), run.seed, run.total_steps)
+        model.learn(run.total_steps, callback=evaluate)
+        for env in (model.get_env(), evaluate.env):
+            env.close()
+    return evaluate.rows
+
+
+def complete_runs(path: Path) -> set[Run]:
+    if not path.exists():
+        return set()
+    with path.open(newline="") as file:
+        return {
+            Run(row["side"], row["task"], int(row["seed"]), int(row["total_steps"]), row["settings"])
+            for row in csv.DictReader(file)
+        }
+
+
+def wanted_runs(args: argparse.Namespace) -> Iterator[Run]:
+    """Every task and side with a seed before the next seed."""
+    for seed in range(args.seeds):
+        for task in args.tasks:
+            for side in args.algos:
+                yield Run(side, task, seed, args.steps or TASKS[task], fingerprint(side, task))
+
+
+def append(path: Path, run: Run, rows: list[list[float]]) -> None:
+    with FileLock(f"{path}.lock"), path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if file.tell() == 0:
+            writer.writerow(COLUMNS)
+        writer.writerows([*run, *row] for row in rows)
+
+
+def work(args: argparse.Namespace) -> bool:
+    """Do the runs that nobody has done or is doing; whether all went well."""
+    th.set_num_threads(1)
+    path, well = args.folder / "results.csv", True
+    claims = args.folder / ".claims"
+    claims.mkdir(parents=True, exist_ok=True)
+    (args.folder / "machine.txt").write_text(machine() + "\n")
+    for run in wanted_runs(args):
+        # The system frees the lock of a process that ends in whatever way.
+        claim = FileLock(claims / f"{'-'.join(map(str, run))}.lock")
+        with contextlib.suppress(Timeout), claim.acquire(blocking=False):
+            if run in complete_runs(path):
+                continue
+            name = f"{SIDES[run.side]}, {run.task}, {run.total_steps:,} steps, seed {run.seed}"
+            try:
+                rows = train(run)
+            except Exception:  # of one run: the others are still worth having
+                traceback.print_exc()
+                print(f"{name}: failed", flush=True)
+                well = False
+                continue
+            append(path, run, rows)
+            _, seconds, _, mean, std, *_ = rows[-1]
+            print(f"{name}: {mean:.1f} +/- {std:.1f} after {seconds:.1f} s", flush=True)
+    return well
+
+
+def run_command(args: argparse.Namespace) -> bool:
+    if args.processes == 1:
+        return work(args)
+    command = [sys.executable, *sys.argv, "--processes", "1"]
+    children = [subprocess.Popen(command) for _ in range(args.processes)]
+    codes = [child.wait() for child in children]
+    return not any(codes)
+
+
+# ------------------------------------------------------------------ report
+
+#: Fewer seeds than this have no interval.
+MIN_SEEDS = 3
+REPETITIONS = 2000
+DISTURBED = 1.2
+
+#: A colour for ours and its peer, the peer dashed: Okabe and Ito's, which the colour-blind can tell apart.
+COLOURS = {"trpo": "#0072b2", "ppo": "#d55e00", "reinforce": "#009e73"}
+STYLES = {side: {"color": colour, "ls": "-"} for side, colour in COLOURS.items()} | {
+    PEERS[side]: {"color": colour, "ls": (0, (3, 1.5))} for side, colour in COLOURS.items()
+}
+
+
+class Curve(NamedTuple):
+    """All runs of one side on one task: arrays (seeds, evaluations), ``iqm`` (evaluations,), ``interval`` (2, same)."""
+
+    steps: np.ndarray
+    seconds: np.ndarray
+    cpu_seconds: np.ndarray
+    scores: np.ndarray
+    iqm: np.ndarray
+    interval: np.ndarray | None
+
+
+Curves = dict[tuple[str, int], dict[str, Curve]]
+
+
+def bootstrap(scores: Any, statistic: Any) -> tuple[np.ndarray, np.ndarray]:
+    """A statistic and its 95 % interval, (2, ...), by rliable's stratified bootstrap."""
+    from rliable.library import get_interval_estimates
+
+    np.random.seed(0)  # rliable resamples with NumPy's own generator
+    values, intervals = get_interval_estimates({"": scores}, statistic, reps=REPETITIONS)
+    return values[""], intervals[""]
+
+
+def interquartile_mean(scores: np.ndarray) -> np.ndarray:
+    """The ``aggregate_iqm`` of rliable for every evaluation at once: (seeds, 1, evaluations) to (evaluations,)."""
+    return trim_mean(scores[:, 0], 0.25, axis=0)
+
+
+def make_curve(rows: list[dict[str, str]]) -> Curve:
+    def column(name: str) -> np.ndarray:
+        return np.array([float(row[name]) for row in rows]).reshape(-1, EVALUATIONS)
+
+    scores = column("mean")
+    value, interval = interquartile_mean(scores[:, None]), None
+    if len(scores) >= MIN_SEEDS:
+        value, interval = bootstrap(scores[:, None], interquartile_mean)
+    return Curve(column("steps"), column("wall_clock_s"), column("cpu_s"), scores, value, interval)
+
+
+def read_curves(path: Path, args: argparse.Namespace) -> Curves:
+    """From the results file by (task, steps) and side, in the order of the arguments."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    current = [row for row in rows if row["settings"] == fingerprint(row["side"], row["task"])]
+    if len(current) < len(rows):
+        print(f"{len(rows) - len(current)} rows are left out: the settings of their task have changed since.")
+    curves: Curves = {}
+    for task in args.tasks:
+        for steps in sorted({int(row["total_steps"]) for row in current if row["task"] == task}):
+            for side in args.algos:
+                mine = [
+                    row for row in current if (row["task"], row["total_steps"], row["side"]) == (task, str(steps), side)
+                ]
+                if mine and args.steps in (None, steps):
+                    curves.setdefault((task, steps), {})[side] = make_curve(mine)
+    return curves
+
+
+def improvement(pairs: list[tuple[Curve, Curve]]) -> str:
+    """How probably a run of ours ends above one of its peer, averaged over tasks, by rliable; ties count half."""
+    from rliable.metrics import probability_of_improvement
+
+    scores = []
+    for curves in zip(*pairs, strict=True):  # ours, then the peers
+        n = min(len(curve.scores) for curve in curves)
+        scores.append(np.stack([curve.scores[:n, -1] for curve in curves], axis=1))
+    if min(map(len, scores)) < MIN_SEEDS:
+        return "-"
+    value, interval = bootstrap(scores, lambda *sides: np.array([probability_of_improvement(*sides)]))
+    return f"{value[0]:.2f} [{interval[0, 0]:.2f}, {interval[1, 0]:.2f}]"
+
+
+def number(x: float) -> str:
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.1f}"
+
+
+def table_row(side: str, sides: dict[str, Curve]) -> list[str]:
+    curve, peer = sides[side], sides.get(PEERS.get(side, ""))
+    final = curve.scores[:, -1]
+    bounds = "" if curve.interval is None else " [{}, {}]".format(*map(number, curve.interval[:, -1]))
+    return [
+        SIDES[side],
+        str(len(final)),
+        number(curve.iqm[-1]) + bounds,
+        f"{number(final.min())} to {number(final.max())}",
+        f"{np.median(curve.seconds[:, -1]):,.0f}",
+        improvement([(curve, peer)]) if peer else "",
+    ]
+
+
+def make_table(curves: Curves) -> list[str]:
+    lines = [
+        "| task | steps | side | seeds | final return | worst to best seed | seconds of training | above its peer |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (task, steps), sides in curves.items():
+        for side in sides:
+            lines.append("| " + " | ".join([task, f"{steps:,}", *table_row(side, sides)]) + " |")
+    for ours, peer in PEERS.items():
+        pairs = [(sides[ours], sides[peer]) for sides in curves.values() if ours in sides and peer in sides]
+        pairs = [pair for pair in pairs if min(len(curve.scores) for curve in pair) >= MIN_SEEDS]
+        if len(pairs) > 1:
+            lines.append(f"| all {len(pairs)} | | {SIDES[ours]} | | | | | {improvement(pairs)} |")
+    return lines
+
+
+def disturbed(curves: Curves) -> str:
+    """How many runs had to wait for their core, which makes their wall-clock too long."""
+    runs = [curve for sides in curves.values() for curve in sides.values()]
+    ratios = np.concatenate([curve.seconds[:, -1] / curve.cpu_seconds[:, -1] for curve in runs])
+    return f"{np.sum(ratios > DISTURBED)} of {len(ratios)} runs took more than {DISTURBED} times their CPU time."
+
+
+def write_table(curves: Curves, folder: Path) -> None:
+    where = folder / "machine.txt"
+    pairs = ", ".join(f"{SIDES[ours]} above {SIDES[peer]}" for ours, peer in PEERS.items())
+    text = [
+        "# Learning",
+        "",
+        f"Made by `benchmarks/learning.py` on {where.read_text().strip()}; one thread for each run.",
+        "",
+        f"- Final return: the mean of {EPISODES} episodes with deterministic actions after training; of the seeds the",
+        f"  interquartile mean, with its 95 % bootstrap interval from {MIN_SEEDS} seeds on.",
+        f"- Seconds of training: the median over seeds, without evaluations. {disturbed(curves)}",
+        f"- Above its peer: how probably a run of ours ends above one of its peer's, 0.5 being a draw ({pairs});",
+        "  in the last rows the average over the tasks.",
+        "",
+        *make_table(curves),
+        "",
+    ]
+    (folder / "table.md").write_text("\n".join(text))
+    print("\n".join(text))
+
+
+def draw_panel(axis: Any, side: str, x: np.ndarray, curve: Curve) -> None:
+    faint = {"lw": 0.9, "alpha": 0.9} if curve.interval is None else {"lw": 0.6, "alpha": 0.3}
+    for seed_x, scores in zip(x, curve.scores, strict=True):
+        axis.plot(seed_x, scores, **faint, **STYLES[side])
+    if curve.interval is not None:
+        middle = np.median(x, axis=0)
+        axis.plot(middle, curve.iqm, lw=1.9, **STYLES[side])
+        axis.fill_between(middle, *curve.interval, color=STYLES[side]["color"], alpha=0.13, lw=0)
+
+
+def draw(curves: Curves, folder: Path) -> None:
+    """Panels in rows of four: above against steps, below against wall-clock."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    n_columns = min(len(curves), 4)
+    n_rows = 2 * -(-len(curves) // n_columns)
+    figure, axes = plt.subplots(
+        n_rows, n_columns, figsize=(3.3 * n_columns + 0.5, 2.7 * n_rows + 0.8), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for i, ((task, steps), sides) in enumerate(curves.items()):
+        block, column = divmod(i, n_columns)
+        above, below = axes[2 * block : 2 * block + 2, column]
+        for side, curve in sides.items():
+            draw_panel(above, side, curve.steps, curve)
+            draw_panel(below, side, curve.seconds, curve)
+        above.set_title(f"{task}, {EngFormatter(sep='')(steps)} steps", fontsize=11)
+        above.set(xlabel="environment steps", xlim=0)
+        above.xaxis.set_major_formatter(EngFormatter(sep=""))
+        below.set(xlabel="seconds of training", xscale="log")
+        below.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        below.xaxis.set_major_formatter("{x:g}")
+        below.xaxis.set_minor_formatter(NullFormatter())
+        for axis in (above, below):
+            axis.set_visible(True)
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+            if column == 0:
+                axis.set_ylabel("return")
+    handles = [Line2D([], [], lw=1.9, label=SIDES[side], **STYLES[side]) for side in SIDES]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(6, 2 * n_columns), frameon=False, fontsize=11)
+    figure.savefig(folder / "curves.png", dpi=130)
+
+
+def report_command(args: argparse.Namespace) -> bool:
+    path = args.folder / "results.csv"
+    if not path.exists():
+        print(f"{path} does not exist: call `run` first.")
+        return False
+    curves = read_curves(path, args)
+    if not curves:
+        print(f"{path} has no run of these tasks, sides and steps with the settings of today.")
+        return False
+    write_table(curves, args.folder)
+    draw(curves, args.folder)
+    return True
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def main() -> None:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS))
+    common.add_argument("--algos", nargs="+", choices=SIDES, default=list(SIDES), metavar="SIDE", help=", ".join(SIDES))
+    common.add_argument(
+        "--steps", type=positive, help="of training (default: 100,000 or 300,000, by task; all in a report)"
+    )
+    common.add_argument("--folder", type=Path, default=HERE, help="where the results are")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    run = commands.add_parser("run", parents=[common], help="train whatever is not in the results")
+    run.add_argument("--seeds", type=positive, default=5, help="how many, from 0")
+    run.add_argument("--processes", type=positive, default=1, help="how many runs at a time, one core each")
+    run.set_defaults(command=run_command)
+    report = commands.add_parser("report", parents=[common], help="draw the curves and write the table")
+    report.set_defaults(command=report_command)
+    args = parser.parse_args()
+    sys.exit(0 if args.command(args) else 1)
+
+
+if __name__ == "__main__":
+    main()

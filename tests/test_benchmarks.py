@@ -1,0 +1,111 @@
+"""Scripts of benchmarks/ on small tasks, and the settings that they give the peers."""
+
+import csv
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PAIR = ("--algos", "ppo", "sb3_ppo", "--steps", "1000")
+RL_ZOO = {"contrib_trpo": "trpo", "sb3_ppo": "ppo", "sb3_a2c": "a2c"}
+
+
+def learning(command, folder, *options):
+    """What the script prints; rl_zoo3 patches gymnasium, hence a process of its own."""
+    call = [
+        sys.executable,
+        "benchmarks/learning.py",
+        command,
+        "--folder",
+        str(folder),
+        "--tasks",
+        "CartPole-v1",
+        *options,
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def results(folder):
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two seeds of PPO and its peer, by two processes side by side."""
+    folder = tmp_path_factory.mktemp("learning")
+    learning("run", folder, *PAIR, "--seeds", "2", "--processes", "2")
+    return folder
+
+
+def test_every_run_is_there_once(folder):
+    rows = results(folder)
+    runs = [(row["side"], row["seed"]) for row in rows]
+    assert len(rows) == 40
+    assert all(runs.count((side, seed)) == 10 for side in ("ppo", "sb3_ppo") for seed in "01")
+    for row in rows:
+        assert float(row["min"]) <= float(row["mean"]) <= float(row["max"])
+        assert float(row["wall_clock_s"]) > 0
+    assert [int(row["steps"]) for row in rows[:10]] == [104, 200, 304, 400, 504, 600, 704, 800, 904, 1024]
+
+
+def test_both_sides_are_evaluated_alike(folder):
+    """Before the first update the two are the same policy, and so must be what they score."""
+    rows = [row for row in results(folder) if row["seed"] == "1" and row["steps"] == "104"]
+    ours, peer = ([row[name] for name in ("mean", "std", "min", "max")] for row in rows)
+    assert ours == peer
+
+
+def test_what_is_complete_is_not_done_again(folder, tmp_path):
+    before = results(folder)
+    shutil.copy(folder / "results.csv", tmp_path)
+    printed = learning("run", tmp_path, *PAIR, "--seeds", "3").splitlines()
+    assert [line.split(":")[0] for line in printed] == [
+        "PPO, CartPole-v1, 1,000 steps, seed 2",
+        "SB3 PPO, CartPole-v1, 1,000 steps, seed 2",
+    ]
+    assert results(tmp_path)[:40] == before
+    assert len(results(tmp_path)) == 60
+
+
+def test_report_of_incomplete_results(folder, tmp_path):
+    rows = results(folder)
+    ours = [row for row in rows if (row["side"], row["seed"]) == ("ppo", "1")]
+    rows += [row | {"seed": "2"} for row in ours]  # a seed that the peer has not
+    rows += [row | {"seed": "3", "settings": "of old"} for row in ours]
+    with (tmp_path / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    shutil.copy(folder / "machine.txt", tmp_path)
+    assert learning("report", tmp_path).startswith("10 rows are left out")
+    lines = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| CartPole-v1")]
+    ours, peer = ([cell.strip() for cell in line.split("|")[3:]] for line in lines)
+    assert (ours[:2], peer[:2]) == (["PPO", "3"], ["SB3 PPO", "2"])
+    assert "[" in ours[2]  # an interval from three seeds on
+    assert "[" not in peer[2]
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("side", RL_ZOO)
+def test_peers_have_the_published_settings(side):
+    package = importlib.util.find_spec("rl_zoo3").submodule_search_locations[0]
+    published = yaml.safe_load((Path(package) / "hyperparams" / f"{RL_ZOO[side]}.yml").read_text())
+    used = yaml.safe_load((ROOT / "benchmarks" / "learning" / "peers.yml").read_text())[side]
+    assert len(used) == 7
+    for task, settings in used.items():
+        assert plain(settings) == plain(published[task.replace("-v5", "-v4")])
+
+
+def plain(settings):
+    """Texts are the same when they differ only in how they are broken into lines."""
+    return {name: "".join(value.split()) if isinstance(value, str) else value for name, value in settings.items()}
