@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -286,6 +286,11 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def repeats_of(results: list[dict[str, Any]], groups: Iterable[str]) -> int:
+    """Of the row with the fewest."""
+    return min((len(r["seconds_per_step"]["ours"]) for r in results if r["group"] in groups), default=0)
+
+
 def memory_table(results: list[dict[str, Any]]) -> str:
     lines = ["| ours / peer | task | settings | ours, MB | peer, MB |", "|---|---|---|---|---|"]
     for r in results:
@@ -302,11 +307,13 @@ def write_report(data: dict[str, Any]) -> None:
         "# Speed",
         "",
         f"Made by `benchmarks/speed.py` on {data['machine']}.",
-        f"One thread; median of {data['repeats']} alternating runs.",
+        f"One thread; medians of {repeats_of(results, ['main'])} alternating runs.",
         "",
         table([r for r in results if r["group"] == "main"]),
         "",
         "## Growth",
+        "",
+        f"Medians of {repeats_of(results, GROWTH)} alternating runs.",
         "",
         table([r for r in results if r["group"] in GROWTH]),
         "",
@@ -392,7 +399,7 @@ def main() -> None:
     if not args.report:
         th.set_num_threads(1)
         kinds = algorithms()
-        data |= {"machine": machine(), "repeats": args.repeats}
+        data["machine"] = machine()
         for row in main_rows() + growth_rows():
             wanted = args.only.lower() in row.name.lower() and args.group in row.group
             if wanted and row.peer in kinds:

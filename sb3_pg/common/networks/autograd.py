@@ -10,7 +10,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution, kl_divergence
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_pg.common.arrays import Array, length, take
@@ -64,16 +64,19 @@ class AutogradNetwork:
         self.policy = policy
         self.description = "autograd" + (f" ({why})" if why else "")
         self._device = policy.device
-        self.judges_while_acting = any(
+        self._forward_acts = any(
             getattr(type(policy), name) is not getattr(ActorCriticPolicy, name) or name in policy.__dict__
             for name in _ACTING
         )
-        self._family = None if self.judges_while_acting else _family_of(policy)
+        self._family = None if self._forward_acts else _family_of(policy)
+        extractors = {type(policy.pi_features_extractor), type(policy.vf_features_extractor)}
+        # Where actor and critic share a convolution, what else acting could compute costs next to nothing.
+        heads_are_cheap = policy.share_features_extractor and extractors != {FlattenExtractor}
+        self.judges_while_acting = self._forward_acts or (self._family is not None and heads_are_cheap)
         #: from the derivatives by what ``evaluate`` returned to those by tensors in the graph
         self._push: Callable[[Array | None, float | None, Array | None], Derivatives] | None = None
         self._actor: list[th.nn.Parameter] = []
         use_fused_adam(policy.optimizer)
-        extractors = {type(policy.pi_features_extractor), type(policy.vf_features_extractor)}
         self._arranged = channels_last if extractors <= {NatureCNN, CombinedExtractor} else lambda x: x
 
     def refresh(self) -> bool:
@@ -86,16 +89,28 @@ class AutogradNetwork:
     def act(self, observations: Any) -> tuple[np.ndarray, KnownEarly | None]:
         with th.no_grad():
             tensor: Any = self._arranged(obs_as_tensor(observations, self.policy.device))
-            if self.judges_while_acting:
+            if self._forward_acts:
                 actions, values, log_prob = self.policy(tensor)
                 return actions.cpu().numpy(), (values, log_prob)
-            if self._family is None:
-                actions = self.policy.get_distribution(tensor).get_actions().cpu().numpy()
-            else:
-                parameters = tuple(x.float().cpu().numpy() for x in self._actor_outputs(tensor))
-                actions = self._family.sample(parameters, self._family.noise(len(parameters[0])))
+            if self._family is not None:
+                return self._act_by_formulas(self._family, tensor)
+            actions = self.policy.get_distribution(tensor).get_actions()
+        return self._in_shape(actions.cpu().numpy()), None
+
+    def _act_by_formulas(self, family: Family, observations: Any) -> tuple[np.ndarray, KnownEarly | None]:
+        values = None
+        if self.judges_while_acting:
+            outputs, values = self._outputs(observations)
+        else:
+            outputs = self._actor_outputs(observations)
+        parameters = tuple(x.float().cpu().numpy() for x in outputs)
+        actions = family.sample(parameters, family.noise(len(parameters[0])))
+        known = None if values is None else (values, th.from_numpy(family.log_prob(parameters, actions)))
+        return self._in_shape(actions), known
+
+    def _in_shape(self, actions: np.ndarray) -> np.ndarray:
         shape: tuple[int, ...] = self.policy.action_space.shape or ()
-        return actions.reshape(-1, *shape), None
+        return actions.reshape(-1, *shape)
 
     def _actor_outputs(self, observations: Any) -> tuple[th.Tensor, ...]:
         """What ``policy.get_distribution`` makes a distribution of, which on a few rows takes longer than it does."""

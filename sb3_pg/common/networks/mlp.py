@@ -111,8 +111,8 @@ class Trace(NamedTuple):
 
 def _times(x: np.ndarray, weight: np.ndarray, activation: Activation | None) -> np.ndarray:
     """``x W^T``. Outputs are laid out column by column: sums over a few columns are faster that way."""
-    product: np.ndarray = weight.dot(x.T).T if activation is None else x.dot(weight.T)
-    return product
+    product: np.ndarray = x.dot(weight.T)
+    return np.asfortranarray(product) if activation is None else product
 
 
 class Mlp:
@@ -131,14 +131,11 @@ class Mlp:
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """The outputs, (n, outputs); ``x`` may also be a single row (inputs,), which is faster."""
         for weight, bias, function in self._layers:
-            if function is None:
-                x = weight.dot(x.T).T  # see _times
-                x += bias
-            else:
-                x = x.dot(weight.T)
-                x += bias
+            x = x.dot(weight.T)
+            x += bias
+            if function is not None:
                 x = function(x, x)
-        return x
+        return np.asfortranarray(x)  # see _times
 
     def forward(self, x: np.ndarray) -> tuple[np.ndarray, Trace]:
         """The outputs and what ``backward`` and ``tangent`` need."""
