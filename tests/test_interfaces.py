@@ -220,3 +220,17 @@ def test_trpo_logs_what_its_step_did():
     assert logged["train/step_length"] > 0
     assert logged["train/cg_residual"] < 0.1
     assert "train/explained_variance" in logged
+
+
+@pytest.mark.parametrize("algorithm", [PPO, TRPO, REINFORCE])
+@pytest.mark.parametrize("frozen", ["log_std", "action_net", "value_net"])
+def test_frozen_parameters_stay(algorithm, frozen):
+    model = algorithm("MlpPolicy", "Pendulum-v1", n_steps=64, batch_size=32, seed=0)
+    frozen_ones = [p for name, p in model.policy.named_parameters() if name.startswith(frozen)]
+    for p in frozen_ones:
+        p.requires_grad_(False)
+    before = {name: p.clone() for name, p in model.policy.named_parameters()}
+    model.learn(128)
+    moved = {name for name, p in model.policy.named_parameters() if not p.equal(before[name])}
+    assert moved and not any(name.startswith(frozen) for name in moved)
+    assert "autograd" in model.network.description

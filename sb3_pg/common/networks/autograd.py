@@ -81,6 +81,7 @@ class AutogradNetwork:
 
     def refresh(self) -> bool:
         self._actor = []
+        self._family = None if self._forward_acts else _family_of(self.policy)
         return self.policy.device == self._device
 
     # Act
@@ -119,9 +120,12 @@ class AutogradNetwork:
         return self._parameters(policy.action_net(policy.mlp_extractor.forward_actor(features)))
 
     def _parameters(self, outputs: th.Tensor) -> tuple[th.Tensor, ...]:
-        if isinstance(self._family, Gaussian):
-            return outputs, self.policy.log_std.expand_as(outputs)
-        return (outputs,)
+        if not isinstance(self._family, Gaussian):
+            return (outputs,)
+        log_std = self.policy.log_std.expand_as(outputs)
+        if th.is_grad_enabled() and not log_std.requires_grad:
+            log_std = log_std + 0.0 * outputs  # frozen, but in the graph like the rest
+        return outputs, log_std
 
     # Judge
 
@@ -219,8 +223,10 @@ class AutogradNetwork:
     def backward(self, d_log_prob: Array | None, d_entropy: float | None, d_value: Array | None) -> None:
         self.policy.optimizer.zero_grad(set_to_none=True)
         assert self._push is not None, "evaluate comes first"
-        known = [(x, d) for x, d in self._push(d_log_prob, d_entropy, d_value) if d is not None]
-        th.autograd.backward([x for x, _ in known], [d for _, d in known])
+        derivatives = self._push(d_log_prob, d_entropy, d_value)
+        known = [(x, d) for x, d in derivatives if d is not None and x.requires_grad]  # actor or critic may be frozen
+        if known:
+            th.autograd.backward([x for x, _ in known], [d for _, d in known])
         self._push = None
 
     def step(self, max_grad_norm: float | None, *, hold_actor: bool = False) -> float:
