@@ -16,10 +16,10 @@ def score(model, env_id, n_episodes=20):
     "algorithm, options, steps, at_least",
     [
         (PPO, {"n_steps": 256, "batch_size": 64, "learning_rate": 1e-3}, 25_000, 400),
-        (TRPO, {"n_steps": 256, "target_kl": 0.03}, 25_000, 400),
+        (TRPO, {"n_steps": 256, "target_kl": 0.03}, 25_000, 300),
         (REINFORCE, {}, 60_000, 400),
         (REINFORCE, {"baseline": "leave_one_out"}, 60_000, 250),
-        (REINFORCE, {"n_steps": 128, "gae_lambda": 0.95}, 60_000, 250),
+        (REINFORCE, {"n_steps": 128, "gae_lambda": 0.95, "learning_rate": 1e-3}, 60_000, 250),
     ],
 )
 def test_cartpole(algorithm, options, steps, at_least):
