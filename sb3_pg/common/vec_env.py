@@ -6,7 +6,9 @@ numbers, are instances of SB3's classes and read and write the same files.
 """
 
 import copy
+import functools
 import math
+import operator
 import pickle
 from pathlib import Path
 from typing import Any
@@ -62,18 +64,27 @@ def update_statistics(statistics: RunningMeanStd, batch: np.ndarray) -> None:
         statistics.update(batch)
         return
     n, count = len(batch), statistics.count
-    mean: Any = np.add.reduce(batch, axis=0) / n
-    deviation = batch - mean
-    variance: Any = np.add.reduce(deviation * deviation, axis=0) / n
     old_mean: Any = statistics.mean
     old_variance: Any = statistics.var
     kind: Any = np.asarray
-    if batch.ndim == 1:  # single numbers: Python's are quicker than NumPy's
-        kind, mean, variance, old_mean, old_variance = np.float64, *map(float, (mean, variance, old_mean, old_variance))
+    if batch.ndim == 1 and n < 8 and batch.dtype == np.float64:  # a few numbers: Python's are quicker than NumPy's
+        numbers = batch.tolist()
+        mean = _sum(numbers) / n
+        variance = _sum([(x - mean) * (x - mean) for x in numbers]) / n
+        kind, old_mean, old_variance = np.float64, float(old_mean), float(old_variance)
+    else:
+        mean = np.add.reduce(batch, axis=0) / n
+        deviation = batch - mean
+        variance = np.add.reduce(deviation * deviation, axis=0) / n
     total, delta = count + n, mean - old_mean
     statistics.mean = kind(old_mean + delta * n / total)
     statistics.var = kind((old_variance * count + variance * n + delta * delta * count * n / total) / total)
     statistics.count = total
+
+
+def _sum(numbers: list[float]) -> float:
+    """One after the other, as NumPy adds fewer than eight; the built-in ``sum`` compensates for rounding."""
+    return functools.reduce(operator.add, numbers)
 
 
 class VecNormalize(sb3.VecNormalize):
