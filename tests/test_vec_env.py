@@ -68,7 +68,7 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("kind", ["dict", "a", "b", "c"])
-@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("n_envs", [1, 3, 9])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_same_numbers(kind, n_envs, normalize):
     if kind == "c" and normalize:
