@@ -1,7 +1,7 @@
 """Whether torch.compile would help: one PPO minibatch of our autograd network, eager and compiled, on the CPU.
 
 Prints and writes benchmarks/speed/compile.json: milliseconds of evaluate and backward (median of 20, alternating) and
-the seconds that compiling took. One thread.
+the seconds that compiling took, fewer where torch has kept the kernels of an earlier run. One thread.
 """
 
 import json
