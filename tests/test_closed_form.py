@@ -17,7 +17,8 @@ from torch import nn
 
 from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.common.networks import AutogradNetwork, ClosedFormNetwork, make_network
-from sb3_pg.common.networks.adam import FlatAdam
+from sb3_pg.common.networks.adam import QuickAdam
+from sb3_pg.common.networks.autograd import use_fused_adam
 
 N = 9  # rows
 
@@ -665,7 +666,7 @@ def test_back_from_another_device_is_closed_form_again():
 
 
 @pytest.mark.parametrize("kind", [th.optim.Adam, th.optim.AdamW])
-def test_flat_adam_is_torchs(kind):
+def test_quick_adam_is_torchs(kind):
     """The same steps, from a state that a file holds for torch's own optimizer."""
     arguments = {"n_steps": 16, "batch_size": 8, "n_epochs": 2, "policy_kwargs": {"optimizer_class": kind}}
     ours, torchs = (PPO("MlpPolicy", make_envs(), seed=0, **arguments) for _ in range(2))
@@ -690,19 +691,22 @@ def test_flat_adam_is_torchs(kind):
         th.testing.assert_close(mine["exp_avg_sq"], its["exp_avg_sq"], atol=1e-6, rtol=1e-4)
 
 
-def test_flat_adam_moves_its_groups_apart():
-    """Actor and critic that have made different numbers of steps, as after early stopping, then step together."""
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_quick_adam_moves_actor_and_critic_apart(decay):
+    """Parameters that have made different numbers of steps, as after early stopping, then step together."""
     rng = np.random.default_rng(0)
-    ours, torchs = ([nn.Parameter(th.zeros(n)) for n in (3, 2, 4)] for _ in range(2))
-    adams = [th.optim.Adam(parameters, lr=0.1) for parameters in (ours, torchs)]
-    flat = FlatAdam(adams[0], ours[:2], ours[2:])
-    for moves in [(True, True), (False, True), (True, True), (True, False), (True, True), (True, True)]:
-        gradient = rng.normal(size=9).astype(np.float32)
-        flat.step(gradient, moves)
-        for p, g, its in zip(torchs, th.from_numpy(gradient).split([3, 2, 4]), (*2 * moves[:1], moves[1]), strict=True):
-            p.grad = g if its else None
+    ours, torchs = ([nn.Parameter(th.ones(n)) for n in (3, 2, 4)] for _ in range(2))
+    adams = [th.optim.Adam(parameters, lr=0.1, weight_decay=decay) for parameters in (ours, torchs)]
+    use_fused_adam(adams[0])
+    quick = QuickAdam(adams[0])
+    memory = [th.zeros(n) for n in (3, 2, 4)]
+    for moves in [(True, True), (False, True), (True, True), (True, False), (True, True), (False, True), (True, True)]:
+        which = (*2 * moves[:1], moves[1])
+        for p, its, g, moved in zip(ours, torchs, memory, which, strict=True):
+            g.copy_(th.from_numpy(rng.normal(size=len(g))))
+            p.grad, its.grad = (g, g.clone()) if moved else (None, None)
+        quick.step(moves)
         adams[1].step()
-        assert flat.continues(adams[0])
     for mine, its in zip(ours, torchs, strict=True):
         th.testing.assert_close(mine, its)
         th.testing.assert_close(adams[0].state[mine]["step"], adams[1].state[its]["step"])

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from array_api_compat import array_namespace
 
 #: A NumPy array or a torch tensor, or a dictionary of them for Dict observations.
@@ -26,7 +27,9 @@ def namespace(x: Array) -> Any:
 def take(x: Array, index: Any) -> Array:
     """``x[index]`` for an array, or for every array of a Dict observation."""
     if isinstance(x, dict):
-        return {key: value[index] for key, value in x.items()}
+        return {key: take(value, index) for key, value in x.items()}
+    if isinstance(index, np.ndarray) and index.dtype.kind == "i" and isinstance(x, np.ndarray):
+        return x.take(index, axis=0)  # a quarter of the time of x[index]
     return x[index]
 
 

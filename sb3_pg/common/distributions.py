@@ -84,13 +84,13 @@ class Gaussian:
 
     def __init__(self, n_dims: int) -> None:
         self.n_dims = n_dims
+        self.constant = 0.5 * n_dims * math.log(2.0 * math.pi)
 
     def log_prob(self, parameters: Parameters, actions: Array) -> Array:
         mean, log_std = parameters
         xp = namespace(mean)
         z = (actions - mean) * xp.exp(-log_std)
-        constant = 0.5 * self.n_dims * math.log(2.0 * math.pi)
-        return -0.5 * (z * z).sum(axis=-1) - (log_std.sum(axis=-1) + constant)
+        return -0.5 * (z * z).sum(axis=-1) - (log_std.sum(axis=-1) + self.constant)
 
     def d_log_prob(self, parameters: Parameters, actions: Array) -> Parameters:
         mean, log_std = parameters

@@ -10,8 +10,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
 
-from sb3_pg.common.arrays import Array
-from sb3_pg.common.distributions import Bernoulli, Categorical, Family, Gaussian
+from sb3_pg.common.arrays import Array, namespace
+from sb3_pg.common.distributions import Bernoulli, Categorical, Family, Gaussian, Parameters
 from sb3_pg.common.networks.mlp import ACTIVATIONS
 
 
@@ -109,7 +109,7 @@ def family_of(distribution: sb3.Distribution) -> Family:
     :raises Unsuitable: they are not known
     """
     if type(distribution) is sb3.DiagGaussianDistribution:
-        return Gaussian(distribution.action_dim)
+        return SharingGaussian(distribution.action_dim)
     if type(distribution) is sb3.CategoricalDistribution:
         return SharingCategorical([distribution.action_dim])
     if type(distribution) is sb3.MultiCategoricalDistribution:
@@ -145,5 +145,38 @@ class SharingCategorical(Categorical):
 
     def _softmax(self, logits: Array) -> list[tuple[Array, Array]]:
         if self._last[0] is not logits:
-            self._last = (logits, super()._softmax(logits))
+            self._last = (logits, super()._softmax(_by_columns(logits)))
         return self._last[1]
+
+    def fisher(self, parameters: Parameters, tangent: Parameters) -> Parameters:
+        return super().fisher(parameters, (_by_columns(tangent[0]),))
+
+
+class SharingGaussian(Gaussian):
+    """Remembers the standardised actions of the last minibatch."""
+
+    _last: tuple[Any, ...] = (None, None)
+
+    def _standardised(self, parameters: Parameters, actions: Array) -> tuple[Array, Array, Array]:
+        """The actions' z, its square and its derivative by them."""
+        mean, log_std = parameters
+        if self._last[0] is not mean or self._last[1] is not actions:
+            precision = namespace(mean).exp(-log_std)
+            z = (actions - mean) * precision
+            self._last = (mean, actions, z, z * z, precision)
+        return self._last[2:]
+
+    def log_prob(self, parameters: Parameters, actions: Array) -> Array:
+        _, square, _ = self._standardised(parameters, actions)
+        # A product with ones sums a few columns faster than ``sum``.
+        distance = square @ namespace(square).ones_like(square[0])
+        return -0.5 * distance - (parameters[1].sum(axis=-1) + self.constant)
+
+    def d_log_prob(self, parameters: Parameters, actions: Array) -> Parameters:
+        z, square, precision = self._standardised(parameters, actions)
+        return z * precision, square - 1.0
+
+
+def _by_columns(x: Array) -> Array:
+    """An array of NumPy column by column in memory, where sums over a few columns are faster."""
+    return np.asfortranarray(x) if isinstance(x, np.ndarray) else x

@@ -21,7 +21,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 
 from sb3_pg.common.arrays import Array
 from sb3_pg.common.distributions import Categorical, Parameters, d_parameters
-from sb3_pg.common.networks.adam import FlatAdam, is_plain_adam
+from sb3_pg.common.networks.adam import QuickAdam, is_plain_adam
 from sb3_pg.common.networks.autograd import use_fused_adam
 from sb3_pg.common.networks.blueprint import DTYPES, Blueprint, Layers, Unsuitable
 from sb3_pg.common.networks.mlp import ACTIVATIONS, Mlp, Pieces, Trace
@@ -86,6 +86,7 @@ class ClosedFormNetwork:
         self.description = "closed-form"
         use_fused_adam(policy.optimizer)
         self._errors_raise = True
+        self._adam: QuickAdam | None = None  # until ``refresh``
         self._build(Blueprint(policy))
 
     def _build(self, blueprint: Blueprint) -> None:
@@ -110,20 +111,6 @@ class ClosedFormNetwork:
         self._offered = (offered[:n_actor], offered[n_actor:])
         self._offer((False, False))
         self._forget()
-        self._adam = self._find_adam()
-
-    def _find_adam(self) -> FlatAdam | None:
-        """Adam on flat vectors, or None if only the optimizer itself can make its step."""
-        optimizer = self.policy.optimizer
-        if not is_plain_adam(optimizer):
-            return None
-        its = {id(p) for p in optimizer.param_groups[0]["params"]}
-        if not all(id(p) in its for p in self._trained):
-            return None
-        try:
-            return FlatAdam(optimizer, *([p for p, _ in offered] for offered in self._offered))
-        except ValueError:  # some parameters have made more steps than others
-            return None
 
     def refresh(self) -> bool:
         self._errors_raise = not {"ignore", "warn"}.issuperset(np.geterr().values())
@@ -134,9 +121,8 @@ class ClosedFormNetwork:
             return False
         if blueprint.fingerprint() != self._fingerprint:
             self._build(blueprint)
-            return True
-        if self._adam is None or not self._adam.continues(self.policy.optimizer):
-            self._adam = self._find_adam()
+        optimizer = self.policy.optimizer
+        self._adam = QuickAdam(optimizer) if is_plain_adam(optimizer) else None
         return True
 
     def __reduce__(self) -> Any:
@@ -230,7 +216,7 @@ class ClosedFormNetwork:
         """Write the actor's gradient, from the derivative by each row's parameters."""
         d_log_std, pieces = gradient
         if d_log_std is not None:
-            np.add.reduce(d[1], axis=0, out=d_log_std)
+            np.dot(np.ones(len(d[1]), d[1].dtype), d[1], out=d_log_std)
         self._actor.backward(trace, d[0], pieces)
 
     def _split(self, flat: np.ndarray) -> ActorPieces:
@@ -265,7 +251,7 @@ class ClosedFormNetwork:
         if max_grad_norm is not None and norm + 1e-6 > max_grad_norm:
             self._moving *= max_grad_norm / (norm + 1e-6)
         if self._adam is not None:
-            self._adam.step(self._gradient, self._moves)
+            self._adam.step(self._moves)
             return norm
         self.policy.optimizer.step()
         if [p.data_ptr() for p in self._trained] != self._memory:  # not torch's own, but some replace ``p.data``

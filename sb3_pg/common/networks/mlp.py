@@ -9,7 +9,6 @@ Each layer is ``h_l = f_l(z_l)`` with ``z_l = h_(l-1) W_l^T + b_l``, one row per
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,11 +25,15 @@ class Activation(NamedTuple):
 
 
 def _tanh(_: Any) -> Activation:
-    return Activation(np.tanh, lambda z, h: 1.0 - h * h, needs_z=False)
+    def slope(_: np.ndarray, h: np.ndarray) -> np.ndarray:
+        square = h * h
+        return np.subtract(1.0, square, out=square)
+
+    return Activation(np.tanh, slope, needs_z=False)
 
 
 def _relu(_: Any) -> Activation:
-    return Activation(partial(np.maximum, 0.0), lambda z, h: (h > 0.0).astype(h.dtype), needs_z=False)
+    return Activation(lambda z, out: np.maximum(z, 0.0, out=out), lambda z, h: (h > 0.0).astype(h.dtype), needs_z=False)
 
 
 def _leaky_relu(module: Any) -> Activation:
@@ -109,12 +112,6 @@ class Trace(NamedTuple):
     slopes: list[np.ndarray | None]
 
 
-def _times(x: np.ndarray, weight: np.ndarray, activation: Activation | None) -> np.ndarray:
-    """``x W^T``. Outputs are laid out column by column: sums over a few columns are faster that way."""
-    product: np.ndarray = x.dot(weight.T)
-    return np.asfortranarray(product) if activation is None else product
-
-
 class Mlp:
     """A chain of linear layers with activations.
 
@@ -135,14 +132,14 @@ class Mlp:
             x += bias
             if function is not None:
                 x = function(x, x)
-        return np.asfortranarray(x)  # see _times
+        return x
 
     def forward(self, x: np.ndarray) -> tuple[np.ndarray, Trace]:
         """The outputs and what ``backward`` and ``tangent`` need."""
         trace = Trace([], [])
         for (weight, bias), activation in zip(self.pieces, self.activations, strict=True):
             trace.inputs.append(x)
-            x = _times(x, weight, activation)
+            x = x.dot(weight.T)
             x += bias
             slope = None
             if activation is not None:
@@ -160,10 +157,11 @@ class Mlp:
         :param gradient: where to write it
         """
         ones = np.ones(len(d), d.dtype)  # a product with it sums faster than ``sum``
-        for layer in reversed(range(len(self.pieces))):
+        last = len(self.pieces) - 1
+        for layer in range(last, -1, -1):
             slope = trace.slopes[layer]
             if slope is not None:
-                d = d * slope
+                d = np.multiply(d, slope, out=None if layer == last else d)  # not into the caller's
             d_weight, d_bias = gradient[layer]
             np.dot(d.T, trace.inputs[layer], out=d_weight)
             np.dot(ones, d, out=d_bias)
@@ -177,11 +175,11 @@ class Mlp:
         """
         t = np.empty(0)
         for layer, (d_weight, d_bias) in enumerate(change):
-            slope, activation = trace.slopes[layer], self.activations[layer]
-            dz = _times(trace.inputs[layer], d_weight, activation)
+            slope = trace.slopes[layer]
+            dz = trace.inputs[layer].dot(d_weight.T)
             dz += d_bias
             if layer:  # observations do not change
-                dz += _times(t, self.pieces[layer][0], activation)
+                dz += t.dot(self.pieces[layer][0].T)
             if slope is not None:
                 dz *= slope
             t = dz
