@@ -35,7 +35,7 @@ class QuickAdam:
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         is_adamw = type(optimizer) is th.optim.AdamW
-        self._kernel: Any = th._fused_adamw_ if is_adamw else th._fused_adam_  # type: ignore[attr-defined]
+        self._kernel: Any = th._fused_adamw_ if is_adamw else th._fused_adam_
         self._ready: dict[Any, _Ready] = {}
 
     def step(self, which: Any) -> None:

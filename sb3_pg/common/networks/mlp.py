@@ -26,8 +26,9 @@ class Activation(NamedTuple):
 
 def _tanh(_: Any) -> Activation:
     def slope(_: np.ndarray, h: np.ndarray) -> np.ndarray:
-        square = h * h
-        return np.subtract(1.0, square, out=square)
+        result = h * h
+        np.subtract(1.0, result, out=result)
+        return result
 
     return Activation(np.tanh, slope, needs_z=False)
 
