@@ -156,6 +156,15 @@ def test_an_environment_that_fails_on_a_non_finite_action():
         model.learn(64)
 
 
+@pytest.mark.parametrize("algorithm, arguments", [(TRPO, {}), (REINFORCE, {"n_critic_updates": 1})])
+def test_a_critic_whose_gradient_overflows(algorithm, arguments):
+    env = DummyVecEnv([lambda: Faulty(length=8), lambda: Faulty("reward", 1e30, at=5, length=8)])
+    model = algorithm("MlpPolicy", env, n_steps=8, policy_kwargs=TINY, **arguments)
+    with pytest.raises(NonFiniteError, match=r"is not finite \(norm inf\).* of this rollout"):
+        model.learn(16)
+    assert all(p.isfinite().all() for p in model.policy.parameters())
+
+
 def test_an_environments_own_error_is_not_covered_up():
     env = Faulty()
     env.step = lambda action: 1 / 0

@@ -204,14 +204,15 @@ class Batch:
 
     All have one row per sample; ``actions`` is in the form that the network's ``evaluate`` takes. ``rows`` are the
     samples' numbers in the rollout, ``step * n_envs + env``, to name a sample in an error. ``sequence`` numbers the
-    stretch of an episode that each sample belongs to, if the network is better off with whole ones.
+    stretch of an episode that each sample belongs to, if the network is better off with whole ones. What is not needed
+    is None.
     """
 
     observations: Array
-    actions: Array
-    old_values: Array
-    old_log_prob: Array
-    advantages: Array
+    actions: Array | None
+    old_values: Array | None
+    old_log_prob: Array | None
+    advantages: Array | None
     returns: Array
     rows: np.ndarray
     sequence: np.ndarray | None = None
@@ -222,6 +223,10 @@ class Batch:
     def __getitem__(self, index: Any) -> "Batch":
         columns: list[Any] = [None if x is None else take(x, index) for x in self.__dict__.values()]
         return Batch(*columns)
+
+    def for_critic(self) -> "Batch":
+        """Only what the value network is fitted to, so that no more is gathered."""
+        return Batch(self.observations, None, None, None, None, self.returns, self.rows, self.sequence)
 
     def minibatches(
         self, batch_size: int | None, order: np.ndarray | None = None, *, even: bool = False

@@ -425,8 +425,9 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
             name for name, p in self.policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
         )
         log_prob, _, values = self.network.evaluate(batch.observations, batch.actions)
-        columns = (log_prob, log_prob - batch.old_log_prob, values, batch.advantages, batch.returns)
-        bad = ~np.all([np.isfinite(to_numpy(x)) for x in columns], axis=0)
+        log_ratio = None if log_prob is None else log_prob - batch.old_log_prob
+        columns = (log_prob, log_ratio, values, batch.advantages, batch.returns)
+        bad = ~np.all([np.isfinite(to_numpy(x)) for x in columns if x is not None], axis=0)
         step, env = divmod(int(batch.rows[bad.argmax()]), self.n_envs)
         where = f"environment {env} at step {step} of this rollout"
         cause = f"from {where}" if bad.any() else f"in the minibatch that begins with {where}"

@@ -351,6 +351,7 @@ class REINFORCE(PolicyGradientAlgorithm):
         self.network.find_actor(batch.observations, batch.actions)
         if self.n_critic_updates:
             losses.take()  # of the value network before them
+        batch = batch.for_critic()
         for _ in range(self.n_critic_updates):
             order = random_order(batch, self.rollout_buffer)
             for minibatch in batch.minibatches(self.critic_batch_size, order, even=True):

@@ -261,7 +261,7 @@ class TRPO(PolicyGradientAlgorithm):
 
     def _fit_critic(self, batch: Batch) -> float:
         """Regress V on the returns by minibatches; the mean loss."""
-        losses = Column(batch.returns)
+        losses, batch = Column(batch.returns), batch.for_critic()
         for _ in range(self.n_critic_updates):
             for minibatch in epoch(batch, self.rollout_buffer, self.network, self.batch_size):
                 _, _, value = self.network.evaluate(minibatch.observations, None)

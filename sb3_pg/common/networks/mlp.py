@@ -26,7 +26,7 @@ class Activation(NamedTuple):
 
 def _tanh(_: Any) -> Activation:
     def slope(_: np.ndarray, h: np.ndarray) -> np.ndarray:
-        result = h * h
+        result: np.ndarray = h * h
         np.subtract(1.0, result, out=result)
         return result
 
