@@ -190,7 +190,8 @@ class TRPO(PolicyGradientAlgorithm):
         gradient = -network.actor_gradient(batch.observations, batch.actions, d_log_prob / n, -ent_coef / n)
 
         # x: the natural gradient F^-1 g.
-        fisher = network.fisher(take(batch.observations, slice(None, None, self.sub_sampling_factor)))
+        some = slice(None, None, self.sub_sampling_factor)
+        fisher = network.fisher(batch.observations if some.step == 1 else take(batch.observations, some))
 
         def damped(vector: Array) -> Array:
             return fisher(vector) + self.cg_damping * vector

@@ -80,6 +80,9 @@ class ClosedFormNetwork:
     #: what ``evaluate`` remembers for ``backward``
     _critic_trace: Trace | None
     _acted: tuple[Trace, Parameters, np.ndarray] | None
+    #: the actor's last forward pass and the observations that it was for, as long as the actor stands still
+    _passed: tuple[Any, np.ndarray, Trace] | None = None
+    _stands_still = False
 
     def __init__(self, policy: ActorCriticPolicy) -> None:
         self.policy = policy
@@ -113,6 +116,7 @@ class ClosedFormNetwork:
         self._forget()
 
     def refresh(self) -> bool:
+        self._moved()
         self._errors_raise = not {"ignore", "warn"}.issuperset(np.geterr().values())
         try:
             blueprint = Blueprint(self.policy)
@@ -243,6 +247,7 @@ class ClosedFormNetwork:
 
     @_quiet
     def step(self, max_grad_norm: float | None, *, hold_actor: bool = False) -> float:
+        self._moved()
         if hold_actor and self._moves[0]:
             self._offer((False, self._moves[1]))
         norm = math.sqrt(self._moving.dot(self._moving))
@@ -261,12 +266,25 @@ class ClosedFormNetwork:
     # The actor's parameters as one vector
 
     def find_actor(self, observations: Array, actions: Array) -> None:
-        pass  # known from the policy's layout
+        self._stands_still = True  # which parameters are the actor's is known from the policy's layout
+
+    def _moved(self) -> None:
+        self._stands_still, self._passed = False, None
+
+    def _pass(self, observations: Array) -> tuple[np.ndarray, Trace]:
+        """The actor's outputs and what its derivatives need; a trust-region step asks three times for the same."""
+        if self._passed is None or self._passed[0] is not observations:
+            found = (observations, *self._actor.forward(self._encode(observations)))
+            if not self._stands_still:
+                return found[1:]
+            self._passed = found
+        return self._passed[1:]
 
     def get_actor(self) -> np.ndarray:
         return np.concatenate([x.reshape(-1) for x in self._actor_arrays()])
 
     def set_actor(self, vector: Array) -> None:
+        self._moved()
         start = 0
         for x in self._actor_arrays():
             x[...] = vector[start : start + x.size].reshape(x.shape)
@@ -281,7 +299,8 @@ class ClosedFormNetwork:
     @_quiet
     def actor_gradient(self, observations: Array, actions: Array, d_log_prob: Array, d_entropy: float | None) -> Array:
         self._forget()
-        self._evaluate_actor(self._encode(observations), actions)
+        outputs, trace = self._pass(observations)
+        self._acted = (trace, self._parameters(outputs), actions)
         self.backward(d_log_prob, d_entropy, None)
         self._offer((False, False))
         return self._gradient[: self._actor_size].copy()
@@ -289,7 +308,7 @@ class ClosedFormNetwork:
     @_quiet
     def fisher(self, observations: Array) -> Fisher:
         """Products ``J^T M J v / n``, where M is the family's own Fisher matrix of each of n rows."""
-        outputs, trace = self._actor.forward(self._encode(observations))
+        outputs, trace = self._pass(observations)
         parameters, n = self._parameters(outputs), len(outputs)
 
         @_quiet
@@ -307,7 +326,7 @@ class ClosedFormNetwork:
 
     @_quiet
     def actor(self, observations: Array, actions: Array) -> tuple[Array, Array, Parameters]:
-        outputs = self._actor(self._encode(observations))
+        outputs = self._pass(observations)[0] if self._stands_still else self._actor(self._encode(observations))
         parameters: Parameters = (outputs,) if self._log_std is None else (outputs, self._log_std.copy())
         return self._family.log_prob(parameters, actions), self._family.entropy(parameters), parameters
 
