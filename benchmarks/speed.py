@@ -262,7 +262,7 @@ def ratio(result: dict[str, Any]) -> float:
 def spread(result: dict[str, Any]) -> str:
     times = result["seconds_per_step"]
     ratios = sorted(p / o for p, o in zip(times["peer"], times["ours"], strict=True))
-    return f"{ratios[0]:.1f}-{ratios[-1]:.1f}"
+    return f"{ratios[0]:.2f}-{ratios[-1]:.2f}"
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -280,7 +280,7 @@ def table(results: list[dict[str, Any]]) -> str:
         wanted = "" if r["wanted"] is None else f">= {r['wanted']:g}"
         lines.append(
             f"| {r['ours']} / {r['peer']} | {r['env']}, {r['n_envs']} env, {r['policy']} | {', '.join(parts)} "
-            f"| {1 / median['ours']:,.0f} | {1 / median['peer']:,.0f} | {ratio(r):.1f} ({spread(r)}) | {wanted} "
+            f"| {1 / median['ours']:,.0f} | {1 / median['peer']:,.0f} | {ratio(r):.2f} ({spread(r)}) | {wanted} "
             f"| {median['ours'] / median['limit']:.1f} | {share} % |"
         )
     return "\n".join(lines)
@@ -405,7 +405,7 @@ def main() -> None:
             if wanted and row.peer in kinds:
                 result = measure(row, kinds, args.repeats)
                 data["rows"][row.name] = result
-                print(f"{ratio(result):5.1f} ({spread(result)})  {row.name}", flush=True)
+                print(f"{ratio(result):5.2f} ({spread(result)})  {row.name}", flush=True)
                 path.write_text(json.dumps(data, indent=1))
         for row in memory_rows():
             if args.only.lower() in row.name.lower() and args.group in row.group:
