@@ -1,6 +1,6 @@
 """Try settings of zoo_configs/ on seeds that the benchmark of learning does not use.
 
-    python benchmarks/tuning.py trpo Hopper-v5 --change "target_kl: 0.06" "policy_kwargs: dict(log_std_init=-1)"
+    python benchmarks/tuning.py run trpo Hopper-v5 --change "target_kl: 0.06" "policy_kwargs: dict(log_std_init=-1)"
     python benchmarks/tuning.py report
 
 Trains as benchmarks/learning.py does, with the entry as it is or with some of its values changed, plays 20 episodes
@@ -24,8 +24,6 @@ import numpy as np
 import torch as th
 import yaml
 
-PATH = learning.HERE / "tuning.csv"
-
 #: What tells one run from another (all settings, as the algorithm got them), then its result.
 KEYS = ["side", "task", "total_steps", "settings", "seed"]
 COLUMNS = [*KEYS, "mean", "std", "min", "max", "cpu_s"]
@@ -40,23 +38,23 @@ def settings_text(settings: dict[str, Any]) -> str:
     return yaml.safe_dump(kept, default_flow_style=True, sort_keys=True, width=10_000).strip()
 
 
-def read(path: Path = PATH) -> list[dict[str, str]]:
+def read(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def try_settings(side: str, task: str, change: dict[str, Any], seeds: list[int], steps: int) -> None:
+def try_settings(side: str, task: str, change: dict[str, Any], seeds: list[int], steps: int, path: Path) -> None:
     settings = {**learning.settings_of(side, task), **change}
-    done = {tuple(row[key] for key in KEYS) for row in read()}
+    done = {tuple(row[key] for key in KEYS) for row in read(path)}
     for seed in seeds:
         key = (side, task, str(steps), settings_text(settings), str(seed))
         if key in done:
             continue
         rows = learning.train(learning.Run(side, task, seed, steps, ""), settings, evaluations=1)
         _, _, cpu_seconds, *result = rows[-1]
-        with PATH.open("a", newline="") as file:
+        with path.open("a", newline="") as file:
             writer = csv.writer(file)
             if file.tell() == 0:
                 writer.writerow(COLUMNS)
@@ -66,10 +64,10 @@ def try_settings(side: str, task: str, change: dict[str, Any], seeds: list[int],
         )
 
 
-def report() -> None:
+def report(path: Path) -> None:
     """Every setting by its difference from the entry of today, with the interquartile mean and all seeds."""
     groups: dict[tuple[str, ...], list[float]] = {}
-    for row in read():
+    for row in read(path):
         groups.setdefault(tuple(row[key] for key in KEYS[:-1]), []).append(float(row["mean"]))
     for (side, task, steps, text), scores in sorted(groups.items()):
         today, then = learning.settings_of(side, task), yaml.safe_load(text)
@@ -88,19 +86,24 @@ def seed(text: str) -> int:
 
 
 def main() -> None:
-    if sys.argv[1:] == ["report"]:
-        report()
-        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("side", choices=learning.SIDES)
-    parser.add_argument("task", choices=learning.TASKS)
-    parser.add_argument("--change", nargs="+", default=[], metavar='"KEY: VALUE"')
-    parser.add_argument("--seeds", nargs="+", type=seed, default=[FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 2])
-    parser.add_argument("--steps", type=learning.positive, help="default: those of learning.py")
+    parser.add_argument("--folder", type=Path, default=learning.HERE, help="where the results are")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("report", help="print the results")
+    run = commands.add_parser("run", help="train")
+    run.add_argument("side", choices=learning.SIDES)
+    run.add_argument("task", choices=learning.TASKS)
+    run.add_argument("--change", nargs="+", default=[], metavar='"KEY: VALUE"')
+    run.add_argument("--seeds", nargs="+", type=seed, default=[FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 2])
+    run.add_argument("--steps", type=learning.positive, help="default: those of learning.py")
     args = parser.parse_args()
+    path = args.folder / "tuning.csv"
+    if args.command == "report":
+        report(path)
+        return
     change = {key: value for text in args.change for key, value in yaml.safe_load(text).items()}
     th.set_num_threads(1)
-    try_settings(args.side, args.task, change, args.seeds, args.steps or learning.TASKS[args.task])
+    try_settings(args.side, args.task, change, args.seeds, args.steps or learning.TASKS[args.task], path)
 
 
 if __name__ == "__main__":
