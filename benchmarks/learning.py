@@ -120,11 +120,13 @@ class Evaluate(BaseCallback):
     :param env: one environment for each episode, wrapped as those of training
     :param seed: of training; its evaluations have seeds of their own
     :param total_steps: of training
+    :param evaluations: how many
     """
 
-    def __init__(self, env: VecEnv, seed: int, total_steps: int) -> None:
+    def __init__(self, env: VecEnv, seed: int, total_steps: int, evaluations: int = EVALUATIONS) -> None:
         super().__init__()
-        self.env, self.seed, self.interval = env, seed, total_steps / EVALUATIONS
+        self.env, self.seed, self.evaluations = env, seed, evaluations
+        self.interval = total_steps / evaluations
         self.rows: list[list[float]] = []
         self.clocks = np.zeros(2)  # wall-clock and CPU, in seconds, without the evaluations
 
@@ -133,7 +135,7 @@ class Evaluate(BaseCallback):
 
     def _on_step(self) -> bool:
         n = len(self.rows) + 1
-        if n < EVALUATIONS and self.num_timesteps >= n * self.interval:
+        if n < self.evaluations and self.num_timesteps >= n * self.interval:
             self.evaluate()
         return True
 
@@ -150,8 +152,11 @@ class Evaluate(BaseCallback):
         self.clocks -= now()
 
 
-def train(run: Run) -> list[list[float]]:
-    """Train one side with rl-zoo's code for models and environments; a row for each evaluation."""
+def train(run: Run, settings: dict[str, Any] | None = None, evaluations: int = EVALUATIONS) -> list[list[float]]:
+    """Train one side with rl-zoo's code for models and environments; a row for each evaluation.
+
+    :param settings: others than those of the configuration file
+    """
     import sb3_contrib
     import stable_baselines3
     from rl_zoo3 import ALGOS
@@ -163,7 +168,7 @@ def train(run: Run) -> list[list[float]]:
     ALGOS.update(contrib_trpo=sb3_contrib.TRPO, sb3_ppo=stable_baselines3.PPO, sb3_a2c=stable_baselines3.A2C)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         config = Path(folder) / "settings.yml"
-        config.write_text(yaml.safe_dump({run.task: settings_of(run.side, run.task)}))
+        config.write_text(yaml.safe_dump({run.task: settings or settings_of(run.side, run.task)}))
         experiment = ExperimentManager(
             argparse.Namespace(),
             run.side,
@@ -174,10 +179,10 @@ def train(run: Run) -> list[list[float]]:
             seed=run.seed,
             verbose=0,
             device="cpu",
-            config=None if run.side in PEERS else str(config),
+            config=None if run.side in PEERS and settings is None else str(config),
         )
         model, _ = experiment.setup_experiment()
-        evaluate = Evaluate(experiment.create_envs(EPISODES, eval_env=True), run.seed, run.total_steps)
+        evaluate = Evaluate(experiment.create_envs(EPISODES, eval_env=True), run.seed, run.total_steps, evaluations)
         model.learn(run.total_steps, callback=evaluate)
         for env in (model.get_env(), evaluate.env):
             env.close()

@@ -17,17 +17,13 @@ RL_ZOO = {"contrib_trpo": "trpo", "sb3_ppo": "ppo", "sb3_a2c": "a2c"}
 
 
 def learning(command, folder, *options):
-    """What the script prints; rl_zoo3 patches gymnasium, hence a process of its own."""
-    call = [
-        sys.executable,
-        "benchmarks/learning.py",
-        command,
-        "--folder",
-        str(folder),
-        "--tasks",
-        "CartPole-v1",
-        *options,
-    ]
+    """What learning.py prints."""
+    return script("learning.py", command, "--folder", str(folder), "--tasks", "CartPole-v1", *options)
+
+
+def script(name, *options):
+    """What a script prints; rl_zoo3 patches gymnasium, hence a process of its own."""
+    call = [sys.executable, f"benchmarks/{name}", *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -94,6 +90,26 @@ def test_report_of_incomplete_results(folder, tmp_path):
     assert "[" in ours[2]  # an interval from three seeds on
     assert "[" not in peer[2]
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_tuning_tries_changed_settings_on_seeds_of_its_own(tmp_path):
+    def tune(*options):
+        return script("tuning.py", "--folder", str(tmp_path), "run", "trpo", "CartPole-v1", "--steps", "1024", *options)
+
+    tune("--seeds", "100", "101", "--change", "gamma: 0.9", "policy_kwargs: dict(net_arch=[8])")
+    assert tune("--seeds", "100", "--change", "gamma: 0.9", "policy_kwargs: dict(net_arch=[8])") == ""  # is there
+    tune("--seeds", "100")
+    with (tmp_path / "tuning.csv").open(newline="") as file:
+        changed, other_seed, unchanged = csv.DictReader(file)
+    assert (changed["seed"], other_seed["seed"], unchanged["seed"]) == ("100", "101", "100")
+    assert changed["mean"] != unchanged["mean"]  # the change reached the algorithm
+    lines = script("tuning.py", "--folder", str(tmp_path), "report").splitlines()
+    assert [line.split(" | ")[1] for line in lines] == [
+        "gamma: 0.9, policy_kwargs: dict(net_arch=[8])",
+        "as in the entry",
+    ]
+    with pytest.raises(AssertionError, match="must be at least 100"):
+        tune("--seeds", "4")
 
 
 @pytest.mark.parametrize("side", RL_ZOO)

@@ -1,0 +1,110 @@
+"""Try settings of zoo_configs/ on seeds that the benchmark of learning does not use.
+
+    python benchmarks/tuning.py run trpo Hopper-v5 --change "target_kl: 0.06" "policy_kwargs: dict(log_std_init=-1)"
+    python benchmarks/tuning.py report
+
+Trains as benchmarks/learning.py does, with the entry as it is or with some of its values changed, plays 20 episodes
+with deterministic actions after training, and adds a row for each seed to learning/tuning.csv; what is there is not
+done again. ``report`` prints all of it, a line for each setting.
+"""
+
+import argparse
+import csv
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__" and os.environ.get("OMP_NUM_THREADS") != "1":
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+import learning
+import numpy as np
+import torch as th
+import yaml
+
+#: What tells one run from another (all settings, as the algorithm got them), then its result.
+KEYS = ["side", "task", "total_steps", "settings", "seed"]
+COLUMNS = [*KEYS, "mean", "std", "min", "max", "cpu_s"]
+
+#: The benchmark of learning reports the seeds from 0 on.
+FIRST_SEED = 100
+
+
+def settings_text(settings: dict[str, Any]) -> str:
+    """One line that is the same for the same settings."""
+    kept = {key: value for key, value in settings.items() if key != "n_timesteps"}
+    return yaml.safe_dump(kept, default_flow_style=True, sort_keys=True, width=10_000).strip()
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def try_settings(side: str, task: str, change: dict[str, Any], seeds: list[int], steps: int, path: Path) -> None:
+    settings = {**learning.settings_of(side, task), **change}
+    done = {tuple(row[key] for key in KEYS) for row in read(path)}
+    for seed in seeds:
+        key = (side, task, str(steps), settings_text(settings), str(seed))
+        if key in done:
+            continue
+        rows = learning.train(learning.Run(side, task, seed, steps, ""), settings, evaluations=1)
+        _, _, cpu_seconds, *result = rows[-1]
+        with path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if file.tell() == 0:
+                writer.writerow(COLUMNS)
+            writer.writerow([*key, *result, cpu_seconds])
+        print(
+            f"{side} {task} {change} seed {seed}: {result[0]:.1f} +/- {result[1]:.1f}, {cpu_seconds:.0f} s", flush=True
+        )
+
+
+def report(path: Path) -> None:
+    """Every setting by its difference from the entry of today, with the interquartile mean and all seeds."""
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for row in read(path):
+        groups.setdefault(tuple(row[key] for key in KEYS[:-1]), []).append(float(row["mean"]))
+    for (side, task, steps, text), scores in sorted(groups.items()):
+        today, then = learning.settings_of(side, task), yaml.safe_load(text)
+        today.pop("n_timesteps", None)
+        names = sorted(key for key in {*today, *then} if today.get(key) != then.get(key))
+        changed = ", ".join(f"{name}: {then.get(name, 'default')}" for name in names) or "as in the entry"
+        middle = learning.interquartile_mean(np.array(scores)[:, None, None])[0]
+        every = " ".join(f"{score:.0f}" if abs(score) >= 1000 else f"{score:.1f}" for score in scores)
+        print(f"{side} {task} {int(steps):,} steps | {changed} | {middle:.1f} of {every}")
+
+
+def seed(text: str) -> int:
+    if int(text) < FIRST_SEED:
+        raise argparse.ArgumentTypeError(f"must be at least {FIRST_SEED}: smaller ones are for learning.py")
+    return int(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=learning.HERE, help="where the results are")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("report", help="print the results")
+    run = commands.add_parser("run", help="train")
+    run.add_argument("side", choices=learning.SIDES)
+    run.add_argument("task", choices=learning.TASKS)
+    run.add_argument("--change", nargs="+", default=[], metavar='"KEY: VALUE"')
+    run.add_argument("--seeds", nargs="+", type=seed, default=[FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 2])
+    run.add_argument("--steps", type=learning.positive, help="default: those of learning.py")
+    args = parser.parse_args()
+    path = args.folder / "tuning.csv"
+    if args.command == "report":
+        report(path)
+        return
+    change = {key: value for text in args.change for key, value in yaml.safe_load(text).items()}
+    th.set_num_threads(1)
+    try_settings(args.side, args.task, change, args.seeds, args.steps or learning.TASKS[args.task], path)
+
+
+if __name__ == "__main__":
+    main()
