@@ -6,12 +6,14 @@
     python benchmarks/text.py --report           # table and figure again from the data
 
 Every run starts from the same kind of supervised model (made from the run's seed) and is judged on all held-out
-prompts, with answers drawn as in training, by the task's metric, which is not the reward. Finished runs are kept, so
-an interrupted benchmark goes on where it was. The settings are those of ``python -m sb3_pg.text.demo``.
+prompts (of translation on 400), with answers drawn as in training, by the task's metric; that is the reward only in
+sentiment. Finished runs are kept, so an interrupted benchmark goes on where it was. The settings are those of
+``python -m sb3_pg.text.demo``.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import resource
@@ -32,7 +34,7 @@ import transformers
 from stable_baselines3.common.logger import Logger
 
 from sb3_pg import PPO
-from sb3_pg.common.buffers import random_order, whole_batch
+from sb3_pg.common.buffers import whole_batch
 from sb3_pg.text import TextVecEnv
 from sb3_pg.text.demo import ALGORITHMS, PRETRAIN_STEPS, TIMESTEPS, make_model
 from sb3_pg.text.evaluation import evaluate_texts, table
@@ -81,13 +83,14 @@ def run(task: str, algo: str, seed: int, folder: Path, timesteps: int) -> dict[s
 # ---------------------------------------------------------------------- timings
 
 
-def median_seconds(function: Callable[[], Any], repeats: int) -> float:
+def cpu_seconds(function: Callable[[], Any], repeats: int) -> float:
+    """Median of several calls, on one thread, whatever else the machine does."""
     function()
     taken = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         function()
-        taken.append(time.perf_counter() - start)
+        taken.append(time.process_time() - start)
     return statistics.median(taken)
 
 
@@ -117,29 +120,43 @@ def decoding(repeats: int) -> list[dict[str, Any]]:
             def generate(policy: Any = policy, rows: Any = rows) -> None:
                 policy.generate(rows, do_sample=True, min_new_tokens=32)
 
-            ours, theirs = median_seconds(act, repeats), median_seconds(generate, repeats)
+            ours, theirs = cpu_seconds(act, repeats), cpu_seconds(generate, repeats)
             row = {"model": name, "batch": n, "acting": 32 * n / ours, "generate": 32 * n / theirs}
             found.append(row)
             print(f"decoding {name} x{n}: {row['acting']:.0f} and {row['generate']:.0f} tokens/s", flush=True)
     return found
 
 
-def forwards_per_update(folder: Path) -> dict[str, float]:
-    """Sequences read in an epoch of an update, for each sequence in the rollout."""
-    model = make_model("ppo", TASKS["translation"].make("train"), folder, 0)
+def update_cost(algo: str, folder: Path) -> dict[str, float]:
+    """Sequences that an update reads and pushes gradients through, and the memory of a process that does it."""
+    th.set_num_threads(1)
+    model: Any = make_model(algo, TASKS["translation"].make("train"), folder, 0)
     model.set_logger(Logger(None, []))
-    _, callback = model._setup_learn(1)
+    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    _, callback = model._setup_learn(10**6)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
-    read: list[int] = []
-    policy: Any = model.policy
-    original = policy.read_sequences
-    policy.read_sequences = lambda lm, rows: read.append(len(rows)) or original(lm, rows)
-    batch = whole_batch(model.rollout_buffer, model.network)
-    order = random_order(batch, model.rollout_buffer)
-    for minibatch in batch.minibatches(model.batch_size, order):
-        model.network.evaluate(minibatch.observations, minibatch.actions)
-    sequences = len(np.unique(batch.sequence))
-    return {"tokens": len(batch), "sequences": sequences, "sequences_read": sum(read)}
+    keep = model._samples_to_use() if algo == "reinforce" else None
+    sequences = len(np.unique(whole_batch(model.rollout_buffer, model.network, keep).sequence))
+    forward, backward, original = [], [], model.policy.read_sequences
+
+    def counted(lm: Any, rows: np.ndarray) -> th.Tensor:
+        states = original(lm, rows)
+        forward.append(len(rows))
+        if states.requires_grad:
+            states.register_hook(lambda _: backward.append(len(rows)))
+        return states
+
+    model.policy.read_sequences = counted
+    model.train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    found = {"sequences": sequences, "forward": sum(forward), "backward": sum(backward)}
+    return {**found, "epochs": getattr(model, "n_epochs", 1), "loaded_mb": loaded, "peak_mb": peak}
+
+
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Of its own, so that peaks of memory are told apart."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 # ----------------------------------------------------------------------- report
@@ -164,16 +181,25 @@ def report(data: dict[str, Any], out: Path) -> None:
             cells = [over(metric, 0), over(metric, -1), over("kl", -1), over("distinct_2", 0), over("distinct_2", -1)]
             lines.append(f"| {task} | {algo} | {TASKS[task].metric} | " + " | ".join(cells) + " |")
     if "decoding" in data:
-        lines += ["", "## Decoding", "", "Tokens per second with sampling, prompts and 32 new tokens each.", ""]
+        lines += ["", "## Decoding", "", "Tokens per second of CPU time, sampling 32 tokens to each prompt.", ""]
         lines += ["| model | batch | acting | model.generate() | ratio |", "|---|---|---|---|---|"]
         lines += [
             f"| {r['model']} | {r['batch']} | {r['acting']:.0f} | {r['generate']:.0f} "
             f"| {r['acting'] / r['generate']:.2f} |"
             for r in data["decoding"]
         ]
-        f = data["forwards"]
-        lines += ["", f"An epoch over {f['tokens']} tokens in {f['sequences']} sequences reads {f['sequences_read']}."]
-        lines += [f"Peak memory of the whole process: {data['peak_memory_mb']:.0f} MB."]
+        lines += [
+            "",
+            "## An update",
+            "",
+            "The first on translation, counted in sequences; memory of the process in MB.",
+        ]
+        lines += ["TRPO reads them again for its solve, line search and critic.", ""]
+        lines += ["| algorithm | sequences | epochs | forward | backward | memory before acting | peak |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for algo, cost in data["updates"].items():
+            names = ("sequences", "epochs", "forward", "backward", "loaded_mb", "peak_mb")
+            lines.append(f"| {algo} | " + " | ".join(f"{cost[name]:.0f}" for name in names) + " |")
     for name, result in data["runs"].items():
         if name.endswith(" 0"):
             lines += ["", f"## {name[:-2]}, seed 0", "", "Before:", "", table(result["before"][:4])]
@@ -243,8 +269,7 @@ def main() -> None:
             path.write_text(json.dumps(data, indent=1))
         if "decoding" not in data and not args.only:
             data["decoding"] = decoding(1 if args.smoke else 9)
-            data["forwards"] = forwards_per_update(models / "translation-0")
-            data["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            data["updates"] = {a: in_a_process(update_cost, a, models / "translation-0") for a in ALGORITHMS}
             path.write_text(json.dumps(data, indent=1))
     report(data, out)
 
