@@ -164,7 +164,7 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def report(data: dict[str, Any], out: Path) -> None:
     lines = ["# Small language models, tuned", "", data["machine"], ""]
-    lines += ["Means over seeds (smallest to largest) on held-out prompts; KL in nats per response.", ""]
+    lines += ["Mean over seeds (each of them) on held-out prompts; KL of the last rollout in nats per response.", ""]
     lines += ["| task | algorithm | metric | before | after | KL | distinct-2 before | after |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     for task in TASKS:
@@ -176,7 +176,7 @@ def report(data: dict[str, Any], out: Path) -> None:
 
             def over(key: str, place: int, runs: list[Any] = runs) -> str:
                 values = [r["curve"][place][key] for r in runs]
-                return f"{statistics.mean(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+                return f"{statistics.mean(values):.3g} ({', '.join(f'{v:.3g}' for v in values)})"
 
             cells = [over(metric, 0), over(metric, -1), over("kl", -1), over("distinct_2", 0), over("distinct_2", -1)]
             lines.append(f"| {task} | {algo} | {TASKS[task].metric} | " + " | ".join(cells) + " |")
@@ -220,10 +220,14 @@ def draw(data: dict[str, Any], out: Path) -> None:
         for algo, color in colors.items():
             runs = [r["curve"] for name, r in data["runs"].items() if name.startswith(f"{task} {algo} ")]
             for number, curve in enumerate(runs):
-                x = [point["timesteps"] for point in curve]
+                x = [point["timesteps"] / 1000 for point in curve]
                 y = [point[metric_of(task)] for point in curve]
                 axis.plot(x, y, color=color, lw=1.2, label=algo if number == 0 else None)
-        axis.set(title=task.replace("_", " "), xlabel="tokens acted", ylabel=TASKS[task].metric.replace("_", " "))
+        axis.set(
+            title=task.replace("_", " "),
+            xlabel="thousand steps of environments",
+            ylabel=TASKS[task].metric.replace("_", " "),
+        )
         axis.grid(alpha=0.3)
     if data["runs"]:
         axes[0].legend(fontsize=8)
