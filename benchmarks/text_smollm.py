@@ -43,12 +43,12 @@ RUNS: dict[str, tuple[Any, dict[str, Any], int]] = {
     "reinforce": (
         REINFORCE,
         {"n_episodes": 16, "baseline": "leave_one_out_same_start", "learning_rate": 1e-3, "n_critic_updates": 0},
-        24,
+        20,
     ),
     "ppo": (
         PPO,
         {"n_steps": 14, "batch_size": 112, "n_epochs": 2, "learning_rate": 5e-4, "gae_lambda": 1.0, "vf_coef": 0.1},
-        16,
+        10,
     ),
     "trpo": (
         TRPO,
@@ -61,7 +61,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any], int]] = {
             "sub_sampling_factor": 4,
             "n_critic_updates": 1,
         },
-        8,
+        6,
     ),
 }
 
