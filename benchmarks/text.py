@@ -2,6 +2,7 @@
 
     python benchmarks/text.py                    # nine pairs of task and algorithm, three seeds, and the timings
     python benchmarks/text.py --only sentiment   # the pairs whose name contains a word
+    python benchmarks/text.py --timings          # only the timings
     python benchmarks/text.py --smoke            # a few steps of everything, into benchmarks/text/smoke
     python benchmarks/text.py --report           # table and figure again from the data
 
@@ -247,6 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="pairs such as 'translation ppo' whose name contains this")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
+    parser.add_argument("--timings", action="store_true", help="only time decoding and count what an update does")
     parser.add_argument("--report", action="store_true", help="only write the report again")
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -261,7 +263,7 @@ def main() -> None:
         for name, task, algo, seed in [
             (f"{task} {algo} {seed}", task, algo, seed) for seed in SEEDS for task in TASKS for algo in ALGORITHMS
         ]:
-            if name in data["runs"] or args.only not in name or (args.smoke and seed):
+            if name in data["runs"] or args.only not in name or (args.smoke and seed) or args.timings:
                 continue
             folder = models / f"{task}-{seed}"
             if not (folder / "config.json").exists():

@@ -35,7 +35,7 @@ from sb3_pg.text.tasks import sentiment_of
 WHO = ("My sister", "My neighbour", "A friend", "The teacher", "The guide", "Someone", "The driver", "Our host")
 WHAT = ("the hotel was", "the new film is", "the soup tasted", "the town looks", "the concert was", "the trip felt")
 HELD_OUT = ("The old doctor", "A visitor")
-N_ENVS, RESPONSE_LENGTH, COMPLETIONS = 16, 14, 3
+N_ENVS, RESPONSE_LENGTH, COMPLETIONS = 16, 14, 4
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "o_proj"]}
 
 #: algorithm, settings, updates

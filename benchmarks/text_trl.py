@@ -34,6 +34,8 @@ from trl import RLOOConfig, RLOOTrainer
 from sb3_pg.text.demo import REFERENCE_KL_COEF, make_model
 from sb3_pg.text.supervised import pretrain
 
+#: TRL's loss is a sum over the tokens of a response and ours a mean, so its clip of 1 is a much smaller number here.
+MAX_GRAD_NORM = 0.05
 UPDATES, COMPLETIONS, PER_PROMPT, LEARNING_RATE = 100, 64, 4, 3e-4
 SEEDS = (0, 1, 2)
 
@@ -107,7 +109,8 @@ def train_theirs(model: Any, task: Any, seed: int) -> list[float]:
 
 def run(name: str, who: str, seed: int, folder: Path) -> dict[str, Any]:
     task, held_out = TASKS[name].make("train"), TASKS[name].make("test")
-    model = make_model("reinforce", task, folder, seed, learning_rate=LEARNING_RATE)
+    settings = {"learning_rate": LEARNING_RATE, "max_grad_norm": MAX_GRAD_NORM}
+    model = make_model("reinforce", task, folder, seed, **settings)
     model.set_logger(Logger(None, []))
     before, _ = evaluate(model, held_out)
     start = time.perf_counter()
