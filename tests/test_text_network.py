@@ -268,3 +268,63 @@ def test_the_critic_is_fitted_without_the_actor(algorithm):
     held = {id(p) for p in model.network._actor}
     free = [name for name, p in model.policy.named_parameters() if p.requires_grad and id(p) not in held]
     assert free == ["value_head.weight", "value_head.bias"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_responses_that_are_over_are_not_read(shape):
+    model = make(shape)
+    policy, decoder = model.policy, model.network._decoder
+    rows = model.env.reset()
+    end, at = policy.end_token, policy.prompt_length
+    read = []
+    begin, proceed = policy.begin, policy.proceed
+    policy.begin = lambda rows: read.append(("begin", len(rows))) or begin(rows)
+    policy.proceed = lambda state, tokens: read.append(("proceed", len(tokens))) or proceed(state, tokens)
+
+    def check(over, *expected):
+        read.clear()
+        hidden = decoder.read(rows)
+        assert read == list(expected)
+        assert not hidden[over].any()
+        going = np.setdiff1d(np.arange(4), over)
+        if len(going):
+            np.testing.assert_allclose(hidden[going], policy.hidden_states(rows[going]).detach(), atol=1e-5)
+
+    check([], ("begin", 4))
+    rows[:, at] = [3, end, 5, 6]
+    check([1], ("proceed", 3))
+    rows[[0, 2, 3], at + 1] = 4
+    rows[2] = model.env.task.observations([1])[0]  # a new prompt among those that go on
+    check([1], ("proceed", 2), ("begin", 1))
+    rows[0, at + 2 :] = 5  # full
+    rows[2, at], rows[3, at + 2] = 7, 7
+    check([0, 1], ("proceed", 2))
+    rows[1] = model.env.task.observations([0])[0]
+    rows[2, at + 1], rows[3, at + 3] = end, 3
+    check([0, 2], ("proceed", 1), ("begin", 1))
+    rows[1, at], rows[3, at + 4] = end, end
+    check([0, 1, 2, 3])
+    tokens, _ = model.network.act(rows)
+    assert (tokens == end).all()
+
+
+def test_reinforce_learns_the_same_from_environments_at_rest():
+    """Log-probabilities of acting are those of judging, and what the update uses is whole responses only."""
+    task = letters_task()
+    env = TextVecEnv(task, 8, 4, seed=3)
+    kwargs = {"model": config_of("llama", task), "temperature": 0.7, "reference_kl_coef": 0.5}
+    model = silent(REINFORCE("CausalLMPolicy", env, n_episodes=16, baseline=None, policy_kwargs=kwargs, device="cpu"))
+    sharpen(model.policy)
+    _, callback = model._setup_learn(1)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, 0)
+    buffer, n, keep = model.rollout_buffer, model.rollout_buffer.pos, model._samples_to_use()
+    assert not keep.all()
+    over = model.policy.is_over(buffer.observations[:n].reshape(n * 8, -1)).reshape(n, 8)
+    assert np.array_equal(over, ~keep)  # at rest as soon as nothing is learned from it
+    rows, actions = buffer.observations[:n][keep], buffer.actions[:n][keep]
+    _, log_prob, _ = model.policy.evaluate_actions(rows, th.as_tensor(actions))
+    np.testing.assert_allclose(buffer.log_probs[:n][keep], log_prob.detach(), atol=1e-5)
+    log_ratio = log_prob.detach().numpy() - model.policy.reference_log_prob(rows, actions)
+    length = model.logger.name_to_value["text/response_length"]
+    assert model.logger.name_to_value["text/kl"] == pytest.approx(log_ratio.mean() * length, rel=1e-3)
+    assert len(model.ep_info_buffer) == 16

@@ -34,7 +34,8 @@ class REINFORCE(PolicyGradientAlgorithm):
     Ascends ``E[sum_t A_t grad log pi(a_t|s_t)]`` where ``A_t`` is the discounted reward-to-go less a baseline.
     Every sample is used once for the policy. Each update takes the same number of whole episodes from every
     environment: taking the first that finish would favour short ones. Environments that finish early are stepped
-    on with the others, but what they do then is not learned from, and all are reset before the next update.
+    on with the others, but what they do then is not learned from, and all are reset before the next update. A
+    ``TextVecEnv`` lets them rest instead.
 
     An episode cut by a time limit is completed by the value network if ``baseline="value"``; the other baselines
     have none and take the cut for the end.
@@ -197,9 +198,13 @@ class REINFORCE(PolicyGradientAlgorithm):
 
     def _start_rollout(self, env: VecEnv, rollout_buffer: sb3_buffers.RolloutBuffer) -> None:
         if self.n_steps is None and not self._rollout_is_unfinished:
-            if not np.all(self._last_episode_starts):
+            # An environment that can rest after its episodes spares the steps of which nothing is learned.
+            rest_after = getattr(env, "rest_after", None)
+            if rest_after is not None or not np.all(self._last_episode_starts):
                 self._last_obs = env.reset()  # type: ignore[assignment]
                 self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
+            if rest_after is not None:
+                rest_after(self._episodes_per_env)
             self._n_finished = np.zeros(env.num_envs, dtype=int)
             self._n_running = np.zeros(env.num_envs, dtype=int)
             self._longest_episode = self.max_episode_steps or min(

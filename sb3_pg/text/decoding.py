@@ -63,7 +63,8 @@ class Decoder:
     """Reads observations one after the other, and of each row only what is new.
 
     Whatever it is given, it gives what reading the whole rows would: a row that is not the last one with one more
-    token is read from its beginning, and so are all when the model's weights have changed.
+    token is read from its beginning, and so are all when the model's weights have changed. Responses that are over
+    are not read, since nothing follows them.
 
     :param policy: the language model policy that reads
     """
@@ -75,6 +76,7 @@ class Decoder:
     def forget(self) -> None:
         """Read everything anew next time."""
         self._state: Any = None
+        self._places: np.ndarray = np.empty(0, dtype=int)  # of each row in the state; -1 if it is not there
         self._rows: np.ndarray = np.empty((0, 0))
         self._weights: Any = None
         self._parameters = list(self.policy.parameters())  # gathering them takes as long as a small layer
@@ -88,7 +90,7 @@ class Decoder:
 
     @th.no_grad()
     def read(self, rows: np.ndarray) -> th.Tensor:
-        """The hidden state at the last token of each row, (n, d).
+        """The hidden state at the last token of each row, (n, d); zeros for responses that are over.
 
         :param rows: observations, (n, prompt_length + response_length)
         """
@@ -96,27 +98,44 @@ class Decoder:
         if weights != self._weights:
             self.forget()
         grown, ends = self._grown(rows)
-        tokens = th.as_tensor(np.take_along_axis(rows, ends[:, None], axis=1)[:, 0], device=self.policy.device).long()
-        hidden: th.Tensor
-        if not grown.any():
-            self._state = None  # two caches need not fit into memory
-            hidden, self._state = self.policy.begin(rows)
-        elif grown.all():
-            hidden, self._state = self.policy.proceed(self._state, tokens)
-        else:
-            hidden = self._read_mixed(rows, tokens, grown)
-        self._rows, self._weights = np.array(rows), weights
-        return hidden
+        going = ~self.policy.is_over(rows)
+        old, new = np.flatnonzero(grown & going), np.flatnonzero(~grown & going)
+        old = old[np.argsort(self._places[old])] if len(old) else old  # as they stand in the state
+        parts = []
+        if len(old):
+            tokens = th.as_tensor(rows[old, ends[old]], device=self.policy.device).long()
+            parts.append(self.policy.proceed(self._kept(old), tokens))
+        self._state = None  # two caches need not fit into memory
+        if len(new):
+            parts.append(self.policy.begin(rows[new]))
+        return self._joined(rows, np.concatenate([old, new]), parts, weights)
 
-    def _read_mixed(self, rows: np.ndarray, tokens: th.Tensor, grown: np.ndarray) -> th.Tensor:
-        old = th.as_tensor(np.flatnonzero(grown), device=tokens.device)
-        new = th.as_tensor(np.flatnonzero(~grown), device=tokens.device)
-        hidden_old, state_old = self.policy.proceed(tuple(memory.select(old) for memory in self._state), tokens[old])
-        hidden_new, state_new = self.policy.begin(rows[~grown])
-        self._state = tuple(spliced([(old, a), (new, b)]) for a, b in zip(state_old, state_new, strict=True))
-        hidden: th.Tensor = hidden_new.new_empty(len(rows), hidden_new.shape[1])
-        hidden[old], hidden[new] = hidden_old, hidden_new
-        return hidden
+    def _kept(self, rows: np.ndarray) -> Any:
+        """The state of these rows, which are in its order."""
+        if len(rows) == (self._places >= 0).sum():
+            return self._state
+        places = th.as_tensor(self._places[rows], device=self.policy.device)
+        return tuple(memory.select(places) for memory in self._state)
+
+    def _joined(self, rows: np.ndarray, order: np.ndarray, parts: list[Any], weights: Any) -> th.Tensor:
+        """Remember what has been read of the rows in ``order``; returns the hidden states of all rows."""
+        self._rows, self._weights, self._places = np.array(rows), weights, np.full(len(rows), -1)
+        self._places[order] = np.arange(len(order))
+        if not parts:
+            return th.zeros(len(rows), self.policy.hidden_size, device=self.policy.device)
+        hidden: th.Tensor = th.cat([part for part, _ in parts])
+        if len(parts) == 1:
+            self._state = parts[0][1]
+        else:
+            columns, n_old = th.arange(len(order), device=hidden.device), len(parts[0][0])
+            at = columns[:n_old], columns[n_old:]
+            states = (state for _, state in parts)
+            self._state = tuple(spliced(list(zip(at, memories, strict=True))) for memories in zip(*states, strict=True))
+        if np.array_equal(order, np.arange(len(rows))):
+            return hidden
+        whole = hidden.new_zeros(len(rows), hidden.shape[1])
+        whole[th.as_tensor(order, device=hidden.device)] = hidden
+        return whole
 
     def _grown(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which rows are the last ones with one token more, (n,), and the column of that token."""
@@ -126,7 +145,7 @@ class Decoder:
             return np.zeros(n, dtype=bool), last
         before = self._rows.copy()
         everything = np.arange(n)
-        fits = (last >= self.policy.prompt_length) & (before[everything, last] == EMPTY)
+        fits = (self._places >= 0) & (last >= self.policy.prompt_length) & (before[everything, last] == EMPTY)
         before[everything, last] = rows[everything, last]
         grown: np.ndarray = fits & (before == rows).all(axis=1)
         return grown, last

@@ -228,8 +228,17 @@ class TextVecEnv(VecEnv):
         """Forget which prompts each group has seen; from here on its environments see the same ones."""
         self._queues: list[list[int]] = [[] for _ in range(self.num_envs // self.completions_per_prompt)]
         self._seen = np.zeros(self.num_envs, dtype=int)
+        self._left = np.full(self.num_envs, np.inf)
         self._next = 0
         self._start_time = time.time()
+
+    def rest_after(self, n_episodes: int) -> None:
+        """From here until the next reset let each environment rest after so many episodes.
+
+        One at rest shows its finished response, whatever the action, and gives neither reward nor end. REINFORCE asks
+        for it, since it learns from the same number of episodes of each and would throw more away.
+        """
+        self._left[:] = n_episodes
 
     def _draw(self) -> int:
         if not self.in_order:
@@ -238,7 +247,7 @@ class TextVecEnv(VecEnv):
         return (self._next - 1) % len(self.task.prompts)
 
     def _show_prompts(self, envs: Iterable[int]) -> None:
-        envs = np.asarray(list(envs))
+        envs = np.asarray(list(envs), dtype=int)
         for env in envs:
             queue = self._queues[env // self.completions_per_prompt]
             if self._seen[env] == len(queue):
@@ -264,10 +273,11 @@ class TextVecEnv(VecEnv):
         self._actions = np.asarray(actions).reshape(-1)
 
     def step_wait(self) -> VecEnvStepReturn:
-        task, everything = self.task, np.arange(self.num_envs)
-        self._rows[everything, task.width + self._lengths] = self._actions
-        self._lengths += 1
-        dones = (self._actions == task.end_token) | (self._lengths == task.response_length)
+        task, is_going = self.task, self._left > 0
+        going = np.flatnonzero(is_going)
+        self._rows[going, task.width + self._lengths[going]] = self._actions[going]
+        self._lengths[going] += 1
+        dones = is_going & ((self._actions == task.end_token) | (self._lengths == task.response_length))
         rewards = np.zeros(self.num_envs, dtype=np.float32)
         infos: list[dict[str, Any]] = [{"TimeLimit.truncated": False} for _ in range(self.num_envs)]
         if dones.any():
@@ -280,7 +290,8 @@ class TextVecEnv(VecEnv):
                 infos[env].update(task.info(int(self._numbers[env]), text, row))
                 infos[env]["terminal_observation"] = row
                 infos[env]["episode"] = {"r": round(float(reward), 6), "l": int(self._lengths[env]), "t": passed}
-            self._show_prompts(over)
+            self._left[over] -= 1
+            self._show_prompts(over[self._left[over] > 0])
         return self._rows.copy(), rewards, dones, infos
 
     def close(self) -> None:

