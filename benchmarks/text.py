@@ -251,20 +251,30 @@ def machine() -> str:
     return f"{cpu}, one thread, {versions}"
 
 
+def record(path: Path) -> dict[str, Any]:
+    """What has been measured so far, with the machine of today."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = json.loads(path.read_text()) if path.exists() else {"runs": {}}
+    return {**data, "machine": machine()}
+
+
+def setup(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command line, and leave one thread and no bars of progress."""
+    parser.add_argument("--report", action="store_true", help="only write the report again")
+    transformers.utils.logging.disable_progress_bar()
+    th.set_num_threads(1)
+    return parser.parse_args()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="pairs such as 'translation ppo' whose name contains this")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
     parser.add_argument("--timings", action="store_true", help="only time decoding and count what an update does")
-    parser.add_argument("--report", action="store_true", help="only write the report again")
-    args = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
-    th.set_num_threads(1)
+    args = setup(parser)
     out = OUT / "smoke" if args.smoke else OUT
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "results.json"
-    data = json.loads(path.read_text()) if path.exists() else {"runs": {}}
-    data["machine"] = machine()
+    data = record(path)
     if not args.report:
         models = Path("runs") / ("text-smoke" if args.smoke else "text-benchmark")
         for name, task, algo, seed in [

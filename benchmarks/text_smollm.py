@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from text import OUT, machine  # first, since it pins the threads
+from text import OUT, record, setup  # first, since it pins the threads
 
 # isort: split
 import torch as th
@@ -151,14 +151,9 @@ def report(data: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", action="store_true", help="only write the table again")
-    args = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
-    th.set_num_threads(1)
-    OUT.mkdir(parents=True, exist_ok=True)
+    args = setup(parser)
     path = OUT / "smollm.json"
-    data = json.loads(path.read_text()) if path.exists() else {"runs": {}}
-    data["machine"] = machine()
+    data = record(path)
     for name in RUNS:
         if name not in data["runs"] and not args.report:
             data["runs"][name] = run(name)

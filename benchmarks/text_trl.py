@@ -20,11 +20,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from text import OUT, PRETRAIN_STEPS, TASKS, evaluate, machine  # first, since it pins the threads
+from text import OUT, PRETRAIN_STEPS, TASKS, evaluate, record, setup  # first, since it pins the threads
 
 # isort: split
-import torch as th
-import transformers
 from datasets import Dataset
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
@@ -149,14 +147,9 @@ def report(data: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", action="store_true", help="only write the table again")
-    args = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
-    th.set_num_threads(1)
-    OUT.mkdir(parents=True, exist_ok=True)
+    args = setup(parser)
     path = OUT / "trl.json"
-    data = json.loads(path.read_text()) if path.exists() else {"runs": {}}
-    data |= {"machine": machine(), "trl_version": version("trl")}
+    data = record(path) | {"trl_version": version("trl")}
     if not args.report:
         for seed in SEEDS:
             for task in ("translation", "sentiment"):

@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -78,3 +79,17 @@ def test_every_row_of_the_table_is_tested_but_the_one_in_words():
 def test_every_linked_file_exists():
     for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (Path(__file__).parent.parent / link).exists(), link
+
+
+def test_the_example_of_a_language_model_is_the_recorded_one():
+    record = json.loads((Path(__file__).parent.parent / "benchmarks/text/results.json").read_text())
+    run = record["runs"]["translation ppo 0"]
+    recorded = [
+        f"| {before['prompt']} | {before['completion']} | {after['completion']} | {before['reference']} |"
+        for before, after in zip(run["before"], run["after"], strict=True)
+    ]
+    rows = re.findall(r"^\| to (?:spanish|french) : .*$", README, re.MULTILINE)
+    assert len(rows) == 3 and set(rows) <= set(recorded)
+    first, last = run["curve"][0], run["curve"][-1]
+    assert f"BLEU rose from {first['bleu']:.1f} to {last['bleu']:.1f} and" in README
+    assert f"the reward (chrF) from {first['score']:.2f} to {last['score']:.2f}\n" in README
