@@ -1,6 +1,8 @@
 """Scripts of benchmarks/ on small tasks, and the settings that they give the peers."""
 
+import argparse
 import csv
+import importlib
 import importlib.util
 import os
 import shutil
@@ -125,3 +127,28 @@ def test_peers_have_the_published_settings(side):
 def plain(settings):
     """Texts are the same when they differ only in how they are broken into lines."""
     return {name: "".join(value.split()) if isinstance(value, str) else value for name, value in settings.items()}
+
+
+def test_reinforce_is_set_beside_the_published_returns(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    learning = importlib.import_module("learning")
+    rows = [
+        {"steps": "1000", "wall_clock_s": "2", "cpu_s": "2", "mean": str(500 + 100 * (n // 10) + n % 10)}
+        for n in range(4 * learning.EVALUATIONS)
+    ]
+    curves = {
+        ("Hopper-v5", 1000): {"reinforce": learning.make_curve(rows), "ppo": learning.make_curve(rows)},
+        ("Walker2d-v5", 1000): {"ppo": learning.make_curve(rows)},
+        ("CartPole-v1", 1000): {"reinforce": learning.make_curve(rows)},
+    }
+    (row,) = [line for line in learning.published_table(curves) if "-v" in line]
+    assert row.startswith("| Hopper-v5 | 396 | 1,000 | 4 | 659.0 [")
+    assert row.endswith("] | 509.0 to 809.0 |")
+    assert learning.published_table({}) == []
+
+
+def test_a_peer_without_published_settings_does_not_run(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    learning = importlib.import_module("learning")
+    args = argparse.Namespace(seeds=1, tasks=["InvertedPendulum-v5"], algos=["reinforce", "sb3_a2c"], steps=None)
+    assert [run.side for run in learning.wanted_runs(args)] == ["reinforce"]
