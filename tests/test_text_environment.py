@@ -149,6 +149,12 @@ def test_rloo():
     assert leave_one_out_within(np.arange(6), returns, episode, step).tolist() == [0.0] * 6
 
 
+def test_rloo_counts_an_episode_that_has_ended_with_its_last_reward_to_go():
+    group, episode, step = np.array([1, 1, 1, 0, 1, 1]), np.array([0, 0, 1, 2, 0, 1]), np.array([0, 2, 0, 0, 1, 1])
+    returns = np.array([9.0, 7.0, 5.0, 1.0, 8.0, 3.0])
+    assert leave_one_out_within(group, returns, episode, step).tolist() == [5.0, 3.0, 9.0, 0.0, 3.0, 8.0]
+
+
 def test_reinforce_compares_responses_to_one_prompt():
     task = letters_task(
         reward=lambda prompts, texts, _: [10.0 * len(p) + len(t.split()) for p, t in zip(prompts, texts, strict=True)]
@@ -166,7 +172,9 @@ def test_reinforce_compares_responses_to_one_prompt():
     table[keep] = advantages
     totals = np.array([buffer.rewards[: buffer.pos, env][keep[:, env]].sum() for env in range(8)])
     others = (totals.reshape(2, 4).sum(axis=1, keepdims=True) - totals.reshape(2, 4)) / 3
-    np.testing.assert_allclose(table[0], totals - others.ravel(), atol=1e-5)
+    expected = np.where(keep, totals - others.ravel(), np.nan)  # at every step, whoever has ended before
+    np.testing.assert_allclose(table, expected, atol=1e-5)
+    assert len(set(keep.sum(axis=0))) > 1
 
 
 # -------------------------------------------------------------------- errors

@@ -101,17 +101,28 @@ def leave_one_out(
 def leave_one_out_within(
     group: NDArray[np.int64], returns: FloatArray, episode: NDArray[np.int64], step: NDArray[np.int64]
 ) -> FloatArray:
-    """:func:`leave_one_out` among the episodes of one group, such as those that began alike.
+    """The mean reward-to-go of the other episodes of a group, such as those that began alike, at the same step.
 
     With one completion of a prompt as the episode and the prompt as the group this is RLOO for language models
-    (Ahmadian et al. 2024). An episode alone in its group gets zero.
+    (Ahmadian et al. 2024). An episode that has ended counts with its last reward-to-go: the reward of a completion
+    comes with its end, so the longest one is still compared with what all the others got. An episode alone in its
+    group gets zero.
 
     :param group: number of the group of each sample, the same for all samples of an episode, (n,)
+    :param returns: reward-to-go of each sample, (n,)
+    :param episode: number of the episode of each sample, 0 .. n_episodes - 1, (n,)
+    :param step: step of each sample within its episode, (n,)
     :return: the baseline of each sample, (n,)
     """
-    baseline = np.zeros(len(returns))
-    for number in np.unique(group):
-        members = group == number
-        _, of_group = np.unique(episode[members], return_inverse=True)
-        baseline[members], _ = leave_one_out(returns[members], of_group, step[members])
-    return baseline
+    n_episodes, n_steps = int(episode.max()) + 1, int(step.max()) + 1
+    table = np.zeros((n_episodes, n_steps))
+    table[episode, step] = returns
+    last = np.bincount(episode, minlength=n_episodes)[:, None] - 1
+    table = np.take_along_axis(table, np.minimum(np.arange(n_steps), last), axis=1)
+    group_of = np.zeros(n_episodes, dtype=np.int64)
+    group_of[episode] = group
+    sums = np.zeros((int(group.max()) + 1, n_steps))
+    np.add.at(sums, group_of, table)
+    n_others = np.bincount(group_of)[group_of][:, None] - 1
+    baseline: FloatArray = np.where(n_others > 0, (sums[group_of] - table) / np.maximum(n_others, 1), 0.0)
+    return baseline[episode, step]
