@@ -133,17 +133,18 @@ def run(name: str, seed: int = 0) -> dict[str, Any]:
 
 
 def report(data: dict[str, Any]) -> None:
+    runs = {name: data["runs"][name] for name in RUNS if name in data["runs"]}
     lines = ["# SmolLM2-135M-Instruct towards good sentiment, LoRA, one seed", "", data["machine"], ""]
     lines += [f"Drawn answers to held-out beginnings, {COMPLETIONS} to each; KL in nats per response.", ""]
     names = ("reward", "kl", "reference_perplexity", "distinct_1", "distinct_2")
     lines += ["| algorithm | updates | CPU minutes | when | " + " | ".join(n.replace("_", " ") for n in names) + " |"]
     lines += ["|---" * (4 + len(names)) + "|"]
-    for name, found in data["runs"].items():
+    for name, found in runs.items():
         for when in ("before", "after"):
             cells = " | ".join(f"{found[when]['figures'][n]:.3g}" for n in names)
             minutes = found["cpu_seconds"] / 60
             lines.append(f"| {name} | {len(found['training_scores'])} | {minutes:.1f} | {when} | {cells} |")
-    for name, found in data["runs"].items():
+    for name, found in runs.items():
         for when in ("before", "after"):
             lines += ["", f"## {name}, {when}", "", table(found[when]["texts"])]
     (OUT / "smollm.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
