@@ -395,7 +395,7 @@ def published_table(curves: Curves) -> list[str]:
         if task in PUBLISHED and "reinforce" in sides
     ]
     head = [
-        "REINFORCE next to the mean return that tianshou publishes for its own after 3,000,000 steps:",
+        "REINFORCE next to the return that tianshou publishes for its own after 3,000,000 steps:",
         "",
         "| task | published | steps of ours | seeds | final return | worst to best seed |",
         "|---|---|---|---|---|---|",
