@@ -492,7 +492,8 @@ def report_command(args: argparse.Namespace) -> bool:
         print(f"{path} has no run of these tasks, sides and steps with the settings of today.")
         return False
     write_table(curves, args.folder)
-    draw(curves, args.folder)
+    compared = {task: sides for task, sides in curves.items() if len(sides) > 1}
+    draw(compared or curves, args.folder)
     return True
 
 

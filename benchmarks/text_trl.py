@@ -164,19 +164,21 @@ def main() -> None:
     args = setup(parser)
     path = OUT / "trl.json"
     data = record(path) | {"trl_version": version("trl")}
-    if not args.report:
-        for seed in SEEDS:
-            for task in ("translation", "sentiment"):
-                folder = Path("runs/text-benchmark") / f"{task}-{seed}"
-                if not (folder / "config.json").exists():
-                    pretrain(TASKS[task].make("train"), folder, n_steps=PRETRAIN_STEPS[task], seed=seed)
-                for who in ("ours", "trl") if seed % 2 else ("trl", "ours"):
-                    name = f"{task} {seed} {who}"
-                    if name not in data["runs"]:
-                        data["runs"][name] = found = run(task, who, seed, folder)
-                        path.write_text(json.dumps(data, indent=1))
-                        seconds, score = found["seconds_per_update"], found["after"]["score"]
-                        print(f"{name}: {seconds:.3f} s per update, score {score:.3f}", flush=True)
+    runs = [
+        (f"{task} {seed} {who}", task, who, seed)
+        for seed in SEEDS
+        for task in ("translation", "sentiment")
+        for who in (("ours", "trl") if seed % 2 else ("trl", "ours"))
+    ]
+    for name, task, who, seed in [] if args.report else runs:
+        if name not in data["runs"]:
+            folder = Path("runs/text-benchmark") / f"{task}-{seed}"
+            if not (folder / "config.json").exists():
+                pretrain(TASKS[task].make("train"), folder, n_steps=PRETRAIN_STEPS[task], seed=seed)
+            data["runs"][name] = found = run(task, who, seed, folder)
+            path.write_text(json.dumps(data, indent=1))
+            seconds, score = found["seconds_per_update"], found["after"]["score"]
+            print(f"{name}: {seconds:.3f} s per update, score {score:.3f}", flush=True)
     report(data)
 
 
