@@ -76,7 +76,7 @@ TASKS = {
 }
 
 #: Of REINFORCE: the returns that tianshou publishes after three million steps (examples/mujoco of
-#: https://github.com/thu-ml/tianshou; ten seeds, the same tasks at version 3, the pendulum at 2).
+#: https://github.com/thu-ml/tianshou; ten seeds, earlier versions of the tasks).
 PUBLISHED = {
     "HalfCheetah-v5": 884,
     "Hopper-v5": 396,
