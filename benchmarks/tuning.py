@@ -85,6 +85,13 @@ def seed(text: str) -> int:
     return int(text)
 
 
+def one_change(text: str) -> dict[str, Any]:
+    change = yaml.safe_load(text)
+    if not isinstance(change, dict):
+        raise argparse.ArgumentTypeError(f"must be KEY: VALUE with a space after the colon, not {text}")
+    return change
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=learning.HERE, help="where the results are")
@@ -93,7 +100,7 @@ def main() -> None:
     run = commands.add_parser("run", help="train")
     run.add_argument("side", choices=learning.SIDES)
     run.add_argument("task", choices=learning.TASKS)
-    run.add_argument("--change", nargs="+", default=[], metavar='"KEY: VALUE"')
+    run.add_argument("--change", nargs="+", type=one_change, default=[], metavar='"KEY: VALUE"')
     run.add_argument("--seeds", nargs="+", type=seed, default=[FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 2])
     run.add_argument("--steps", type=learning.positive, help="default: those of learning.py")
     args = parser.parse_args()
@@ -101,7 +108,7 @@ def main() -> None:
     if args.command == "report":
         report(path)
         return
-    change = {key: value for text in args.change for key, value in yaml.safe_load(text).items()}
+    change = {key: value for change in args.change for key, value in change.items()}
     th.set_num_threads(1)
     try_settings(args.side, args.task, change, args.seeds, args.steps or learning.TASKS[args.task], path)
 

@@ -45,6 +45,7 @@ class Faulty(gym.Env):
         ("learning_rate", -1e-3),
         ("learning_rate", float("nan")),
         ("gamma", 1.5),
+        ("gamma", "0.9"),
         ("gae_lambda", -0.1),
         ("ent_coef", float("inf")),
         ("ent_coef", -0.01),
@@ -56,6 +57,13 @@ class Faulty(gym.Env):
 def test_wrong_coefficients_name_themselves(algorithm, name, value):
     with pytest.raises(ArgumentError, match=rf"`{name}` must be .*not {value!r}"):
         algorithm("MlpPolicy", Faulty(), **{name: value})
+
+
+@ALL
+@pytest.mark.parametrize("name", ["gamma", "gae_lambda"])
+def test_a_schedule_where_none_is_taken(algorithm, name):
+    with pytest.raises(ArgumentError, match=rf"`{name}` must be a number, not <function"):
+        algorithm("MlpPolicy", Faulty(), **{name: lambda progress_remaining: 0.9})
 
 
 @pytest.mark.parametrize(

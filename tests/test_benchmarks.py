@@ -78,8 +78,8 @@ def test_what_is_complete_is_not_done_again(folder, tmp_path):
 def test_report_of_incomplete_results(folder, tmp_path):
     rows = results(folder)
     ours = [row for row in rows if (row["side"], row["seed"]) == ("ppo", "1")]
-    rows += [row | {"seed": "2"} for row in ours]  # a seed that the peer has not
-    rows += [row | {"seed": "3", "settings": "of old"} for row in ours]
+    rows += [row | {"seed": seed} for seed in "234" for row in ours]  # seeds that the peer has not
+    rows += [row | {"seed": "5", "settings": "of old"} for row in ours]
     with (tmp_path / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -88,8 +88,8 @@ def test_report_of_incomplete_results(folder, tmp_path):
     assert learning("report", tmp_path).startswith("10 rows are left out")
     lines = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| CartPole-v1")]
     ours, peer = ([cell.strip() for cell in line.split("|")[3:]] for line in lines)
-    assert (ours[:2], peer[:2]) == (["PPO", "3"], ["SB3 PPO", "2"])
-    assert "[" in ours[2]  # an interval from three seeds on
+    assert (ours[:2], peer[:2]) == (["PPO", "5"], ["SB3 PPO", "2"])
+    assert "[" in ours[2]  # an interval from five seeds on
     assert "[" not in peer[2]
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
@@ -134,7 +134,7 @@ def test_reinforce_is_set_beside_the_published_returns(monkeypatch):
     learning = importlib.import_module("learning")
     rows = [
         {"steps": "1000", "wall_clock_s": "2", "cpu_s": "2", "mean": str(500 + 100 * (n // 10) + n % 10)}
-        for n in range(4 * learning.EVALUATIONS)
+        for n in range(5 * learning.EVALUATIONS)
     ]
     curves = {
         ("Hopper-v5", 1000): {"reinforce": learning.make_curve(rows), "ppo": learning.make_curve(rows)},
@@ -142,9 +142,23 @@ def test_reinforce_is_set_beside_the_published_returns(monkeypatch):
         ("CartPole-v1", 1000): {"reinforce": learning.make_curve(rows)},
     }
     (row,) = [line for line in learning.published_table(curves) if "-v" in line]
-    assert row.startswith("| Hopper-v5 | 396 | 1,000 | 4 | 659.0 [")
-    assert row.endswith("] | 509.0 to 809.0 |")
+    assert row.startswith("| Hopper-v5 | 396 | 800 | 1,000 | 5 | 709.0 [")
+    assert row.endswith("] | 509.0 to 909.0 |")
     assert learning.published_table({}) == []
+
+
+def test_the_time_of_training_is_that_of_the_fastest_seed(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    learning = importlib.import_module("learning")
+    rows = [
+        {"steps": f"{n}", "wall_clock_s": f"{n * factor}", "cpu_s": f"{n * 3}", "mean": "1"}
+        for factor in (5, 3, 4)
+        for n in range(1, learning.EVALUATIONS + 1)
+    ]
+    curve = learning.make_curve(rows)
+    assert curve.seconds.tolist() == [3.0 * n for n in range(1, learning.EVALUATIONS + 1)]
+    assert learning.table_row("ppo", {"ppo": curve})[4] == "30"
+    assert learning.disturbed({("Hopper-v5", 10): {"ppo": curve}}).startswith("2 of 3 ")
 
 
 def test_a_peer_without_published_settings_does_not_run(monkeypatch):

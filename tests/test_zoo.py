@@ -315,6 +315,16 @@ def test_every_argument_that_takes_a_schedule_takes_one(algo, construct, tmp_pat
     model.learn(128)
 
 
+def test_numbers_that_yaml_takes_for_texts(construct, tmp_path):
+    config = tmp_path / "texts.yml"
+    config.write_text(
+        "CartPole-v1: {policy: MlpPolicy, n_timesteps: 1e3, learning_rate: 1e-3, gamma: '0.9', clip_range: 3e-1}"
+    )
+    assert isinstance(yaml.safe_load(config.read_text())["CartPole-v1"]["learning_rate"], str)
+    model = construct("ppo", "CartPole-v1", "-c", str(config))
+    assert (model.learning_rate, model.gamma, model.clip_range(1)) == (1e-3, 0.9, 0.3)
+
+
 def test_constants_stay_numbers_and_none_is_none(construct):
     model = construct("ppo", "CartPole-v1", "-params", "learning_rate:1e-3", "clip_range_vf:None", "adaptive_lr:True")
     assert model.learning_rate == 1e-3 and model.clip_range_vf is None
@@ -361,8 +371,13 @@ def test_rl_zoos_own_settings_run_with_a_warning_where_target_kl_differs(constru
 
     theirs = Path(rl_zoo3.__file__).parent / "hyperparams"
     pytest.importorskip("Box2D")
-    with pytest.warns(UserWarning, match=r"target_kl=0.01 bounds the KL summed over the 2 action dimensions.*cg_damp"):
-        assert construct("trpo", "LunarLanderContinuous-v3", "-c", str(theirs / "trpo.yml")).n_critic_updates == 20
+    lander = "LunarLanderContinuous-v3", "-c", str(theirs / "trpo.yml")
+    says = r"target_kl=0.01 bounds the KL summed over the 2 .*: -params target_kl:0.02 cg_damping:0.2$"
+    with pytest.warns(UserWarning, match=says):
+        assert construct("trpo", *lander).n_critic_updates == 20
+    says = r"target_kl=lin_0.03 bounds .*: -params target_kl:\"'lin_0.06'\" cg_damping:0.2$"
+    with pytest.warns(UserWarning, match=says):
+        construct("trpo", *lander, "-params", "target_kl:'lin_0.03'")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         construct("trpo", "CartPole-v1", "-c", str(theirs / "trpo.yml"))
@@ -384,7 +399,22 @@ def test_rl_zoos_own_settings_run_with_a_warning_where_target_kl_differs(constru
         ("train --env CartPool-v1", "CartPole-v1"),
         ("train -params lerning_rate:0.1", "'learning_rate'"),
         ("train -params n_env:2", "'n_envs'"),
-        ("train -params seed:2", "'seed'"),
+        ("train -params seed:2", "--seed"),
+        ("train -params tensorboard_log:'a'", "--tensorboard-log"),
+        ("train -params gamma:'much'", "`gamma` must be a number, not 'much'"),
+        ("train --algo trpo -params cg_damping:'lin_0.1'", "`cg_damping` must be a number, not"),
+        ("train -params n_envs:0", "`n_envs`"),
+        ("train -params n_envs:'two'", "`n_envs`"),
+        ("train -params n_timesteps:'lots'", "`n_timesteps`"),
+        ("train -params policy:'MlpPolice'", "MlpPolice"),
+        ("train -params policy_kwargs:dict(net_arc=[8])", "net_arc"),
+        ("train -params env_wrapper:'gymnasium.wrappers.Nosuch'", "Nosuch"),
+        ("train -params normalize:dict(norm_ops=True)", "norm_ops"),
+        ("train --env-kwargs colour:1", "colour"),
+        ("train --device gpuu", "gpuu"),
+        ("train --trial-id 3", "--storage"),
+        ("train --storage nosuch/x.log --study-name s --trial-id 3", "nosuch/x.log"),
+        ("train --gym-packages nosuch", "nosuch"),
         ("train -params batch_size:-1", "batch_size"),
         ("train -params ent_coef:lin_0.1", "quoted"),
         ("train -params ent_coef:'cos_0.1'", "ent_coef"),
@@ -393,6 +423,12 @@ def test_rl_zoos_own_settings_run_with_a_warning_where_target_kl_differs(constru
         ("train -c nosuch", "nosuch"),
         ("train -c broken.yml", "broken.yml"),
         ("train -c empty.yml", "CartPole-v1"),
+        ("train -c list.yml", "list.yml must hold"),
+        ("train -c void.yml", "void.yml must hold"),
+        ("train -c entry.yml", "entry.yml must hold"),
+        ("train -c broken.py", "broken.py cannot be read"),
+        ("train -c bare.py", "hyperparams"),
+        ("train -c json", "json must hold"),
         ("train -c bare.yml", "n_timesteps"),
         ("train -i nosuch.zip", "trained_agent"),
         ("train --storage nosuch.log --study-name s --trial-id 0", "no trial 0"),
@@ -404,6 +440,11 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, says, tmp_path, caps
     monkeypatch.chdir(tmp_path)
     Path("broken.yml").write_text("CartPole-v1: [")
     Path("empty.yml").write_text("Other-v1: {}")
+    Path("list.yml").write_text("[1, 2]")
+    Path("void.yml").write_text("")
+    Path("entry.yml").write_text("CartPole-v1:")
+    Path("broken.py").write_text("hyperparams = lin_3e-4")
+    Path("bare.py").write_text("settings = {}")
     Path("bare.yml").write_text("CartPole-v1: {policy: MlpPolicy}")
     try:
         code = main(arguments.split())
@@ -430,6 +471,24 @@ def test_missing_extra_is_one_line(module):
     )
     assert done.returncode == 2
     assert "pip install 'sb3_pg[zoo]'" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_other_missing_packages_are_not_blamed_on_the_extra(capsys):
+    assert main(["train", "--gym-packages", "nosuch"]) == 2
+    assert "pip install" not in capsys.readouterr().err
+
+
+def test_settings_that_cannot_work_keep_their_traceback_when_asked(tmp_path):
+    with pytest.raises(ValueError, match="MlpPolice"):
+        main(["train", "-f", str(tmp_path), "-params", "policy:'MlpPolice'", "--verbose", "2"])
+
+
+def test_help_needs_nothing_else_installed(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    for command in (["record_training", "--help"], ["all_plots"], ["plot_from_file"]):
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        assert stop.value.code == 0 and "usage:" in capsys.readouterr().out
 
 
 def test_help_lists_the_commands(capsys):

@@ -15,22 +15,34 @@ class NonFiniteError(ValueError):
     """An observation, reward, action or gradient that is not a finite number."""
 
 
-def check_number(name: str, value: Any, low: float = 0.0, high: float = math.inf, *, above_low: bool = False) -> None:
+def check_number(
+    name: str,
+    value: Any,
+    low: float = 0.0,
+    high: float = math.inf,
+    *,
+    above_low: bool = False,
+    or_schedule: bool = False,
+) -> None:
     """Check one coefficient before training; a schedule is checked when it is evaluated.
 
     :param name: the argument's name, for the message
-    :param value: a number, or a schedule (then nothing is checked)
+    :param value: of the argument
     :param low: the smallest allowed value
     :param high: the largest allowed value
     :param above_low: whether ``low`` itself is excluded
+    :param or_schedule: whether the value may also be a schedule, about which nothing more is checked
     :raises ArgumentError: the value is not a finite number within the limits
     """
-    if callable(value):
+    if or_schedule and callable(value):
         return
     try:
-        number = float(value)
+        number = None if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
-        raise ArgumentError(f"`{name}` must be a number or a schedule, not {value!r}.") from None
+        number = None
+    if number is None:
+        wanted = "a number or a schedule" if or_schedule else "a number"
+        raise ArgumentError(f"`{name}` must be {wanted}, not {value!r}.")
     if not math.isfinite(number) or not low <= number <= high or (above_low and number == low):
         sign = ">" if above_low else ">="
         upper = "" if high == math.inf else f" and <= {high:g}"

@@ -188,7 +188,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         :raises ArgumentError: naming the argument, its value and what is allowed
         """
         for name in ("learning_rate", "ent_coef", "vf_coef"):
-            check_number(name, getattr(self, name))
+            check_number(name, getattr(self, name), or_schedule=True)
         check_number("gamma", self.gamma, high=1.0)
         check_number("gae_lambda", self.gae_lambda, high=1.0)
         if self.max_grad_norm is not None:

@@ -280,13 +280,13 @@ class PPO(PolicyGradientAlgorithm):
         super()._check_arguments()
         for name in ("n_steps", "batch_size", "n_epochs"):
             check_count(name, getattr(self, name))
-        check_number("clip_range", self.clip_range, above_low=True)
+        check_number("clip_range", self.clip_range, above_low=True, or_schedule=True)
         for name in ("clip_range_vf", "clip_range_high", "target_kl"):
             if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), above_low=True)
+                check_number(name, getattr(self, name), above_low=True, or_schedule=True)
         if self.dual_clip is not None:
             check_number("dual_clip", self.dual_clip, low=1.0, above_low=True)
-        check_number("kl_coef", self.kl_coef)
+        check_number("kl_coef", self.kl_coef, or_schedule=True)
         check_number("desired_kl", self.desired_kl, above_low=True)
         check_choice("normalize_advantage", self.normalize_advantage, (True, False, "minibatch", "batch"))
         if not callable(self.objective):

@@ -142,7 +142,7 @@ class TRPO(PolicyGradientAlgorithm):
             check_count(name, getattr(self, name))
         check_count("n_critic_updates", self.n_critic_updates, low=0)
         check_number("cg_damping", self.cg_damping)
-        check_number("target_kl", self.target_kl, above_low=True)
+        check_number("target_kl", self.target_kl, above_low=True, or_schedule=True)
         check_number("line_search_shrinking_factor", self.line_search_shrinking_factor, above_low=True)
         if self.line_search_shrinking_factor >= 1:
             raise ArgumentError(

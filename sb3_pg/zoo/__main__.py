@@ -5,6 +5,7 @@ Every option is rl_zoo3's own and passes through; ``python -m sb3_pg.zoo train -
 
 import argparse
 import importlib
+import re
 import runpy
 import shutil
 import subprocess
@@ -35,6 +36,13 @@ MODULES = ("record_video", "record_training", "benchmark")
 
 COMMANDS = (*FUNCTIONS, *MODULES)
 
+#: rl_zoo3 does not check that these are told what to draw.
+NEED_OPTIONS = ("all_plots", "plot_from_file")
+
+#: Packages that come with an extra of ours, and which.
+EXTRAS = {"optuna": "zoo", "rl_zoo3": "zoo", "huggingface_sb3": "zoo", "box2d": "zoo", "moviepy": "zoo"}
+EXTRAS |= {"pygame": "zoo", "mujoco": "mujoco"}
+
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
@@ -64,13 +72,15 @@ def our_command(command: Any) -> Any:
 
 def run(command: str, options: list[str]) -> None:
     """Run a script of rl_zoo3 as if from the command line, with our algorithms in it and in its children."""
-    if command == "record_training" and shutil.which("ffmpeg") is None:
+    if command in NEED_OPTIONS and not options:
+        options = ["--help"]
+    if command == "record_training" and shutil.which("ffmpeg") is None and not {"-h", "--help"} & {*options}:
         raise ArgumentError("record_training joins its videos with the program ffmpeg, which is not installed.")
     register()
     call = subprocess.call
 
-    def call_with_ours(command: Any, *more: Any, **options: Any) -> int:
-        return call(our_command(command), *more, **options)
+    def call_with_ours(command: Any, *more: Any, **settings: Any) -> int:
+        return call(our_command(command), *more, **settings)
 
     with ExitStack() as stack:
         stack.enter_context(replaced(sys, "argv", [f"{PROGRAM} {command}", *options]))
@@ -82,25 +92,37 @@ def run(command: str, options: list[str]) -> None:
             runpy.run_module(f"rl_zoo3.{command}", run_name="__main__")
 
 
-def is_from_rl_zoo(traceback: TracebackType | None) -> bool:
-    """Whether lines of rl_zoo3, or of its downloads, raised an error: then its message is meant for the user."""
+def package_that_raised(traceback: TracebackType | None) -> str:
+    """The package whose lines raised an error."""
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     package = traceback.tb_frame.f_globals.get("__package__") if traceback else None
-    return (package or "").split(".")[0] in ("rl_zoo3", "huggingface_sb3")
+    return (package or "").split(".")[0]
+
+
+def missing_package(error: ImportError | gym.error.DependencyNotInstalled) -> str:
+    """What to install, if an extra of ours has it."""
+    names = [error.name or ""] if isinstance(error, ImportError) else re.findall(r"\w+", str(error))
+    extras = [EXTRAS[name.split(".")[0].lower()] for name in names if name.split(".")[0].lower() in EXTRAS]
+    return f" Install it with: pip install 'sb3_pg[{extras[0]}]'" if extras else ""
 
 
 def explain(error: Exception) -> str | None:
     """The line that tells the user what to change; None for an error that only its traceback explains."""
     message = " ".join(str(error).split())
+    if isinstance(error, (ImportError, gym.error.DependencyNotInstalled)):
+        return f"{message.rstrip('.')}.{missing_package(error)}"
     if isinstance(error, (ArgumentError, NonFiniteError, gym.error.Error)):
         return message
-    if isinstance(error, ImportError):
-        return f"{message.rstrip('.')}. What the commands themselves need: pip install 'sb3_pg[zoo]'"
-    if not is_from_rl_zoo(error.__traceback__):
-        return None
+    package = package_that_raised(error.__traceback__)
+    if package.startswith(("huggingface_hub", "requests", "httpx", "urllib3")):
+        return f"rl-zoo's agents cannot be downloaded ({message}). Pass --no-hub, or look at the connection."
+    if package not in ("rl_zoo3", "huggingface_sb3"):
+        return None  # in lines of rl_zoo3 and of its downloads the message is meant for the user
     if isinstance(error, (NameError, SyntaxError)):
         return f"{message}. The values of -params are Python: text is quoted twice, learning_rate:\"'lin_3e-4'\"."
+    if "ALE/" in message or "NoFrameskip" in message:
+        message += " Atari games need: pip install ale-py opencv-python"
     return message if isinstance(error, (ValueError, AssertionError, OSError)) else None
 
 

@@ -2,12 +2,12 @@
 
 import difflib
 import inspect
-import re
 import typing
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import yaml
 from gymnasium import spaces
@@ -17,7 +17,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import Schedule
 
-from sb3_pg.common.errors import ArgumentError, NonFiniteError
+from sb3_pg.common.errors import ArgumentError, NonFiniteError, check_count, check_number
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
 from sb3_pg.common.vec_env import DummyVecEnv, VecNormalize
 from sb3_pg.zoo import CONFIGS
@@ -35,19 +35,39 @@ ZOO_KEYS = (
     "vec_env_wrapper",
 )
 
-#: Arguments that rl_zoo3 takes from the command line.
-COMMAND_LINE_ARGUMENTS = ("_init_setup_model", "device", "env", "seed", "tensorboard_log", "verbose")
+#: Arguments that rl_zoo3 takes from the command line, and the options.
+COMMAND_LINE_ARGUMENTS = {name: f"--{name}" for name in ("device", "env", "seed", "verbose")}
+COMMAND_LINE_ARGUMENTS |= {"tensorboard_log": "--tensorboard-log"}
+
+#: What settings that cannot work raise in the constructors that they are for.
+MISTAKES = (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
 def config_arguments(algorithm: type[BaseAlgorithm]) -> list[str]:
     """The arguments of an algorithm that a configuration may set."""
-    return [name for name in inspect.signature(algorithm).parameters if name not in COMMAND_LINE_ARGUMENTS]
+    not_set = {*COMMAND_LINE_ARGUMENTS, "_init_setup_model"}
+    return [name for name in inspect.signature(algorithm).parameters if name not in not_set]
 
 
 def schedule_arguments(algorithm: type[BaseAlgorithm]) -> list[str]:
     """The arguments of an algorithm that may be schedules, by its annotations."""
     parameters = inspect.signature(algorithm).parameters.values()
     return [parameter.name for parameter in parameters if Schedule in typing.get_args(parameter.annotation)]
+
+
+def read_number(value: Any) -> Any:
+    """A text that is a number as that number: YAML 1.1 takes 1e-3 for a text, for it wants 1.0e-3."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def multiplied(value: Any, factor: int) -> str:
+    """A setting times a factor, as ``-params`` takes it."""
+    if isinstance(value, str):
+        return f"\"'lin_{float(value.removeprefix('lin_')) * factor:g}'\""
+    return f"{value * factor:g}"
 
 
 class ExperimentManager(exp_manager.ExperimentManager):
@@ -70,6 +90,8 @@ class ExperimentManager(exp_manager.ExperimentManager):
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The settings as they are in the file."""
+        if self.trial_id is not None and not (self.storage and self.study_name):
+            raise ArgumentError(f"--trial-id {self.trial_id} needs --storage and --study-name: the study it is from.")
         if self.trial_id == 0 and self.storage and self.study_name:  # rl_zoo3 takes 0 for none given
             trial = self.load_trial(self.storage, self.study_name, 0)
             self.custom_hyperparams = trial | (self.custom_hyperparams or {})
@@ -77,8 +99,13 @@ class ExperimentManager(exp_manager.ExperimentManager):
             return super().read_hyperparameters()
         except KeyError as key:
             raise ArgumentError(f"{self.config} has no entry {key}.") from None
-        except yaml.YAMLError as error:
-            raise ArgumentError(f"{self.config} cannot be read as YAML: {error}") from None
+        except (yaml.YAMLError, NameError, SyntaxError) as error:
+            raise ArgumentError(f"{self.config} cannot be read: {error}") from None
+        except (AttributeError, TypeError) as error:
+            raise ArgumentError(
+                f"{self.config} must hold settings by environment, `CartPole-v1: {{policy: MlpPolicy, ...}}` in YAML "
+                f"or such a dict named `hyperparams` in Python ({error})."
+            ) from None
 
     def load_trial(self, storage: str, study_name: str, trial_id: int | None = None, convert: bool = True) -> Any:
         """The settings of one trial of an Optuna study."""
@@ -94,14 +121,25 @@ class ExperimentManager(exp_manager.ExperimentManager):
         for key in ("n_timesteps", "policy"):
             if key not in hyperparams:
                 raise ArgumentError(f"{where}: the key {key!r} is missing.")
+        if self.is_ours:
+            hyperparams = {key: read_number(value) for key, value in hyperparams.items()}
+        check_number("n_timesteps", hyperparams["n_timesteps"], low=1)
+        check_count("n_envs", hyperparams.get("n_envs", 1))
         processed = super()._preprocess_hyperparams(hyperparams)
-        known = config_arguments(ALGOS[self.algo])
         for key in processed[0]:
-            if self.is_ours and key not in known:
-                near = difflib.get_close_matches(key, [*known, *ZOO_KEYS], n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else " Take it out."
-                raise ArgumentError(f"{where}: {key!r} is neither an argument of {self.algo} nor rl-zoo's.{hint}")
+            if self.is_ours:
+                self._check_key(key, where)
         return processed
+
+    def _check_key(self, key: str, where: str) -> None:
+        known = config_arguments(ALGOS[self.algo])
+        if key in known:
+            return
+        if key in COMMAND_LINE_ARGUMENTS:
+            raise ArgumentError(f"{where}: {key!r} is set by {COMMAND_LINE_ARGUMENTS[key]} on the command line only.")
+        near = difflib.get_close_matches(key, [*known, *ZOO_KEYS], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else " Take it out."
+        raise ArgumentError(f"{where}: {key!r} is neither an argument of {self.algo} nor rl-zoo's.{hint}")
 
     def _preprocess_schedules(self, hyperparams: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
         """``lin_0.1`` becomes a schedule wherever the algorithm takes one; rl_zoo3 knows four of the names."""
@@ -110,10 +148,10 @@ class ExperimentManager(exp_manager.ExperimentManager):
         for name in schedule_arguments(ALGOS[self.algo]):
             value = hyperparams.get(name)
             if isinstance(value, str):
-                number = re.fullmatch(r"lin_([-+.\deE]+)", value)
-                if number is None:
+                start = read_number(value.removeprefix("lin_"))
+                if isinstance(start, str):
                     raise ArgumentError(f"`{name}` must be a number, or lin_ and a number for a schedule, not {value}.")
-                hyperparams[name] = linear_schedule(number[1])
+                hyperparams[name] = linear_schedule(start)
         return hyperparams
 
     # ----------------------------------------------------------- environments
@@ -127,22 +165,36 @@ class ExperimentManager(exp_manager.ExperimentManager):
     # --------------------------------------------------------------- training
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
-        """Make model and environments; None when settings are to be searched."""
-        made = super().setup_experiment()
+        """Make model and environments; None when settings are to be searched.
+
+        What the settings make the constructors raise becomes one line, unless ``--verbose`` is above 1.
+        """
+        try:
+            made = super().setup_experiment()
+        except MISTAKES as error:
+            if self.verbose > 1 or isinstance(error, (ArgumentError, gym.error.Error)):
+                raise
+            raise ArgumentError(
+                f"{self.algo} cannot start on {self.env_name.gym_id} with {self.config} and the options: "
+                f"{type(error).__name__}: {error} (--verbose 2 shows where)."
+            ) from error
         if made is not None and self.algo == "trpo" and self.is_ours and self.config_is_given:
-            self._warn_of_joint_kl(made[0])
+            self._warn_of_joint_kl(*made)
         return made
 
-    def _warn_of_joint_kl(self, model: Any) -> None:
+    def _warn_of_joint_kl(self, model: Any, given: dict[str, Any]) -> None:
         """Settings from elsewhere may mean the KL averaged over action dimensions, as sb3-contrib's do."""
         space = model.action_space
         n = int(np.prod(space.shape)) if isinstance(space, (spaces.Box, spaces.MultiBinary)) else 1
         if n > 1:
+            target_kl, cg_damping = (
+                read_number(given.get(name, inspect.signature(type(model)).parameters[name].default))
+                for name in ("target_kl", "cg_damping")
+            )
             warnings.warn(
-                f"target_kl={model.target_kl} bounds the KL summed over the {n} action dimensions, sb3-contrib's the "
-                f"mean over them. If {self.config} was tuned for sb3-contrib, multiply target_kl and cg_damping by "
-                f"{n} to get what it does there (for its defaults: -params target_kl:{0.01 * n:g} "
-                f"cg_damping:{0.1 * n:g}).",
+                f"target_kl={target_kl} bounds the KL summed over the {n} action dimensions, sb3-contrib's the mean "
+                f"over them. If {self.config} was tuned for sb3-contrib, this does what it does there: "
+                f"-params target_kl:{multiplied(target_kl, n)} cg_damping:{multiplied(cg_damping, n)}",
                 stacklevel=2,
             )
 
