@@ -126,12 +126,12 @@ class ExperimentManager(exp_manager.ExperimentManager):
         check_number("n_timesteps", hyperparams["n_timesteps"], low=1)
         check_count("n_envs", hyperparams.get("n_envs", 1))
         processed = super()._preprocess_hyperparams(hyperparams)
-        for key in processed[0]:
-            if self.is_ours:
-                self._check_key(key, where)
+        for key in processed[0] if self.is_ours else ():
+            self._check_key(key, where)
         return processed
 
     def _check_key(self, key: str, where: str) -> None:
+        """Refuse a key that is neither the algorithm's nor rl-zoo's, with what the user may have meant."""
         known = config_arguments(ALGOS[self.algo])
         if key in known:
             return
