@@ -1,6 +1,7 @@
 """Train one entry of zoo_configs/ with one seed and write the result into the comment above it.
 
     python benchmarks/zoo_check.py trpo CartPole-v1 --timesteps 50000
+    python benchmarks/zoo_check.py trpo PongNoFrameskip-v4 --entry atari --timesteps 20000
 
 Further options are those of ``python -m sb3_pg.zoo train``; with -params add --dry, for the entry is another then. The
 score is that of 20 episodes with deterministic actions on seeds that training has not seen.
@@ -42,12 +43,12 @@ def evaluate(algo: str, env_id: str, seed: int, run: Path) -> tuple[int, float, 
     return model.num_timesteps, float(mean), float(std)
 
 
-def write(algo: str, env_id: str, line: str) -> None:
+def write(algo: str, entry: str, line: str) -> None:
     """Put the line in place of the one that says when the entry was run."""
     path = CONFIGS / f"{algo}.yml"
-    pattern = rf"^# (?:Run on|Not run).*\n(?={re.escape(env_id)}:)"
+    pattern = rf"^# (?:Run on|Not run).*\n(?={re.escape(entry)}:)"
     text, n = re.subn(pattern, lambda _: line + "\n", path.read_text(), flags=re.MULTILINE)
-    assert n == 1, f"{path} has no line '# Not run.' or '# Run on ...' above {env_id}"
+    assert n == 1, f"{path} has no line '# Not run.' or '# Run on ...' above {entry}"
     path.write_text(text)
 
 
@@ -55,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("algo", choices=("reinforce", "trpo", "ppo"))
     parser.add_argument("env")
+    parser.add_argument("--entry", help="default: the environment's own")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--timesteps", type=int, default=-1, help="default: the entry's own")
     parser.add_argument("--dry", action="store_true", help="print the comment, leave the file")
@@ -64,10 +66,11 @@ def main() -> None:
         run = train(options.algo, options.env, options.seed, options.timesteps, folder, more)
         steps, mean, std = evaluate(options.algo, options.env, options.seed + 10_000, run)
     date = datetime.datetime.now(datetime.timezone.utc).date()
-    line = f"# Run on {date} with seed {options.seed} for {steps:,} steps: {mean:.4g} +/- {std:.3g}."
+    where = f" of {options.env}" if options.entry else ""
+    line = f"# Run on {date} with seed {options.seed} for {steps:,} steps{where}: {mean:.4g} +/- {std:.3g}."
     print(f"{options.algo} {options.env}: {line}")
     if not options.dry:
-        write(options.algo, options.env, line)
+        write(options.algo, options.entry or options.env, line)
 
 
 if __name__ == "__main__":

@@ -166,3 +166,16 @@ def test_a_peer_without_published_settings_does_not_run(monkeypatch):
     learning = importlib.import_module("learning")
     args = argparse.Namespace(seeds=1, tasks=["InvertedPendulum-v5"], algos=["reinforce", "sb3_a2c"], steps=None)
     assert [run.side for run in learning.wanted_runs(args)] == ["reinforce"]
+
+
+def test_a_task_counts_once_in_the_average_of_all(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    learning = importlib.import_module("learning")
+
+    def curve(score):
+        row = {"steps": "1", "wall_clock_s": "1", "cpu_s": "1", "mean": str(score)}
+        return learning.make_curve([row] * learning.MIN_SEEDS * learning.EVALUATIONS)
+
+    won, lost = {"ppo": curve(2), "sb3_ppo": curve(1)}, {"ppo": curve(1), "sb3_ppo": curve(2)}
+    curves = {("Hopper-v5", 10): won, ("Swimmer-v5", 10): won, ("Swimmer-v5", 30): lost}
+    assert learning.make_table(curves)[-1].startswith("| all 2 | | PPO | | | | | 1.00 ")
