@@ -344,7 +344,7 @@ def test_every_task_has_an_entry_that_says_whether_it_was_run(algo):
     text = (CONFIGS / f"{algo}.yml").read_text()
     settings = yaml.safe_load(text)
     assert set(settings) == {*CLASSIC, *BOX2D, *MUJOCO, "atari", "default"}
-    ran = r"Not run\.|Run on \d{4}-\d\d-\d\d with seed \d+ for [\d,]+ steps: -?[\d.e+]+ \+/- [\d.e+]+\."
+    ran = r"Not run\.|Run on \d{4}-\d\d-\d\d with seed \d+ for [\d,]+ steps(?: of [\w-]+)?: -?[\d.e+]+ \+/- [\d.e+]+\."
     for name in set(settings) - {"default"}:
         assert re.search(rf"^# (?:{ran}).*\n(?:# .*\n)*{re.escape(name)}:", text, re.MULTILINE), name
 
