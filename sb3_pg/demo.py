@@ -309,7 +309,9 @@ def train(model: PolicyGradientAlgorithm, timesteps: int, folder: Path) -> tuple
     model.set_logger(configure(str(folder), ["csv"]))
     start = time.perf_counter()
     model.learn(timesteps, callback=log, progress_bar=True)
-    return log, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    model.logger.close()
+    return log, seconds
 
 
 def run(options: argparse.Namespace) -> bool:

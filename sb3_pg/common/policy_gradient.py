@@ -7,6 +7,7 @@ Judge: when the rollout is complete, values, log-probabilities and advantages in
 
 import io
 import json
+import math
 import pathlib
 import warnings
 import zipfile
@@ -45,7 +46,8 @@ from sb3_pg.common.errors import (
     require_finite,
 )
 from sb3_pg.common.networks import Network, make_network
-from sb3_pg.common.threads import suitable_threads
+from sb3_pg.common.products import inner
+from sb3_pg.common.threads import threads_to_choose
 from sb3_pg.common.vec_env import DummyVecEnv
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="PolicyGradientAlgorithm")
@@ -407,7 +409,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         if len(advantages) < 2:
             return advantages
         centered = advantages - advantages.sum() / len(advantages)
-        deviation = (centered @ centered / (len(advantages) - 1)) ** 0.5
+        deviation = math.sqrt(inner(centered, centered) / (len(advantages) - 1))
         return centered / (deviation + 1e-8)
 
     def _take_step(self, batch: Batch, max_grad_norm: float | None, *, hold_actor: bool = False) -> None:
@@ -437,11 +439,6 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
             "(`max_grad_norm`), or bring rewards and observations to a usual scale (VecNormalize)."
         )
 
-    @property
-    def _rows_per_pass(self) -> int:
-        """About how many observations one pass through the network takes, to choose the number of threads."""
-        return getattr(self, "batch_size", None) or (self.n_steps or 512) * self.n_envs
-
     def _record_common(self) -> None:
         """Log what every algorithm logs after an update."""
         n = self.rollout_buffer.pos
@@ -454,6 +451,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
 
     # ------------------------------------------------------------------ learn
 
+    @threads_to_choose()
     def learn(
         self: SelfAlgorithm,
         total_timesteps: int,
@@ -484,17 +482,16 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         callback.on_training_start(locals(), globals())
         iteration, last_logged, recorded = 0, 0, {}
         try:
-            with suitable_threads(self.policy, self._rows_per_pass):
-                while self.num_timesteps < total_timesteps:
-                    if not self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps):
-                        break
-                    iteration += 1
-                    self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-                    self.train()
-                    is_last = self.num_timesteps >= total_timesteps
-                    if log_interval is not None and (is_last or iteration % log_interval == 0):
-                        recorded, last_logged = dict(self.logger.name_to_value), iteration
-                        self.dump_logs(iteration)
+            while self.num_timesteps < total_timesteps:
+                if not self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps):
+                    break
+                iteration += 1
+                self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+                self.train()
+                is_last = self.num_timesteps >= total_timesteps
+                if log_interval is not None and (is_last or iteration % log_interval == 0):
+                    recorded, last_logged = dict(self.logger.name_to_value), iteration
+                    self.dump_logs(iteration)
         except NonFiniteError:
             self._last_obs = None  # the environments may be broken: reset them before learning goes on
             raise

@@ -11,6 +11,7 @@ from sb3_pg.common.arrays import Array
 from sb3_pg.common.distributions import Parameters
 from sb3_pg.common.networks import AutogradNetwork, Fisher
 from sb3_pg.common.networks.protocol import KnownEarly
+from sb3_pg.common.threads import choose_threads
 from sb3_pg.text.decoding import Decoder
 from sb3_pg.text.policies import CHUNK_LOGITS, LanguageModelPolicy, to_rows
 from sb3_pg.text.sequences import prefix_chains
@@ -39,6 +40,7 @@ class TextNetwork(AutogradNetwork):
         return super().refresh()
 
     def act(self, observations: Any) -> tuple[np.ndarray, KnownEarly | None]:
+        choose_threads(len(observations) * self._largest_layer)
         with th.no_grad():
             hidden = self._decoder.read(observations)
             going = ~self.policy.is_over(observations)
@@ -59,6 +61,7 @@ class TextNetwork(AutogradNetwork):
     def evaluate(self, observations: Array, actions: Array | None) -> tuple[Array, Array, Array]:
         if actions is not None:
             return super().evaluate(observations, actions)
+        choose_threads(len(observations) * self._largest_layer)
         # The critic alone is fitted while the actor is held, and the actor is all but the value head.
         with th.no_grad():
             hidden = self.policy.hidden_states(observations)

@@ -14,6 +14,7 @@ from sb3_pg.common.distributions import Parameters
 from sb3_pg.common.errors import ArgumentError, check_count, check_number
 from sb3_pg.common.objectives import squared_error, surrogate
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
+from sb3_pg.common.products import inner
 from sb3_pg.trpo.trust_region import Accepted, backtracking_line_search, conjugate_gradient
 
 SelfTRPO = TypeVar("SelfTRPO", bound="TRPO")
@@ -174,10 +175,6 @@ class TRPO(PolicyGradientAlgorithm):
         self.logger.record("train/value_loss", value_loss)
         self._record_common()
 
-    @property
-    def _rows_per_pass(self) -> int:
-        return self.n_steps * self.n_envs
-
     def _improve_policy(self, batch: Batch, advantages: Array) -> None:
         """Maximise ``g.x`` subject to ``x.F x / 2 <= target_kl``, then search along x (section 6, appendix C)."""
         network, n = self.network, len(batch)
@@ -197,9 +194,9 @@ class TRPO(PolicyGradientAlgorithm):
             return fisher(vector) + self.cg_damping * vector
 
         direction, iterations, residual = conjugate_gradient(damped, gradient, self.cg_max_steps)
-        curvature = float(direction @ gradient)  # x.F x, without another product
+        curvature = inner(direction, gradient)  # x.F x, without another product
 
-        squared = float(gradient @ gradient)
+        squared = inner(gradient, gradient)
         if not math.isfinite(squared):
             outcome, accepted, step = "gradient not finite", None, 0.0 * direction
         elif squared == 0.0:
@@ -250,8 +247,8 @@ class TRPO(PolicyGradientAlgorithm):
         record("train/policy_objective", old_objective + taken.improvement)
         record("train/kl_divergence_loss", taken.kl)
         record("train/surrogate_improvement", taken.improvement)
-        record("train/surrogate_predicted", taken.fraction * float(gradient @ step) if accepted else 0.0)
-        record("train/step_length", taken.fraction * math.sqrt(float(step @ step)) if accepted else 0.0)
+        record("train/surrogate_predicted", taken.fraction * inner(gradient, step) if accepted else 0.0)
+        record("train/step_length", taken.fraction * math.sqrt(inner(step, step)) if accepted else 0.0)
         record("train/backtracks", taken.backtracks)
 
     @staticmethod

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from sb3_pg.common.arrays import Array
+from sb3_pg.common.products import inner
 
 
 class Solution(NamedTuple):
@@ -30,18 +31,18 @@ def conjugate_gradient(
     """
     x = 0.0 * b
     residual, direction = b, b
-    squared = start = float(b @ b)
+    squared = start = inner(b, b)
     iteration = 0
     while iteration < max_steps and squared > tolerance * tolerance * start:
         curved = product(direction)
-        curvature = float(direction @ curved)
+        curvature = inner(direction, curved)
         if not curvature > 0.0:  # A is not positive definite, or a number is not finite: keep what is there
             x = x if iteration else math.nan * b
             break
         alpha = squared / curvature
         x = x + alpha * direction
         residual = residual - alpha * curved
-        previous, squared = squared, float(residual @ residual)
+        previous, squared = squared, inner(residual, residual)
         direction = residual + (squared / previous) * direction
         iteration += 1
     relative = math.sqrt(squared / start) if start > 0.0 else 0.0

@@ -1,9 +1,9 @@
 """Any ActorCriticPolicy on any device, differentiated by torch."""
 
 import copy
+import math
 from collections.abc import Callable
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -17,6 +17,7 @@ from sb3_pg.common.arrays import Array, length, take
 from sb3_pg.common.distributions import Family, Gaussian, Parameters, d_parameters, describe
 from sb3_pg.common.networks.blueprint import Unsuitable, family_of
 from sb3_pg.common.networks.protocol import Fisher, KnownEarly
+from sb3_pg.common.threads import choose_threads
 
 #: The methods by which SB3's policy acts and judges. If a subclass changes one of them, its ``forward`` acts,
 #: as in SB3, and what ``forward`` says about values and log-probabilities is believed.
@@ -29,27 +30,6 @@ _CHUNK_NUMBERS = 1 << 20
 
 #: Tensors in the graph with the derivatives of the loss by them.
 Derivatives = list[tuple[th.Tensor, th.Tensor | None]]
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-
-
-def _without_validation(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Spare torch's distributions their checks of every parameter and action while ``method`` runs.
-
-    Rollouts are checked for numbers that are not finite once, when they are judged.
-    """
-
-    @wraps(method)
-    def lean(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        before = th.distributions.Distribution._validate_args
-        th.distributions.Distribution.set_default_validate_args(False)
-        try:
-            return method(*args, **kwargs)
-        finally:
-            th.distributions.Distribution.set_default_validate_args(before)
-
-    return lean
 
 
 class AutogradNetwork:
@@ -78,16 +58,18 @@ class AutogradNetwork:
         self._actor: list[th.nn.Parameter] = []
         use_fused_adam(policy.optimizer)
         self._arranged = channels_last if extractors <= {NatureCNN, CombinedExtractor} else lambda x: x
+        self._largest_layer = largest_layer(policy)
 
     def refresh(self) -> bool:
         self._actor = []
+        self._largest_layer = largest_layer(self.policy)
         self._family = None if self._forward_acts else _family_of(self.policy)
         return self.policy.device == self._device
 
     # Act
 
-    @_without_validation
     def act(self, observations: Any) -> tuple[np.ndarray, KnownEarly | None]:
+        choose_threads(length(observations) * self._largest_layer)
         with th.no_grad():
             tensor: Any = self._arranged(obs_as_tensor(observations, self.policy.device))
             if self._forward_acts:
@@ -149,7 +131,6 @@ class AutogradNetwork:
                 values[chunk] = found.flatten().cpu().numpy()
         return values
 
-    @_without_validation
     def judge(self, observations: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # Into memory made before: see Column about small arrays that stay.
         values, log_probs = (np.empty(length(observations), np.float32) for _ in range(2))
@@ -162,17 +143,18 @@ class AutogradNetwork:
                 log_probs[chunk] = log_prob.cpu().numpy()
         return values, log_probs
 
-    @staticmethod
-    def _chunks(observations: Any) -> list[slice]:
+    def _chunks(self, observations: Any) -> list[slice]:
+        """Pieces of a pass over many observations."""
         first = observations.values() if isinstance(observations, dict) else [observations]
         numbers = sum(int(np.prod(x.shape[1:])) for x in first)
         n, size = length(observations), max(1, _CHUNK_NUMBERS // max(numbers, 1))
+        choose_threads(min(n, size) * self._largest_layer)
         return [slice(start, start + size) for start in range(0, n, size)]
 
     # Step
 
-    @_without_validation
     def evaluate(self, observations: Array, actions: Array | None) -> tuple[Array, Array, Array]:
+        choose_threads(length(observations) * self._largest_layer)
         observations = self._arranged(observations)
         if actions is None:
             values = self.policy.predict_values(observations).flatten()
@@ -248,7 +230,6 @@ class AutogradNetwork:
 
     # The actor's parameters as one vector
 
-    @_without_validation
     def find_actor(self, observations: Array, actions: Array) -> None:
         # From the graph and not from names: a Dict key "value_map" or a layer "query_key_value" may well act.
         if self._actor:
@@ -284,8 +265,8 @@ class AutogradNetwork:
         self.policy.optimizer.zero_grad(set_to_none=True)
         return gradient
 
-    @_without_validation
     def fisher(self, observations: Array) -> Fisher:
+        choose_threads(length(observations) * self._largest_layer)
         if self._family is not None:
             family, outputs = self._family, self._actor_outputs(self._arranged(observations))
         else:
@@ -322,7 +303,6 @@ class AutogradNetwork:
 
         return product
 
-    @_without_validation
     def actor(self, observations: Array, actions: Array) -> tuple[Array, Array, Parameters]:
         with th.no_grad():
             if self._family is not None:
@@ -350,6 +330,17 @@ class AutogradNetwork:
     def _torch_kl(old: Distribution, new: Distribution) -> th.Tensor:
         per_dimension = kl_divergence(old, new)
         return per_dimension.flatten(1).sum(dim=1) if per_dimension.ndim > 1 else per_dimension
+
+
+def largest_layer(policy: th.nn.Module) -> float:
+    """Return the multiplications that one observation takes in the largest layer, at least.
+
+    A convolution takes many times the number of its weights, and a GPU's threads are its own: both count as infinite.
+    """
+    weights = [p for p in policy.parameters() if p.ndim > 1]
+    if any(p.ndim > 2 or p.device.type != "cpu" for p in weights):
+        return math.inf
+    return max((p.numel() for p in weights), default=0)
 
 
 def _family_of(policy: ActorCriticPolicy) -> Family | None:

@@ -13,6 +13,7 @@ from torch import nn
 from sb3_pg.common.arrays import Array, namespace
 from sb3_pg.common.distributions import Bernoulli, Categorical, Family, Gaussian, Parameters
 from sb3_pg.common.networks.mlp import ACTIVATIONS
+from sb3_pg.common.products import row_sums
 
 
 class Unsuitable(Exception):  # noqa: N818  # an answer, not an error
@@ -168,8 +169,7 @@ class SharingGaussian(Gaussian):
 
     def log_prob(self, parameters: Parameters, actions: Array) -> Array:
         _, square, _ = self._standardised(parameters, actions)
-        # A product with ones sums a few columns faster than ``sum``.
-        distance = square @ namespace(square).ones_like(square[0])
+        distance = row_sums(square) if isinstance(square, np.ndarray) else square @ th.ones_like(square[0])
         return -0.5 * distance - (parameters[1].sum(axis=-1) + self.constant)
 
     def d_log_prob(self, parameters: Parameters, actions: Array) -> Parameters:

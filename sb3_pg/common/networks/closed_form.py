@@ -26,6 +26,8 @@ from sb3_pg.common.networks.autograd import use_fused_adam
 from sb3_pg.common.networks.blueprint import DTYPES, Blueprint, Layers, Unsuitable
 from sb3_pg.common.networks.mlp import ACTIVATIONS, Mlp, Pieces, Trace
 from sb3_pg.common.networks.protocol import Fisher, KnownEarly
+from sb3_pg.common.products import inner, product
+from sb3_pg.common.threads import choose_threads
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -64,7 +66,9 @@ class Encoder:
             encoded[np.arange(len(x))[:, None], flat.astype(np.intp) + self._offsets] = 1.0
             return encoded
         numbers: np.ndarray = flat.astype(self.dtype, copy=False)
-        return numbers if self._divisor is None else np.divide(numbers, self._divisor)
+        if self._divisor is not None:
+            numbers = np.divide(numbers, self._divisor)
+        return numbers if numbers.flags.carray else numbers.copy()  # torch takes no other
 
 
 class ClosedFormNetwork:
@@ -116,6 +120,7 @@ class ClosedFormNetwork:
         self._forget()
 
     def refresh(self) -> bool:
+        choose_threads(0.0)  # torch computes what is too large for one thread of NumPy's BLAS, on one of its own
         self._moved()
         self._errors_raise = not {"ignore", "warn"}.issuperset(np.geterr().values())
         try:
@@ -143,8 +148,7 @@ class ClosedFormNetwork:
     def _act(self, observations: Any) -> tuple[np.ndarray, KnownEarly | None]:
         x = self._encode(observations)
         n = len(x)
-        outputs = self._actor(x[0])[None] if n == 1 else self._actor(x)
-        actions = self._family.sample(self._parameters(outputs), self._family.noise(n))
+        actions = self._family.sample(self._parameters(self._actor(x)), self._family.noise(n))
         if actions.dtype == np.float64:
             actions = actions.astype(np.float32)
         return actions.reshape(n, *self._action_shape), None
@@ -220,7 +224,7 @@ class ClosedFormNetwork:
         """Write the actor's gradient, from the derivative by each row's parameters."""
         d_log_std, pieces = gradient
         if d_log_std is not None:
-            np.dot(np.ones(len(d[1]), d[1].dtype), d[1], out=d_log_std)
+            product(np.ones((1, len(d[1])), d[1].dtype), d[1], d_log_std[None])
         self._actor.backward(trace, d[0], pieces)
 
     def _split(self, flat: np.ndarray) -> ActorPieces:
@@ -250,7 +254,7 @@ class ClosedFormNetwork:
         self._moved()
         if hold_actor and self._moves[0]:
             self._offer((False, self._moves[1]))
-        norm = math.sqrt(self._moving.dot(self._moving))
+        norm = math.sqrt(inner(self._moving, self._moving))
         if not math.isfinite(norm):
             return norm
         if max_grad_norm is not None and norm + 1e-6 > max_grad_norm:

@@ -15,6 +15,8 @@ import numpy as np
 import torch as th
 from torch import nn
 
+from sb3_pg.common.products import MATRIX_LIMIT, VECTOR_LIMIT, product
+
 
 class Activation(NamedTuple):
     """A function of each number, and its derivative."""
@@ -106,6 +108,10 @@ ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Activation]] = {
 Pieces = list[tuple[np.ndarray, np.ndarray]]
 
 
+#: of two matrices, the result perhaps into memory made before
+Product = Callable[..., np.ndarray]
+
+
 class Trace(NamedTuple):
     """What a forward pass leaves for the other two: of each layer, its input and the slope of its activation."""
 
@@ -125,9 +131,28 @@ class Mlp:
         self.activations = activations
         self.size = sum(weight.size + bias.size for weight, bias in pieces)
         self._layers = [(w, b, f and f.function) for (w, b), f in zip(pieces, activations, strict=True)]
+        self._largest = max(weight.size for weight, _ in pieces)
+        self._widest = max(max(weight.shape) for weight, _ in pieces)
+
+    def _dot(self, n: int) -> Product:
+        """NumPy's product for n rows, if none of the layers takes one of which the BLAS would make two threads."""
+        is_small = n * self._largest <= MATRIX_LIMIT and n * self._widest < VECTOR_LIMIT
+        return np.dot if is_small and (n > 1 or self._largest < VECTOR_LIMIT) else product
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """The outputs, (n, outputs); ``x`` may also be a single row (inputs,), which is faster."""
+        """The outputs, (n, outputs)."""
+        if len(x) == 1 and self._largest < VECTOR_LIMIT:
+            return self._of_one(x[0])[None]
+        dot = self._dot(len(x))
+        for weight, bias, function in self._layers:
+            x = dot(x, weight.T)
+            x += bias
+            if function is not None:
+                x = function(x, x)
+        return x
+
+    def _of_one(self, x: np.ndarray) -> np.ndarray:
+        """The outputs of a single row (inputs,), which as a vector is faster."""
         for weight, bias, function in self._layers:
             x = x.dot(weight.T)
             x += bias
@@ -137,10 +162,10 @@ class Mlp:
 
     def forward(self, x: np.ndarray) -> tuple[np.ndarray, Trace]:
         """The outputs and what ``backward`` and ``tangent`` need."""
-        trace = Trace([], [])
+        trace, dot = Trace([], []), self._dot(len(x))
         for (weight, bias), activation in zip(self.pieces, self.activations, strict=True):
             trace.inputs.append(x)
-            x = x.dot(weight.T)
+            x = dot(x, weight.T)
             x += bias
             slope = None
             if activation is not None:
@@ -157,30 +182,30 @@ class Mlp:
 
         :param gradient: where to write it
         """
-        ones = np.ones(len(d), d.dtype)  # a product with it sums faster than ``sum``
+        ones, dot = np.ones((1, len(d)), d.dtype), self._dot(len(d))  # a product with ones sums faster than ``sum``
         last = len(self.pieces) - 1
         for layer in range(last, -1, -1):
             slope = trace.slopes[layer]
             if slope is not None:
                 d = np.multiply(d, slope, out=None if layer == last else d)  # not into the caller's
             d_weight, d_bias = gradient[layer]
-            np.dot(d.T, trace.inputs[layer], out=d_weight)
-            np.dot(ones, d, out=d_bias)
+            dot(d.T, trace.inputs[layer], d_weight)
+            dot(ones, d, d_bias[None])
             if layer:
-                d = d.dot(self.pieces[layer][0])
+                d = dot(d, self.pieces[layer][0])
 
     def tangent(self, trace: Trace, change: Pieces) -> np.ndarray:
         """J v: how the outputs change with the weights. Per layer ``dh = f'(z) (dh_before W^T + h_before dW^T + db)``.
 
         :param change: of weights and biases
         """
-        t = np.empty(0)
+        t, dot = np.empty(0), self._dot(len(trace.inputs[0]))
         for layer, (d_weight, d_bias) in enumerate(change):
             slope = trace.slopes[layer]
-            dz = trace.inputs[layer].dot(d_weight.T)
+            dz = dot(trace.inputs[layer], d_weight.T)
             dz += d_bias
             if layer:  # observations do not change
-                dz += t.dot(self.pieces[layer][0].T)
+                dz += dot(t, self.pieces[layer][0].T)
             if slope is not None:
                 dz *= slope
             t = dz
