@@ -1,4 +1,4 @@
-"""Whether torch.compile would help: one PPO minibatch of our autograd network, eager and compiled, on the CPU.
+"""Whether torch.compile would help: one PPO minibatch of our autograd engine, eager and compiled, on the CPU.
 
 Prints and writes benchmarks/speed/compile.json: milliseconds of evaluate and backward (median of 20, alternating) and
 the seconds that compiling took, fewer where torch has kept the kernels of an earlier run. One thread.
@@ -14,30 +14,31 @@ import torch as th
 from stable_baselines3.common.envs import FakeImageEnv
 
 from sb3_pg import PPO
-from sb3_pg.common.networks import AutogradNetwork
+from sb3_pg.common.batch import Batch
+from sb3_pg.common.engines.autograd import AutogradEngine
 
 REPEATS = 20
 
 
-def minibatch(network: AutogradNetwork) -> None:
+def minibatch(engine: AutogradEngine) -> None:
     """One evaluate and backward on the same random samples."""
     rng = np.random.default_rng(0)
-    space = network.policy.observation_space
-    observations = network.asarray((rng.random((64, *space.shape)) * 255).astype(space.dtype))
-    actions = np.stack([network.policy.action_space.sample() for _ in range(64)]).reshape(64, -1)
-    log_prob, _, values = network.evaluate(observations, network.actions(actions))
-    network.backward(th.ones_like(log_prob) / 64, -0.01 / 64, th.ones_like(values) / 64)
+    space = engine.policy.observation_space
+    observations = engine.asarray((rng.random((64, *space.shape)) * 255).astype(space.dtype))
+    actions = np.stack([engine.policy.action_space.sample() for _ in range(64)]).reshape(64, -1)
+    evaluation = engine.evaluate(Batch(observations, engine.actions(actions)))
+    evaluation.backward(th.ones(64), -0.01, th.ones(64))
 
 
-def seconds(network: AutogradNetwork) -> float:
+def seconds(engine: AutogradEngine) -> float:
     start = time.perf_counter()
-    minibatch(network)
+    minibatch(engine)
     return time.perf_counter() - start
 
 
 def measure() -> dict[str, float]:
     env = FakeImageEnv(screen_height=84, screen_width=84, n_channels=4, discrete=True)
-    eager, compiled = (AutogradNetwork(PPO("CnnPolicy", env, device="cpu", seed=0).policy) for _ in range(2))
+    eager, compiled = (AutogradEngine(PPO("CnnPolicy", env, device="cpu", seed=0).policy) for _ in range(2))
     for name in ("features_extractor", "mlp_extractor"):
         getattr(compiled.policy, name).compile()
     first = seconds(compiled)

@@ -72,7 +72,7 @@ def draw_step(axes: Axes) -> None:
         3.15,
         1.9,
         AMBER,
-        "Network",
+        "Engine",
         "backward: pushes the\nderivative into the\nparameters' gradients",
     )
     box(axes, 0.6, 1.95, 4.75, 1.05, AMBER, "Optimizer", "PPO, REINFORCE: minibatches, Adam")

@@ -1,16 +1,23 @@
-"""Time ``learn()`` of ours and of the peers side by side, and write table, data and figures to benchmarks/speed/.
+"""Time ours and the peers side by side, and write table, data and figures to benchmarks/speed/.
 
-    python benchmarks/speed.py                 # everything, about half an hour on one core
+    python benchmarks/speed.py                 # everything, about an hour
     python benchmarks/speed.py --only cartpole # the rows whose name contains a word
+    python benchmarks/speed.py --group threads # one group of rows
     python benchmarks/speed.py --report        # draw the table and the figures again from the data
 
-Each row runs ours and its peer alternately in one process with one thread; the first update of each is warm-up and
-not timed; the figures are medians of ``--repeats`` runs with the range beside. Both sides get the same settings,
-which the table prints. The *limit* is the time that stepping the same environments takes with a constant action and
-SB3's own vectorised environment, so that everybody sees how much of the rest is the algorithm's.
+Each row runs ``learn()`` of ours and its peer alternately in one process with one thread; the first update of each is
+warm-up and not timed; the figures are medians of ``--repeats`` runs with the range beside. Both sides get the same
+settings, which the table prints. The *limit* is the time that stepping the same environments takes with a constant
+action and SB3's own vectorised environment, so that everybody sees how much of the rest is the algorithm's.
+
+Four groups measure something else: the peak memory, what a number of threads and a busy neighbour change, the time of
+``predict``, and the time of a run with evaluations as rl-zoo makes it. What has to do with the process as a whole is
+measured in one of its own.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import platform
@@ -18,13 +25,14 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and os.environ.get("OMP_NUM_THREADS") != "1":
+if __name__ == "__main__" and "--alone" not in sys.argv and os.environ.get("OMP_NUM_THREADS") != "1":
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
@@ -39,10 +47,13 @@ from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 import sb3_pg
 from sb3_pg.common import vec_env as our_vec_env
 
-OUT = Path(__file__).parent / "speed"
+HERE = Path(__file__).parent / "speed"
 
 #: What grows along each figure's axis.
 GROWTH = {"environments": "environments", "width": "width of two hidden layers", "rollout": "samples per rollout"}
+
+#: A task for language models: answers of six letters.
+LETTERS = "Letters"
 
 ENVS: dict[str, Any] = {
     "CartPole-v1": "CartPole-v1",
@@ -55,7 +66,7 @@ ENVS: dict[str, Any] = {
 
 @dataclass
 class Row:
-    """One comparison: an algorithm and its peer on one task with the same settings."""
+    """One comparison: an algorithm and its peer, or ours alone, on one task with the same settings."""
 
     group: str
     ours: str
@@ -71,7 +82,8 @@ class Row:
 
     @property
     def name(self) -> str:
-        parts = [f"{self.group}:", self.ours, "vs", self.peer, self.env, f"{self.n_envs} envs", self.policy]
+        sides = [self.ours, "vs", self.peer] if self.peer else [self.ours]
+        parts = [f"{self.group}:", *sides, self.env, f"{self.n_envs} envs", self.policy]
         parts += ["VecNormalize"] if self.normalize else []
         parts += [f"net {self.net_arch}"] if self.net_arch else []
         return " ".join([*parts, *(f"{k}={v}" for k, v in self.settings.items())])
@@ -139,6 +151,51 @@ def memory_rows() -> list[Row]:
     ]
 
 
+#: What the threads are: set by the environment, set in torch, and whether another process is busy meanwhile.
+CONDITIONS = {
+    "1": (True, False, False),
+    "nothing set": (False, False, False),
+    "torch.set_num_threads(1)": (False, True, False),
+    "1, busy neighbour": (True, False, True),
+    "nothing set, busy neighbour": (False, False, True),
+}
+
+
+def thread_rows() -> list[Row]:
+    """Ours under each of ``CONDITIONS``."""
+    cart, few = "CartPole-v1", {"n_steps": 32, "batch_size": 128}
+    small, medium, large = [64, 64], [256, 256], [1024, 1024]
+    text = {"n_episodes": 64, "baseline": "leave_one_out_same_start", "n_critic_updates": 1}
+    return [
+        Row("threads", "PPO", "", cart, 8, SMALL, net_arch=small, updates=20),
+        Row("threads", "TRPO", "", cart, 8, {"n_steps": 256}, net_arch=small, updates=20),
+        Row("threads", "TRPO", "", cart, 8, {"n_steps": 256}, net_arch=medium, updates=5),
+        Row("threads", "REINFORCE", "", cart, 8, net_arch=medium, updates=10),
+        Row("threads", "PPO", "", cart, 8, few, net_arch=large, updates=5),
+        Row("threads", "REINFORCE", "", LETTERS, 64, text, "CausalLMPolicy", updates=8),
+    ]
+
+
+def predict_rows() -> list[Row]:
+    """Actions for a single environment, and for eight."""
+    return [
+        Row("predict", "PPO", "SB3 PPO", env, n_envs) for env in ("CartPole-v1", "HalfCheetah-v5") for n_envs in (1, 8)
+    ]
+
+
+def evaluation_rows() -> list[Row]:
+    """Runs as rl-zoo makes them, with the settings of zoo_configs/ for either side."""
+    return [
+        Row("evaluation", "PPO", "SB3 PPO", "CartPole-v1", 8, {"n_timesteps": 100_000}),
+        Row("evaluation", "TRPO", "contrib TRPO", "HalfCheetah-v5", 2, {"n_timesteps": 50_000}, normalize=True),
+    ]
+
+
+def all_rows() -> list[Row]:
+    rows = main_rows() + growth_rows() + memory_rows()
+    return rows + thread_rows() + predict_rows() + evaluation_rows()
+
+
 def algorithms() -> dict[str, Any]:
     """Every algorithm by the name that rows use; sbx only where it is installed."""
     found: dict[str, Any] = {
@@ -159,16 +216,26 @@ def algorithms() -> dict[str, Any]:
 
 
 def make_env(row: Row, library: Any) -> Any:
+    if row.env == LETTERS:
+        return make_letters(row.n_envs)
     env = make_vec_env(ENVS[row.env], row.n_envs, seed=0, vec_env_cls=library.DummyVecEnv)
     return library.VecNormalize(env) if row.normalize else env
 
 
+def make_letters(n_envs: int) -> Any:
+    """The reward is the share of letters a; the policy makes a small language model for the task by itself."""
+    from sb3_pg.text import TextTask, TextVecEnv, word_tokenizer
+
+    prompts = ["a b c", "d", "e f", "g h a b", "c d e"]
+    tokenizer = word_tokenizer("abcdefgh")
+    task = TextTask(prompts, lambda _, texts, __: [text.count("a") / 6 for text in texts], tokenizer, response_length=6)
+    return TextVecEnv(task, n_envs, completions_per_prompt=8, seed=0)
+
+
 def make_model(row: Row, name: str, kind: Any) -> Any:
-    ours = name == row.ours
-    settings = {} if kind in (sb3_pg.REINFORCE, stable_baselines3.A2C) else row.settings
     policy_kwargs = {"net_arch": row.net_arch} if row.net_arch else {}
-    env = make_env(row, our_vec_env if ours else sb3_vec_env)
-    return kind(row.policy, env, seed=0, policy_kwargs=policy_kwargs, **settings, **({} if "sbx" in name else CPU))
+    env = make_env(row, our_vec_env if name == row.ours else sb3_vec_env)
+    return kind(row.policy, env, seed=0, policy_kwargs=policy_kwargs, **row.settings, **({} if "sbx" in name else CPU))
 
 
 CPU = {"device": "cpu"}
@@ -196,18 +263,79 @@ def time_limit(row: Row, steps: int) -> float:
     return (time.perf_counter() - start) / (steps // row.n_envs * row.n_envs)
 
 
+# ------------------------------------------------- in a process of its own
+
+
 def peak_memory(row: Row, side: str) -> float:
-    """Megabytes that one rollout and its update add to a process of their own, at the worst moment."""
-    command = [sys.executable, __file__, "--peak", row.name, side]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def print_peak(name: str, side: str) -> None:
-    row = next(row for row in memory_rows() if row.name == name)
+    """Megabytes that one rollout and its update add to the process, at the worst moment."""
     model = make_model(row, side, algorithms()[side])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     model.learn(row.settings["n_steps"] * row.n_envs)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def learn_seconds(row: Row, condition: str) -> float:
+    """Seconds of a row's steps with ours; what the condition says of the environment is done already."""
+    _, by_torch, _ = CONDITIONS[condition]
+    if by_torch:
+        th.set_num_threads(1)
+    model, steps = make_model(row, row.ours, getattr(sb3_pg, row.ours)), steps_of(row)
+    time_learn(model, steps // row.updates)  # warm-up
+    return time_learn(model, steps) * steps
+
+
+def evaluation_seconds(row: Row, side: str) -> float:
+    """Seconds of ``learn`` with rl-zoo's evaluations: 5 episodes every 10,000 steps."""
+    from rl_zoo3 import ALGOS
+
+    from sb3_pg.zoo import register
+    from sb3_pg.zoo.manager import ExperimentManager
+
+    register()
+    algo, steps = row.ours.lower(), row.settings["n_timesteps"]
+    ALGOS[algo] = algorithms()[side]  # by the name of ours, so that the settings are ours too
+    evaluations = {"eval_freq": 10_000, "n_eval_episodes": 5}
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        experiment = ExperimentManager(
+            argparse.Namespace(), algo, row.env, folder, n_timesteps=steps, seed=0, verbose=0, **evaluations, **CPU
+        )
+        model, _ = experiment.setup_experiment()
+        assert model.n_envs == row.n_envs
+        start = time.perf_counter()
+        model.learn(steps, callback=experiment.callbacks)
+        return time.perf_counter() - start
+
+
+#: What can be measured so, by the name that ``--alone`` takes.
+ALONE = {"peak": peak_memory, "learn": learn_seconds, "evaluation": evaluation_seconds}
+
+
+def alone(what: str, row: Row, side: str, environment: dict[str, str] | None = None) -> float:
+    """One of ``ALONE``, measured in a process of its own.
+
+    :param side: an algorithm, or one of ``CONDITIONS``
+    :param environment: of that process; None is this one's, with one thread
+    """
+    command = [sys.executable, __file__, "--alone", what, row.name, side]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return float(done.stdout.split()[-1])
+
+
+@contextlib.contextmanager
+def neighbour(is_busy: bool) -> Iterator[None]:
+    """Keep one core busy within the block."""
+    if not is_busy:
+        yield
+        return
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+# ---------------------------------------------------------------- measures
 
 
 def phases(row: Row, kind: Any, steps: int) -> dict[str, float]:
@@ -225,9 +353,9 @@ def phases(row: Row, kind: Any, steps: int) -> dict[str, float]:
 
         return run
 
-    network, env = model.network, model.env
+    engine, env = model.network, model.env
     env.step = clocked("environment", env.step)
-    network.act = clocked("act", network.act)
+    engine.act = clocked("act", engine.act)
     model.judge = clocked("judge", model.judge)
     model.train = clocked("step", model.train)
     total = time_learn(model, steps) * steps
@@ -236,6 +364,7 @@ def phases(row: Row, kind: Any, steps: int) -> dict[str, float]:
 
 
 def measure(row: Row, kinds: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """Seconds per step of ``learn`` and of the environments alone, and where the time of ours goes."""
     steps = steps_of(row)
     sides = {name: make_model(row, name, kinds[name]) for name in (row.ours, row.peer)}
     for model in sides.values():
@@ -251,18 +380,76 @@ def measure(row: Row, kinds: dict[str, Any], repeats: int) -> dict[str, Any]:
     }
 
 
+def measure_memory(row: Row, kinds: dict[str, Any], repeats: int) -> dict[str, Any]:
+    sides = {"ours_mb": row.ours, "peer_mb": row.peer}
+    peaks = {key: [alone("peak", row, side) for _ in range(3)] for key, side in sides.items()}
+    return {**asdict(row), "name": row.name, **peaks}
+
+
+def measure_threads(row: Row, kinds: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """Seconds under each condition, three times in turn."""
+    free = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    times: dict[str, list[float]] = {condition: [] for condition in CONDITIONS}
+    for _ in range(3):
+        for condition, (by_environment, _, is_busy) in CONDITIONS.items():
+            with neighbour(is_busy):
+                times[condition].append(alone("learn", row, condition, None if by_environment else free))
+    return {**asdict(row), "name": row.name, "seconds": times, "steps": steps_of(row)}
+
+
+def measure_predict(row: Row, kinds: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """Seconds of a call with deterministic actions, as evaluations make it."""
+    calls, models = 1000, {"ours": make_model(row, row.ours, kinds[row.ours])}
+    models["peer"] = make_model(row, row.peer, kinds[row.peer])
+    observations = models["ours"].env.reset()
+    times: dict[str, dict[str, list[float]]] = {}
+    for what in ("model.predict", "policy.predict"):
+        times[what] = {side: [] for side in models}
+        for _ in range(repeats):
+            for side, model in models.items():
+                predict = model.predict if what == "model.predict" else model.policy.predict
+                predict(observations, deterministic=True)  # warm-up
+                start = time.perf_counter()
+                for _ in range(calls):
+                    predict(observations, deterministic=True)
+                times[what][side].append((time.perf_counter() - start) / calls)
+    return {**asdict(row), "name": row.name, "seconds_per_call": times}
+
+
+def measure_evaluation(row: Row, kinds: dict[str, Any], repeats: int) -> dict[str, Any]:
+    times: dict[str, list[float]] = {"ours": [], "peer": []}
+    for _ in range(repeats):
+        times["ours"].append(alone("evaluation", row, row.ours))
+        times["peer"].append(alone("evaluation", row, row.peer))
+    return {**asdict(row), "name": row.name, "seconds": times}
+
+
+#: By group; all others are measured by ``measure``.
+MEASURES = {
+    "memory": measure_memory,
+    "threads": measure_threads,
+    "predict": measure_predict,
+    "evaluation": measure_evaluation,
+}
+
+
 # ------------------------------------------------------------------ report
 
 
-def ratio(result: dict[str, Any]) -> float:
-    times = result["seconds_per_step"]
+def ratio(times: dict[str, list[float]]) -> float:
     return statistics.median(p / o for p, o in zip(times["peer"], times["ours"], strict=True))
 
 
-def spread(result: dict[str, Any]) -> str:
-    times = result["seconds_per_step"]
+def spread(times: dict[str, list[float]]) -> str:
     ratios = sorted(p / o for p, o in zip(times["peer"], times["ours"], strict=True))
     return f"{ratios[0]:.2f}-{ratios[-1]:.2f}"
+
+
+def settings_of(result: dict[str, Any]) -> str:
+    parts = [f"{k}={v}" for k, v in result["settings"].items()]
+    parts += [f"net_arch={result['net_arch']}"] if result["net_arch"] else []
+    parts += ["VecNormalize"] if result["normalize"] else []
+    return ", ".join(parts or ["defaults"])
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -273,15 +460,13 @@ def table(results: list[dict[str, Any]]) -> str:
     ]
     for r in results:
         median = {side: statistics.median(times) for side, times in r["seconds_per_step"].items()}
-        parts = [f"{k}={v}" for k, v in r["settings"].items()] or ["defaults"]
-        parts += [f"net_arch={r['net_arch']}"] if r["net_arch"] else []
-        parts += ["VecNormalize"] if r["normalize"] else []
+        times = r["seconds_per_step"]
         share = " / ".join(f"{100 * r['phases'][p]:.0f}" for p in ("environment", "act", "judge", "step", "rest"))
         wanted = "" if r["wanted"] is None else f">= {r['wanted']:g}"
         lines.append(
-            f"| {r['ours']} / {r['peer']} | {r['env']}, {r['n_envs']} env, {r['policy']} | {', '.join(parts)} "
-            f"| {1 / median['ours']:,.0f} | {1 / median['peer']:,.0f} | {ratio(r):.2f} ({spread(r)}) | {wanted} "
-            f"| {median['ours'] / median['limit']:.1f} | {share} % |"
+            f"| {r['ours']} / {r['peer']} | {r['env']}, {r['n_envs']} env, {r['policy']} | {settings_of(r)} "
+            f"| {1 / median['ours']:,.0f} | {1 / median['peer']:,.0f} | {ratio(times):.2f} ({spread(times)}) "
+            f"| {wanted} | {median['ours'] / median['limit']:.1f} | {share} % |"
         )
     return "\n".join(lines)
 
@@ -300,9 +485,44 @@ def memory_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_report(data: dict[str, Any]) -> None:
-    order = [row.name for row in main_rows() + growth_rows() + memory_rows()]
-    results = [data["rows"][name] for name in order if name in data["rows"]]
+def threads_table(results: list[dict[str, Any]]) -> str:
+    lines = ["| | task | settings | " + " | ".join(CONDITIONS) + " |", "|---|---|---" + "|---" * len(CONDITIONS) + "|"]
+    for r in results:
+        seconds = {condition: statistics.median(times) for condition, times in r["seconds"].items()}
+        cells = []
+        for condition, (_, _, is_busy) in CONDITIONS.items():
+            one = seconds["1, busy neighbour" if is_busy else "1"]
+            cells.append(f"{seconds[condition]:.2f} ({seconds[condition] / one:.2f})")
+        task = f"{r['env']}, {r['n_envs']} env, {r['steps']:,} steps"
+        lines.append(f"| {r['ours']} | {task} | {settings_of(r)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def predict_table(results: list[dict[str, Any]]) -> str:
+    lines = ["| ours / peer | task | call | ours, us | peer, us | ratio (range) |", "|---|---|---|---|---|---|"]
+    for r in results:
+        for call, times in r["seconds_per_call"].items():
+            ours, peer = (f"{1e6 * statistics.median(times[side]):.0f}" for side in ("ours", "peer"))
+            lines.append(
+                f"| {r['ours']} / {r['peer']} | {r['env']}, {r['n_envs']} env | `{call}` | {ours} | {peer} "
+                f"| {ratio(times):.2f} ({spread(times)}) |"
+            )
+    return "\n".join(lines)
+
+
+def evaluation_table(results: list[dict[str, Any]]) -> str:
+    lines = ["| ours / peer | task | steps | ours, s | peer, s | ratio (range) |", "|---|---|---|---|---|---|"]
+    for r in results:
+        times, steps = r["seconds"], r["settings"]["n_timesteps"]
+        ours, peer = (f"{statistics.median(times[side]):.1f}" for side in ("ours", "peer"))
+        task = f"{r['env']}, {r['n_envs']} env" + ", VecNormalize" * r["normalize"]
+        sides = f"{r['ours']} / {r['peer']}"
+        lines.append(f"| {sides} | {task} | {steps:,} | {ours} | {peer} | {ratio(times):.2f} ({spread(times)}) |")
+    return "\n".join(lines)
+
+
+def write_report(data: dict[str, Any], folder: Path) -> None:
+    results = [data["rows"][row.name] for row in all_rows() if row.name in data["rows"]]
     text = [
         "# Speed",
         "",
@@ -323,32 +543,54 @@ def write_report(data: dict[str, Any]) -> None:
         "",
         memory_table([r for r in results if r["group"] == "memory"]),
         "",
+        "## Threads",
+        "",
+        "Seconds of `learn()` in a process of its own, and in brackets the ratio to one thread set by the environment",
+        "(`OMP_NUM_THREADS=1` and the like), with the same neighbour. The busy neighbour is a process that keeps one",
+        "core busy. Medians of 3 runs.",
+        "",
+        threads_table([r for r in results if r["group"] == "threads"]),
+        "",
+        "## Predict",
+        "",
+        "Microseconds of a call with deterministic actions, one thread, medians of alternating runs.",
+        "",
+        predict_table([r for r in results if r["group"] == "predict"]),
+        "",
+        "## Training with evaluations",
+        "",
+        "Seconds of `learn()` with 5 episodes of evaluation every 10,000 steps, by rl-zoo's code with our settings for",
+        "both sides, each with its own vectorised environments. One thread, medians of alternating runs.",
+        "",
+        evaluation_table([r for r in results if r["group"] == "evaluation"]),
+        "",
     ]
-    (OUT / "table.md").write_text("\n".join(text))
-    draw(results)
+    (folder / "table.md").write_text("\n".join(text))
+    draw(results, folder)
     print("\n".join(text))
 
 
-def draw(results: list[dict[str, Any]]) -> None:
+def draw(results: list[dict[str, Any]], folder: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     main = [r for r in results if r["group"] == "main"]
+    ratios = [ratio(r["seconds_per_step"]) for r in main]
     figure, axis = plt.subplots(figsize=(9, 0.38 * len(main) + 1.4), layout="constrained")
     colors = {"PPO": "#4477aa", "TRPO": "#228833", "REINFORCE": "#ccbb44"}
     labels = [f"{r['ours']} vs {r['peer']}, {r['env']}, {r['n_envs']} env" + (" +norm" * r["normalize"]) for r in main]
-    axis.barh(range(len(main)), [ratio(r) for r in main], color=[colors[r["ours"]] for r in main])
+    axis.barh(range(len(main)), ratios, color=[colors[r["ours"]] for r in main])
     for i, r in enumerate(main):
-        axis.text(max(ratio(r), r["wanted"] or 0) + 0.1, i, f"{ratio(r):.1f}", va="center", fontsize=8)
+        axis.text(max(ratios[i], r["wanted"] or 0) + 0.1, i, f"{ratios[i]:.1f}", va="center", fontsize=8)
         if r["wanted"]:
             axis.plot([r["wanted"]] * 2, [i - 0.4, i + 0.4], color="black", lw=1)
     axis.set(yticks=range(len(main)), yticklabels=labels, xlabel="times as fast as the peer (line: wanted)")
     axis.axvline(1, color="gray", lw=0.8, ls=":")
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(OUT / "ratios.png", dpi=150)
+    figure.savefig(folder / "ratios.png", dpi=150)
 
     groups = [g for g in GROWTH if any(r["group"] == g for r in results)]
     if not groups:
@@ -371,7 +613,7 @@ def draw(results: list[dict[str, Any]]) -> None:
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
     figure.suptitle("PPO on CartPole-v1", fontsize=10)
-    figure.savefig(OUT / "growth.png", dpi=150)
+    figure.savefig(folder / "growth.png", dpi=150)
 
 
 def machine() -> str:
@@ -385,36 +627,31 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose name contains this, any case")
-    parser.add_argument("--group", default="", help="main, environments, width, rollout or memory")
-    parser.add_argument("--peak", nargs=2, metavar=("ROW", "SIDE"), help="only print the peak memory of one side")
+    parser.add_argument("--group", default="", help=", ".join(dict.fromkeys(row.group for row in all_rows())))
+    parser.add_argument("--alone", nargs=3, metavar=("WHAT", "ROW", "SIDE"), help="only print one of the numbers")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--report", action="store_true", help="only draw the report again")
+    parser.add_argument("--folder", type=Path, default=HERE, help="where the results are")
     args = parser.parse_args()
-    if args.peak:
-        print_peak(*args.peak)
+    if args.alone:
+        what, name, side = args.alone
+        print(ALONE[what](next(row for row in all_rows() if row.name == name), side))
         return
-    OUT.mkdir(exist_ok=True)
-    path = OUT / "results.json"
+    args.folder.mkdir(exist_ok=True)
+    path = args.folder / "results.json"
     data = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     if not args.report:
         th.set_num_threads(1)
         kinds = algorithms()
         data["machine"] = machine()
-        for row in main_rows() + growth_rows():
+        for row in all_rows():
             wanted = args.only.lower() in row.name.lower() and args.group in row.group
-            if wanted and row.peer in kinds:
-                result = measure(row, kinds, args.repeats)
-                data["rows"][row.name] = result
-                print(f"{ratio(result):5.2f} ({spread(result)})  {row.name}", flush=True)
+            if wanted and (not row.peer or row.peer in kinds):
+                start = time.perf_counter()
+                data["rows"][row.name] = MEASURES.get(row.group, measure)(row, kinds, args.repeats)
+                print(f"{time.perf_counter() - start:4.0f} s  {row.name}", flush=True)
                 path.write_text(json.dumps(data, indent=1))
-        for row in memory_rows():
-            if args.only.lower() in row.name.lower() and args.group in row.group:
-                peaks = {"ours_mb": row.ours, "peer_mb": row.peer}
-                peaks = {key: [peak_memory(row, side) for _ in range(3)] for key, side in peaks.items()}
-                data["rows"][row.name] = {**asdict(row), "name": row.name, **peaks}
-                print(f"{peaks}  {row.name}", flush=True)
-                path.write_text(json.dumps(data, indent=1))
-    write_report(data)
+    write_report(data, args.folder)
 
 
 if __name__ == "__main__":

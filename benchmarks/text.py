@@ -35,7 +35,7 @@ import transformers
 from stable_baselines3.common.logger import Logger
 
 from sb3_pg import PPO
-from sb3_pg.common.buffers import whole_batch
+from sb3_pg.common.engines.protocol import Seen
 from sb3_pg.text import TextVecEnv
 from sb3_pg.text.demo import ALGORITHMS, PRETRAIN_STEPS, TIMESTEPS, make_model
 from sb3_pg.text.evaluation import evaluate_texts, table
@@ -73,7 +73,7 @@ def run(task: str, algo: str, seed: int, folder: Path, timesteps: int) -> dict[s
     curve, before = [{"timesteps": 0, **figures}], records[:8]
     for step in range(EVALUATIONS):
         goal = timesteps * (step + 1) // EVALUATIONS
-        model.learn(goal - model.num_timesteps, reset_num_timesteps=step == 0)
+        model.learn(max(goal - model.num_timesteps, 0), reset_num_timesteps=step == 0)
         figures, records = evaluate(model, held_out)
         logged = {k.split("/")[1]: v for k, v in model.logger.name_to_value.items() if k.startswith("text/")}
         kept = {name: logged[name] for name in ("kl", "reference_perplexity", "ended", "response_length")}
@@ -116,7 +116,8 @@ def decoding(repeats: int) -> list[dict[str, Any]]:
                 seen = rows.copy()
                 model.network.refresh()
                 for step in range(32):
-                    seen[:, width + step] = np.where(model.network.act(seen)[0] == 1, 3, 4)
+                    tokens = model.network.act(Seen(seen)).actions
+                    seen[:, width + step] = np.where(tokens == 1, 3, 4)
 
             def generate(policy: Any = policy, rows: Any = rows) -> None:
                 policy.generate(rows, do_sample=True, min_new_tokens=32)
@@ -144,8 +145,8 @@ def update_cost(algo: str, folder: Path) -> dict[str, float]:
     loaded = peak_memory()
     _, callback = model._setup_learn(10**6)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
-    keep = model._samples_to_use() if algo == "reinforce" else None
-    sequences = len(np.unique(whole_batch(model.rollout_buffer, model.network, keep).sequence))
+    batch = model.network.batch(model.rollout, model.horizon.keep(model.rollout))
+    sequences = len(np.unique(batch.sequences))
     forward, backward, original = [], [], model.policy.read_sequences
 
     def counted(lm: Any, rows: np.ndarray) -> th.Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from hypothesis import settings
+from stable_baselines3.common import policies
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
@@ -108,3 +109,11 @@ def silent(model: Any) -> Any:
 def _seeded() -> None:
     np.random.seed(0)
     th.manual_seed(0)
+
+
+@pytest.fixture
+def double(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
+    """Let SB3's float64 policies work: its preprocessing gives them float32 observations."""
+    original = policies.preprocess_obs
+    monkeypatch.setattr(policies, "preprocess_obs", lambda *args, **kwargs: original(*args, **kwargs).double())
+    return lambda policy: policy.double()

@@ -176,16 +176,16 @@ def test_07_approx_kl_is_the_mean_over_all_epochs():
     evaluated = []
     evaluate = model.network.evaluate
 
-    def spy(observations, actions):
-        result = evaluate(observations, actions)
-        evaluated.append((observations, actions, result[0]))
-        return result
+    def spy(batch):
+        evaluation = evaluate(batch)
+        evaluated.append((batch.observations, evaluation.log_prob))
+        return evaluation
 
     model.network.evaluate = spy
     model.learn(128)
     buffer = model.rollout_buffer
     kls = []
-    for observations, _, log_prob in evaluated:
+    for observations, log_prob in evaluated:
         rows = [int(np.flatnonzero((buffer.observations[:, 0] == o).all(1))[0]) for o in np.asarray(observations)]
         log_ratio = np.asarray(log_prob) - buffer.log_probs[rows, 0]
         kls.append((np.exp(log_ratio) - 1 - log_ratio).mean())
@@ -210,9 +210,8 @@ def test_10_every_environment_gives_the_same_number_of_whole_episodes():
     env = DummyVecEnv([lambda n=n: Target(length=n) for n in lengths])
     model = REINFORCE("MlpPolicy", env, n_episodes=6, policy_kwargs=TINY)
     used = []
-    samples_to_use = model._samples_to_use
-    model._samples_to_use = lambda: used.append(samples_to_use()) or used[-1]
-    model.learn(200)
+    model.learn(200, callback=AtRolloutEnd(lambda m: used.append(m.horizon.keep(m.rollout))))
+    assert used
     for keep in used:
         np.testing.assert_array_equal(keep.sum(axis=0), [2 * n for n in lengths])
 

@@ -1,8 +1,13 @@
-"""Tiny language models, a tokenizer of letters, and tasks for them."""
+"""Tiny language models, a tokenizer of letters, tasks for them, and algorithms that learn them."""
 
 from typing import Any
 
-from sb3_pg.text import TextTask
+import numpy as np
+import torch as th
+from conftest import silent
+
+from sb3_pg import PPO, TRPO
+from sb3_pg.text import TextTask, TextVecEnv
 from sb3_pg.text.tokenizers import word_tokenizer
 
 LETTERS = list("abcdefgh")
@@ -45,3 +50,48 @@ def letters_task(**options: Any) -> TextTask:
 def config_of(shape: str, task: TextTask, **more: Any) -> dict[str, Any]:
     config = SHAPES[shape][1]
     return {**config, "vocab_size": task.action_space.n, "eos_token_id": task.end_token, **more}
+
+
+def make(
+    shape: str,
+    algorithm: Any = PPO,
+    n_envs: int = 4,
+    task: TextTask | None = None,
+    policy_kwargs: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """A model with weights large enough for its answers to differ, and a value head that is not zero."""
+    task = task or letters_task()
+    if algorithm is PPO:
+        options = {"n_steps": 13, "batch_size": 16, "n_epochs": 2, **options}
+    if algorithm is TRPO:
+        options = {"n_steps": 13, "batch_size": 16, **options}
+    kwargs = {"model": config_of(shape, task), "temperature": 0.7, **(policy_kwargs or {})}
+    env = TextVecEnv(task, n_envs, seed=3)
+    model = algorithm(SHAPES[shape][0], env, seed=1, gamma=1.0, device="cpu", policy_kwargs=kwargs, **options)
+    sharpen(model.policy)
+    return silent(model)
+
+
+def sharpen(policy: Any) -> None:
+    generator = th.Generator().manual_seed(0)
+    for p in policy.parameters():
+        if p.ndim > 1 and p.requires_grad:
+            p.data += 0.2 * th.randn(p.shape, generator=generator)
+
+
+def act(model: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Fill the rollout buffer; returns the log-probabilities and values that the cached states of acting gave."""
+    policy, seen = model.policy, []
+
+    def choose(hidden: th.Tensor, deterministic: bool = False) -> th.Tensor:
+        tokens = type(policy).choose(policy, hidden, deterministic)
+        seen.append((policy.token_statistics(hidden, tokens)[0].numpy(), policy.value_head(hidden)[:, 0].numpy()))
+        return tokens
+
+    policy.choose = choose
+    _, callback = model._setup_learn(1000)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    del policy.choose
+    log_probs, values = zip(*seen, strict=True)
+    return np.array(log_probs), np.array(values)

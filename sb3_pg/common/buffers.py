@@ -1,8 +1,6 @@
-"""The rollout as acting records it and as stepping reads it."""
+"""The columns of a rollout as acting records them."""
 
 from collections.abc import Generator
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,9 +11,8 @@ from stable_baselines3.common.preprocessing import get_action_dim, get_obs_shape
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 from stable_baselines3.common.utils import get_device
 
-from sb3_pg.common.arrays import Array, length, nbytes, take
-from sb3_pg.common.networks.protocol import Network
-from sb3_pg.common.returns import generalized_advantage
+from sb3_pg.common.advantages import generalized_advantage
+from sb3_pg.common.arrays import take
 
 
 class RolloutBuffer(sb3_buffers.RolloutBuffer):
@@ -138,10 +135,6 @@ class RolloutBuffer(sb3_buffers.RolloutBuffer):
         self.pos = row + 1
         self.full = self.pos == self.buffer_size
 
-    def dones(self, last_dones: np.ndarray) -> np.ndarray:
-        """Whether an episode ended with each step, (n_steps, n_envs); ``last_dones`` says so for the last one."""
-        return np.concatenate([self.episode_starts[1 : self.pos], np.asarray(last_dones)[None]]).astype(bool)
-
     def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
         """Fill ``advantages`` by generalised advantage estimation and ``returns = advantages + values``.
 
@@ -150,7 +143,8 @@ class RolloutBuffer(sb3_buffers.RolloutBuffer):
         """
         n, last = self.pos, last_values.detach().cpu().numpy().reshape(-1)
         rewards, values = self.rewards[:n], self.values[:n]
-        advantages = generalized_advantage(rewards, values, last, self.dones(dones), self.gamma, self.gae_lambda)
+        ends = episode_ends(self.episode_starts[:n], dones)
+        advantages = generalized_advantage(rewards, values, last, ends, self.gamma, self.gae_lambda)
         self.advantages[:n] = advantages
         self.returns[:n] = advantages + values
 
@@ -161,13 +155,34 @@ class RolloutBuffer(sb3_buffers.RolloutBuffer):
         kind: Any = DictRolloutBufferSamples if isinstance(self.observations, dict) else RolloutBufferSamples
         for start in range(0, n, batch_size or n):
             index = rows[start : start + (batch_size or n)]
-            observations, actions, *numbers = (take(x, index) for x in flat_arrays(self))
+            observations, actions, *numbers = (take(flat(getattr(self, name), self.pos), index) for name in _COLUMNS)
             tensors = [self.to_torch(x) for x in (actions.astype(np.float32, copy=False), *numbers)]
             if isinstance(observations, dict):
                 observations = {key: self.to_torch(value) for key, value in observations.items()}
             else:
                 observations = self.to_torch(observations)
             yield kind(observations, *tensors)
+
+
+#: What SB3's samples hold, in their order.
+_COLUMNS = ("observations", "actions", "values", "log_probs", "advantages", "returns")
+
+
+def episode_ends(episode_starts: np.ndarray, last_dones: np.ndarray) -> np.ndarray:
+    """Return whether an episode ended with each step, bool (n_steps, n_envs).
+
+    :param episode_starts: whether one began there, (n_steps, n_envs)
+    :param last_dones: whether one ended with the last step, (n_envs,)
+    """
+    return np.concatenate([episode_starts[1:], np.asarray(last_dones)[None]]).astype(bool)
+
+
+def flat(x: Any, n_steps: int) -> Any:
+    """Return a view of the first steps of a column, or dictionary of columns, with one row per sample."""
+    if isinstance(x, dict):
+        return {key: flat(value, n_steps) for key, value in x.items()}
+    used = x[:n_steps]
+    return used.reshape(used.shape[0] * used.shape[1], *used.shape[2:])
 
 
 def sb3_order(index: np.ndarray, n_steps: int, n_envs: int) -> np.ndarray:
@@ -183,145 +198,3 @@ def sb3_order(index: np.ndarray, n_steps: int, n_envs: int) -> np.ndarray:
     index *= n_envs
     index += env
     return index
-
-
-def flat_arrays(buffer: sb3_buffers.RolloutBuffer) -> list[Any]:
-    """Views of observations, actions, values, log_probs, advantages and returns with one row per sample."""
-
-    def flat(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {key: flat(value) for key, value in x.items()}
-        used = x[: buffer.pos]
-        return used.reshape(used.shape[0] * used.shape[1], *used.shape[2:])
-
-    names = ("observations", "actions", "values", "log_probs", "advantages", "returns")
-    return [flat(getattr(buffer, name)) for name in names]
-
-
-@dataclass
-class Batch:
-    """Samples in the arrays of a network: NumPy for the closed form, torch on its device for autograd.
-
-    All have one row per sample; ``actions`` is in the form that the network's ``evaluate`` takes. ``rows`` are the
-    samples' numbers in the rollout, ``step * n_envs + env``, to name a sample in an error. ``sequence`` numbers the
-    stretch of an episode that each sample belongs to, if the network is better off with whole ones. What is not needed
-    is None.
-    """
-
-    observations: Array
-    actions: Array | None
-    old_values: Array | None
-    old_log_prob: Array | None
-    advantages: Array | None
-    returns: Array
-    rows: np.ndarray
-    sequence: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> "Batch":
-        columns: list[Any] = [None if x is None else take(x, index) for x in self.__dict__.values()]
-        return Batch(*columns)
-
-    def for_critic(self) -> "Batch":
-        """Only what the value network is fitted to, so that no more is gathered."""
-        return Batch(self.observations, None, None, None, None, self.returns, self.rows, self.sequence)
-
-    def minibatches(
-        self, batch_size: int | None, order: np.ndarray | None = None, *, even: bool = False
-    ) -> Generator["Batch", None, None]:
-        """Pieces of ``batch_size`` samples; all at once for None.
-
-        Sequences are not cut: a piece goes on to the end of the one that it ends in.
-
-        :param order: the numbers of the samples in the order in which they are wanted, by default as they are
-        :param even: spread a shorter last piece over all, so that none is much smaller than the others
-        """
-        n = len(self)
-        size = batch_size or n
-        edges = np.linspace(0, n, -(-n // size) + 1).astype(int) if even else [*range(0, n, size), n]
-        if self.sequence is not None:
-            sequence = self.sequence if order is None else self.sequence[order]
-            ends = np.append(np.flatnonzero(np.diff(sequence)) + 1, n)
-            edges = [0, *np.unique(ends[np.searchsorted(ends, edges[1:])])]
-        if order is None:
-            for start, end in pairwise(edges):
-                yield self[start:end]
-            return
-        # Gathered together, minibatches are plain slices of the result; images are too large for many at a time.
-        n_together = max(
-            1, _GATHERED_BYTES * n // max(1, sum(nbytes(x) for x in self.__dict__.values() if x is not None) * size)
-        )
-        for first in range(0, len(edges) - 1, n_together):
-            its = edges[first : first + n_together + 1]
-            gathered = self[order[its[0] : its[-1]]]
-            for start, end in pairwise(its):
-                yield gathered[start - its[0] : end - its[0]]
-
-
-#: How much is gathered at once: a whole rollout, unless it is long or of images.
-_GATHERED_BYTES = 1 << 22
-
-
-def whole_batch(buffer: sb3_buffers.RolloutBuffer, network: Network, keep: np.ndarray | None = None) -> Batch:
-    """The rollout as one batch, in time order.
-
-    :param keep: which samples to use, boolean (n_steps, n_envs); all by default
-    """
-    observations, actions, *numbers = flat_arrays(buffer)
-    rows = np.arange(buffer.pos * buffer.n_envs)
-    if keep is not None and not keep.all():
-        rows = np.flatnonzero(keep)
-        observations, actions = take(observations, rows), actions[rows]
-        numbers = [x[rows] for x in numbers]
-    sequence = sequence_numbers(buffer)[rows] if network.sequential else None
-    arrays = [network.asarray(observations), network.actions(actions), *map(network.asarray, numbers), rows, sequence]
-    return Batch(*arrays)
-
-
-def sequence_numbers(buffer: sb3_buffers.RolloutBuffer) -> np.ndarray:
-    """A number for each stretch of an episode within the rollout, given to each of its samples, (n_steps * n_envs,)."""
-    starts = buffer.episode_starts[: buffer.pos] > 0
-    starts[0] = True
-    numbers: np.ndarray = (np.cumsum(starts, axis=0) * buffer.n_envs + np.arange(buffer.n_envs)).ravel()
-    return numbers
-
-
-def random_order(batch: Batch, buffer: sb3_buffers.RolloutBuffer) -> np.ndarray:
-    """The numbers of the samples in random order, the same as SB3's for the same NumPy seed.
-
-    Samples of one sequence stay together and in time order.
-    """
-    if batch.sequence is not None:
-        _, number = np.unique(batch.sequence, return_inverse=True)
-        return np.argsort(np.random.permutation(number.max() + 1)[number], kind="stable")
-    order = np.random.permutation(len(batch))
-    if len(batch) == buffer.pos * buffer.n_envs:
-        order = sb3_order(order, buffer.pos, buffer.n_envs)
-    return order
-
-
-def epoch(
-    batch: Batch, buffer: sb3_buffers.RolloutBuffer, network: Network, batch_size: int | None
-) -> Generator[Batch, None, None]:
-    """One pass over the rollout in random minibatches.
-
-    A rollout buffer of the user's with a ``get`` of its own (prioritised, augmenting, ...) is asked for them.
-    """
-    own = (RolloutBuffer.get, sb3_buffers.RolloutBuffer.get, sb3_buffers.DictRolloutBuffer.get)
-    if type(buffer).get in own and type(buffer)._get_samples in (
-        sb3_buffers.RolloutBuffer._get_samples,
-        sb3_buffers.DictRolloutBuffer._get_samples,
-    ):
-        yield from batch.minibatches(batch_size, random_order(batch, buffer))
-        return
-    for data in buffer.get(batch_size):
-        rows = np.full(length(data.observations), -1)
-        numbers = (data.old_values, data.old_log_prob, data.advantages, data.returns)
-        actions = network.actions(data.actions.cpu().numpy())
-        arrays = [network.asarray(x.cpu().numpy()) for x in numbers]
-        seen: Any = data.observations
-        seen = {k: v.cpu().numpy() for k, v in seen.items()} if isinstance(seen, dict) else seen.cpu().numpy()
-        columns = [network.asarray(seen), actions, *arrays, rows]
-        yield Batch(*columns)

@@ -1,10 +1,12 @@
 """Errors and checks: what is wrong, where, and what to do about it."""
 
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+from stable_baselines3.common.utils import FloatSchedule
 
 
 class ArgumentError(ValueError, AssertionError):
@@ -13,6 +15,10 @@ class ArgumentError(ValueError, AssertionError):
 
 class NonFiniteError(ValueError):
     """An observation, reward, action or gradient that is not a finite number."""
+
+
+class PolicyError(NonFiniteError):
+    """The policy or its gradient, and not the environment, gives numbers that are not finite."""
 
 
 def check_number(
@@ -36,10 +42,7 @@ def check_number(
     """
     if or_schedule and callable(value):
         return
-    try:
-        number = None if isinstance(value, str) else float(value)
-    except (TypeError, ValueError):
-        number = None
+    number = as_number(value)
     if number is None:
         wanted = "a number or a schedule" if or_schedule else "a number"
         raise ArgumentError(f"`{name}` must be {wanted}, not {value!r}.")
@@ -68,18 +71,50 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
         raise ArgumentError(f"`{name}` must be one of {', '.join(map(repr, choices))}, not {value!r}.")
 
 
+def as_number(x: Any) -> float | None:
+    """Return a number of any library as Python's; None for what is no number, such as texts and booleans."""
+    if isinstance(x, str | bool | np.bool_) or np.ndim(x):
+        return None
+    try:
+        return float(x)
+    except (TypeError, ValueError):
+        return None
+
+
+def check_parameters(name: str, function: Callable[..., Any], *parameters: str) -> None:
+    """Check that an argument which is a function can be called with these parameters.
+
+    :raises ArgumentError: it cannot
+    """
+    try:
+        inspect.signature(function).bind(*parameters)
+    except TypeError as error:
+        wanted = ", ".join(parameters)
+        raise ArgumentError(f"`{name}` must be a function of ({wanted}), but: {error}.") from None
+    except ValueError:
+        return  # it does not tell, as some of NumPy's
+
+
 def evaluate_schedule(name: str, value: Any, progress_remaining: float) -> float:
-    """The present value of a coefficient that may be a schedule.
+    """Return the present value of a coefficient that may be a schedule.
 
     :param name: the argument's name, for the message
     :param value: a number or a function of the remaining progress (from 1 to 0)
     :param progress_remaining: between 0 and 1
-    :raises ArgumentError: a schedule gave a negative or non-finite number
+    :raises ArgumentError: a schedule gave a negative or non-finite number, or something else
     """
-    number = float(value(progress_remaining)) if callable(value) else float(value)
-    if not math.isfinite(number) or number < 0:
+    while isinstance(value, FloatSchedule):  # what SB3 wraps schedules in has errors of its own
+        value = value.value_schedule
+    try:
+        given = value(progress_remaining) if callable(value) else value
+    except (TypeError, ValueError) as error:
+        given, number = error, None
+    else:
+        number = as_number(given)
+    if number is None or not math.isfinite(number) or number < 0:
+        shown = repr(given) if number is None else f"{number:g}"
         raise ArgumentError(
-            f"The schedule of `{name}` gave {number} at progress_remaining={progress_remaining:g}; "
+            f"The schedule of `{name}` gave {shown} at progress_remaining={progress_remaining:g}; "
             "it must give finite numbers >= 0 from 1 (start) to 0 (end)."
         )
     return number
@@ -96,15 +131,20 @@ def require_finite(what: str, x: Any, first_step: int = 0) -> None:
         for key, value in x.items():
             require_finite(f"{what} {key!r}", value, first_step)
         return
+    found = first_not_finite(x)
+    if found is None:
+        return
+    raise NonFiniteError(
+        f"The {what} of environment {found[1]} at step {found[0] + first_step} of this rollout is not finite "
+        f"({x[found]}). The policy is unchanged since its last update and can be saved. Look for a division by zero "
+        "or a diverging simulation in the environment."
+    )
+
+
+def first_not_finite(x: np.ndarray) -> tuple[int, ...] | None:
+    """Return the index of the first number that is not finite, None if all are."""
     # A sum is finite if all terms are (or overflows, then the full check follows): the cheap test first.
     if x.dtype.kind != "f" or np.isfinite(np.sum(x, dtype=np.float64)):
-        return
+        return None
     bad = np.argwhere(~np.isfinite(x))
-    if len(bad) == 0:
-        return
-    step, env = int(bad[0][0]) + first_step, int(bad[0][1])
-    raise NonFiniteError(
-        f"The {what} of environment {env} at step {step} of this rollout is not finite ({x[tuple(bad[0])]}). "
-        "The policy is unchanged since its last update and can be saved. Look for a division by zero or a "
-        "diverging simulation in the environment."
-    )
+    return tuple(bad[0].tolist()) if len(bad) else None

@@ -5,14 +5,12 @@ Judge: when the rollout is complete, values, log-probabilities and advantages in
 (:meth:`PolicyGradientAlgorithm.judge`). Step: each algorithm's own ``train``.
 """
 
+import inspect
 import io
-import json
 import math
 import pathlib
-import warnings
-import zipfile
+from collections import deque
 from collections.abc import Iterable
-from importlib import import_module
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -23,48 +21,44 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.policies import (
-    ActorCriticCnnPolicy,
-    ActorCriticPolicy,
-    BasePolicy,
-    MultiInputActorCriticPolicy,
-)
-from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
-from stable_baselines3.common.utils import explained_variance
+from stable_baselines3.common.utils import explained_variance, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.patch_gym import _patch_env
 
-from sb3_pg.common.arrays import Array, take
-from sb3_pg.common.buffers import Batch, RolloutBuffer, flat_arrays
+from sb3_pg.common.acting import Horizon, Steps, WholeEpisodes, longest_episode
+from sb3_pg.common.advantages import Baseline, moving_average
+from sb3_pg.common.archive import Portable, algorithm_in, check_overrides
+from sb3_pg.common.arrays import Column, as_tensors, take
+from sb3_pg.common.batch import Batch, epoch
+from sb3_pg.common.buffers import RolloutBuffer
+from sb3_pg.common.diagnosis import LastGood, explain_bad_gradient, explained, require_sound_policy
+from sb3_pg.common.engines.choice import make_engine
+from sb3_pg.common.engines.protocol import Acted, Engine, Judged, Seen
 from sb3_pg.common.errors import (
     ArgumentError,
     NonFiniteError,
-    check_choice,
-    check_number,
+    PolicyError,
+    as_number,
     evaluate_schedule,
     require_finite,
 )
-from sb3_pg.common.networks import Network, make_network
-from sb3_pg.common.products import inner
+from sb3_pg.common.estimation import estimate_by_comparison, estimate_by_values
+from sb3_pg.common.figures import Figures
+from sb3_pg.common.objectives import squared_error
+from sb3_pg.common.options import check_common, check_learning
+from sb3_pg.common.policies import POLICIES, check_policy, class_of, detach_distribution, own_class, reset_noise
+from sb3_pg.common.returned import checked_observations, checked_step
+from sb3_pg.common.rollout import Rollout
+from sb3_pg.common.spaces import check_spaces, shifted
 from sb3_pg.common.threads import threads_to_choose
 from sb3_pg.common.vec_env import DummyVecEnv
 
+#: Excludes a figure from all of SB3's formats.
+_WRITTEN = ("stdout", "log", "json", "csv", "tensorboard")
+
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="PolicyGradientAlgorithm")
-
-ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
-
-#: What tells the archives of algorithms apart: the first of these attributes that one has.
-_ARCHIVE_MARKS = {
-    "REINFORCE": "n_episodes",
-    "TRPO": "cg_max_steps",
-    "PPO": "clip_range",
-    "DQN": "exploration_fraction",
-    "SAC or TQC": "target_entropy",
-    "TD3 or DDPG": "policy_delay",
-    "an off-policy algorithm": "buffer_size",
-    "A2C": "gae_lambda",
-}
 
 
 class PolicyGradientAlgorithm(OnPolicyAlgorithm):
@@ -81,17 +75,10 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
     - a number that is not finite stops training with its environment and step, before it reaches the policy.
     """
 
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "MlpPolicy": ActorCriticPolicy,
-        "CnnPolicy": ActorCriticCnnPolicy,
-        "MultiInputPolicy": MultiInputActorCriticPolicy,
-    }
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICIES
 
-    #: Policies of optional extras, by the module to import when one is asked for.
-    optional_policies: ClassVar[dict[str, str]] = {
-        "CausalLMPolicy": "sb3_pg.text.policies",
-        "Seq2SeqLMPolicy": "sb3_pg.text.policies",
-    }
+    #: How to learn from rollouts that are not of whole episodes, for errors.
+    _without_episodes: ClassVar[str] = "leave out `n_episodes` and use baseline='value'"
 
     #: The name under which archives of this algorithm are known, see ``load``.
     archive_name: ClassVar[str]
@@ -118,8 +105,13 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         verbose: int,
         seed: int | None,
         device: th.device | str,
+        baseline: str | Baseline | None,
+        ema_decay: float,
+        n_episodes: int | None,
+        max_episode_steps: int | None,
         engine: str,
     ) -> None:
+        check_policy(policy, getattr(env, "observation_space", None), policy_kwargs)
         # SB3 writes into nested dictionaries of policy_kwargs, so the caller's are copied first.
         policy_kwargs = {k: dict(v) if isinstance(v, dict) else v for k, v in (policy_kwargs or {}).items()}
         super().__init__(
@@ -143,71 +135,78 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
             device=device,
             seed=seed,
             _init_setup_model=False,
-            supported_action_spaces=ACTION_SPACES,
         )
+        self.baseline = baseline
+        self.ema_decay = ema_decay
+        self.n_episodes = n_episodes
+        self.max_episode_steps = max_episode_steps
         self.engine = engine
-        self._network: Network | None = None
+        self._return_ema: float | None = None  # of baseline="ema"; saved and restored like any attribute
+        self._network: Engine | None = None
+        self._rollout: Rollout | None = None
         self._rollout_is_unfinished = False
 
     # ------------------------------------------------------------------ setup
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
-        if policy_name in self.optional_policies:
-            found: type[BasePolicy] = getattr(import_module(self.optional_policies[policy_name]), policy_name)
-            return found
-        return super()._get_policy_from_name(policy_name)
+        return class_of(policy_name)
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         """SB3's wrappers, with our DummyVecEnv around a single environment."""
         if not isinstance(env, VecEnv):
+            check_spaces(env.observation_space, env.action_space)
             single = _patch_env(env)
             if monitor_wrapper and not is_wrapped(single, Monitor):
                 if verbose >= 1:
                     print("Wrapping the env with a `Monitor` wrapper")
                 single = Monitor(single)
             env = DummyVecEnv([lambda: single])
+        check_spaces(env.observation_space, env.action_space)
         return OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
     def _setup_model(self) -> None:
+        if getattr(self, "observation_space", None) is None:
+            raise ArgumentError("`env` is None: pass an environment or the id of a registered one.")
+        for name in inspect.signature(type(self)).parameters:
+            value = getattr(self, name, None)
+            if isinstance(value, np.number | np.ndarray | th.Tensor) and np.ndim(value) == 0:
+                setattr(self, name, value.item())  # numbers of other libraries become Python's
         self._check_arguments()
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         self.rollout_buffer = self._make_rollout_buffer()
-        self.policy = self.policy_class(  # type: ignore[assignment]
+        check_policy(self.policy_class, self.observation_space, self.policy_kwargs)
+        self.policy = own_class(self.policy_class)(  # type: ignore[assignment]
             self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
         )
         self.policy = self.policy.to(self.device)
+        detach_distribution(self.policy)
         self._maybe_recommend_cpu()
-        self._network = None
+        self._applied = {name: getattr(self, name) for name in ("learning_rate", "gamma", "gae_lambda")}
+        self._network = self._rollout = None
         self._rollout_is_unfinished = False
         if self.verbose >= 1:
             print(f"Using the {self.network.description} network")
+
+    def _apply_changes(self) -> None:
+        """Pass on what has been set since ``_setup_model`` passed it on; who sets it where it goes, as in SB3, may."""
+        for name, applied in self._applied.items():
+            value = getattr(self, name)
+            if value is applied or (not callable(value) and value == applied):
+                continue
+            self._applied[name] = value
+            if name == "learning_rate":
+                self._setup_lr_schedule()
+            else:
+                setattr(self.rollout_buffer, name, value)
 
     def _check_arguments(self) -> None:
         """Refuse arguments that cannot work. Called by ``_setup_model``, so also for loaded and changed ones.
 
         :raises ArgumentError: naming the argument, its value and what is allowed
         """
-        for name in ("learning_rate", "ent_coef", "vf_coef"):
-            check_number(name, getattr(self, name), or_schedule=True)
-        check_number("gamma", self.gamma, high=1.0)
-        check_number("gae_lambda", self.gae_lambda, high=1.0)
-        if self.max_grad_norm is not None:
-            check_number("max_grad_norm", self.max_grad_norm)
-        check_choice("engine", self.engine, ("auto", "autograd"))
-
-    def _check_batch_size(self, batch_size: int, rollout_size: int) -> None:
-        """Warn, as SB3 does, when the last minibatch of an epoch is smaller than the others."""
-        if rollout_size % batch_size:
-            whole = rollout_size // batch_size
-            warnings.warn(
-                f"You have specified a mini-batch size of {batch_size}, but the rollout has n_steps * n_envs = "
-                f"{rollout_size} samples: after every {whole} untruncated mini-batches, there will be a truncated "
-                f"mini-batch of size {rollout_size % batch_size}. We recommend a `batch_size` that divides "
-                f"n_steps * n_envs (n_steps={self.n_steps} and n_envs={self.n_envs}).",
-                stacklevel=4,
-            )
+        check_common(self)
 
     def _make_rollout_buffer(self) -> sb3_buffers.RolloutBuffer:
         """Our buffer in place of SB3's own two, any other class as it was given."""
@@ -216,7 +215,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         if kind in (None, sb3_buffers.RolloutBuffer) or (kind is sb3_buffers.DictRolloutBuffer and is_dict):
             kind = RolloutBuffer
         buffer: sb3_buffers.RolloutBuffer = kind(
-            self.n_steps,
+            self.n_steps or 512,  # of whole episodes a first guess: the buffer grows
             self.observation_space,
             self.action_space,
             device=self.device,
@@ -228,17 +227,41 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         return buffer
 
     @property
-    def network(self) -> Network:
-        """The policy as the algorithm sees it; made anew when ``policy`` is replaced."""
+    def network(self) -> Engine:
+        """The engine that computes the policy; made anew when ``policy`` is replaced."""
         if self._network is None or self._network.policy is not self.policy:
-            self._network = make_network(self.policy, self.engine)
+            self._network = make_engine(self.policy, self.engine)
         return self._network
 
-    def _refreshed_network(self) -> Network:
-        """The network for the next rollout or update, whatever has been done to the policy since the last."""
+    def _refreshed_network(self) -> Engine:
+        """The engine for the next rollout or update, whatever has been done to the policy since the last."""
         if not self.network.refresh():
             self._network = None
         return self.network
+
+    # ---------------------------------------------------------------- horizon
+
+    @property
+    def _learns_from_episodes(self) -> bool:
+        """Whether rollouts are of whole episodes: without a value network nothing else stands in for their rest."""
+        return self.n_episodes is not None or self.baseline != "value"
+
+    @property
+    def _episodes_per_env(self) -> int:
+        return -(-(self.n_episodes or 1) // self.n_envs)
+
+    @property
+    def horizon(self) -> Horizon:
+        """How long rollouts are, and which of their samples count."""
+        if not self._learns_from_episodes:
+            return Steps(self.n_steps)
+        return WholeEpisodes(
+            None if self.n_episodes is None else self._episodes_per_env,
+            self.n_steps or 1,
+            longest_episode(self.max_episode_steps, self._total_timesteps),
+            type(self).__name__,
+            self._without_episodes,
+        )
 
     def _coefficient(self, name: str) -> float:
         """The present value of a coefficient that may be a schedule."""
@@ -266,78 +289,90 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         :return: False if the callback stopped training
         :raises NonFiniteError: an observation, action or reward was not finite
         """
-        assert self._last_obs is not None, "No previous observation was provided"
+        if self._last_obs is None:
+            raise ArgumentError("There are no observations to act on (None): call learn(), and look at env.reset().")
         self.policy.set_training_mode(False)
         network = self._refreshed_network()
-        self._start_rollout(env, rollout_buffer)
+        horizon = self.horizon if self._learns_from_episodes else Steps(n_rollout_steps)
+        rollout = self._start_rollout(env, rollout_buffer, horizon)
         if self.use_sde:
-            self.policy.reset_noise(env.num_envs)
+            reset_noise(self.policy, env.num_envs)
         callback.on_rollout_start()
 
-        while not self._rollout_is_complete(rollout_buffer, n_rollout_steps):
+        while not horizon.is_complete(rollout):
             n_steps = rollout_buffer.pos
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
-                self.policy.reset_noise(env.num_envs)
+                reset_noise(self.policy, env.num_envs)
+            actions, values, log_probs = self._act(network, n_steps)
+            clipped_actions = self._to_action_space(actions)
             try:
-                actions, known = network.act(self._last_obs)
-                clipped_actions = self._to_action_space(actions)
-                new_obs, rewards, dones, infos = env.step(clipped_actions)
+                new_obs, rewards, dones, infos = checked_step(env, env.step(clipped_actions))
             except Exception:
-                self._explain_failed_step(n_steps)
+                self._blame_observations(n_steps)
                 raise
-            values, log_probs = known or (None, None)
             self.num_timesteps += env.num_envs
+            obs_tensor = as_tensors(self._last_obs)  # SB3's name for what was acted on
             callback.update_locals(locals())
             keep_going = callback.on_step()
+            n_steps += 1
 
             # Recorded before the callback is obeyed, so that stopping here loses neither this step nor the next.
             self._update_info_buffer(infos, dones)
-            self._note_truncations(n_steps, dones, infos)
-            self._record(rollout_buffer, dones, actions, rewards, values, log_probs)
-            self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
+            if np.count_nonzero(dones):  # quicker than ``any`` on a few
+                rollout.note(dones, infos)
+            rollout.is_judged = values is not None
+            self._record(rollout_buffer, actions, rewards, values, log_probs)
+            self._last_obs, self._last_episode_starts = new_obs, dones
             if not keep_going:
                 self._rollout_is_unfinished = True
                 return False
 
         self._rollout_is_unfinished = False
-        values = self.judge(rollout_buffer, self._last_obs, self._last_episode_starts)  # type: ignore[arg-type]
-        log_probs = rollout_buffer.log_probs
+        rollout.last_observations, rollout.last_dones = self._last_obs, self._last_episode_starts  # type: ignore[assignment]
+        last_values = self.judge(rollout).final_values[: env.num_envs]
+        values, log_probs = th.as_tensor(last_values), th.as_tensor(rollout_buffer.log_probs)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
 
-    def _start_rollout(self, env: VecEnv, rollout_buffer: sb3_buffers.RolloutBuffer) -> None:
-        """Empty the buffer, unless a callback interrupted this very rollout and it can be completed."""
-        if not self._rollout_is_unfinished:
-            rollout_buffer.reset()
-            self._truncations: list[tuple[int, int, Any]] = []
+    def _start_rollout(self, env: VecEnv, buffer: sb3_buffers.RolloutBuffer, horizon: Horizon) -> Rollout:
+        """An empty rollout, unless a callback interrupted this very one and it can be completed."""
+        if self._rollout_is_unfinished and self._rollout is not None and self._rollout.buffer is buffer:
+            return self._rollout
+        buffer.reset()
+        starts: Any = self._last_episode_starts
+        self._last_obs, self._last_episode_starts = horizon.prepare(env, self._last_obs, starts)
+        self._last_obs = checked_observations(env.observation_space, self._last_obs, env.num_envs)
+        self._rollout = Rollout(buffer, self._last_obs, self._last_episode_starts)  # type: ignore[arg-type]
+        return self._rollout
 
-    def _rollout_is_complete(self, rollout_buffer: sb3_buffers.RolloutBuffer, n_rollout_steps: int) -> bool:
-        return rollout_buffer.pos >= n_rollout_steps
+    @property
+    def rollout(self) -> Rollout:
+        """The rollout to learn from: the one that was judged last, or else what has been put into the buffer.
+
+        :raises ArgumentError: there is none
+        """
+        if self._rollout_is_unfinished or self.rollout_buffer.pos == 0:
+            raise ArgumentError("There is no complete rollout to learn from: call learn() or collect_rollouts().")
+        if self._rollout is not None and self._rollout.buffer is self.rollout_buffer:
+            return self._rollout
+        starts: Any = self._last_episode_starts
+        starts = np.ones(self.n_envs, dtype=bool) if starts is None else starts
+        return Rollout(self.rollout_buffer, self._last_obs, starts)  # type: ignore[arg-type]
 
     def _to_action_space(self, actions: np.ndarray) -> np.ndarray:
         """What the environment is given: Gaussian samples clipped, squashed ones scaled to the bounds."""
         if not isinstance(self.action_space, spaces.Box):
-            return actions
+            return shifted(self.action_space, actions)
         if self.policy.squash_output:
             return self.policy.unscale_action(actions)
         # np.clip checks its arguments for longer than these two take.
         clipped: np.ndarray = np.minimum(np.maximum(actions, self.action_space.low), self.action_space.high)
         return clipped
 
-    def _note_truncations(self, step: int, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
-        """Remember the last observations of episodes cut by a time limit; their values are added when judging."""
-        if not np.count_nonzero(dones):  # quicker than ``any`` on a few
-            return
-        for env in np.flatnonzero(dones):
-            info = infos[env]
-            if info.get("TimeLimit.truncated", False) and info.get("terminal_observation") is not None:
-                self._truncations.append((step, int(env), info["terminal_observation"]))
-
     def _record(
         self,
         buffer: sb3_buffers.RolloutBuffer,
-        dones: np.ndarray,
         actions: np.ndarray,
         rewards: np.ndarray,
         values: th.Tensor | None,
@@ -348,106 +383,116 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         starts: Any = self._last_episode_starts
         buffer.add(self._last_obs, actions, rewards, starts, values, log_probs)  # type: ignore[arg-type]
 
-    def _explain_failed_step(self, step: int) -> None:
-        """When the policy or an environment fails on an observation that is not finite, say that instead."""
+    def _act(self, network: Engine, step: int) -> Acted:
+        """Choose actions for the last observations.
+
+        :raises NonFiniteError: these, or the policy's parameters or actions, are not finite
+        """
+        try:
+            acted = network.act(Seen(self._last_obs))  # type: ignore[arg-type]
+        except Exception:
+            self._blame_observations(step)
+            raise
+        flat = acted.actions.ravel()
+        if flat.dtype.kind == "f" and not math.isfinite(flat.dot(flat)):  # quicker than looking at each
+            self._blame_observations(step)
+            require_sound_policy(self.policy, "action", acted.actions[None], step)
+        return acted
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """See SB3's. Actions are elements of the action space also if that has a start other than 0."""
+        actions, state = super().predict(observation, state, episode_start, deterministic)
+        return shifted(self.action_space, actions), state
+
+    def _blame_observations(self, step: int) -> None:
+        """When the policy or an environment fails on observations that are not finite, say that instead."""
         observations: Any = self._last_obs
         row = {k: v[None] for k, v in observations.items()} if isinstance(observations, dict) else observations[None]
         require_finite("observation", row, step)
 
     # ------------------------------------------------------------------ judge
 
-    def judge(self, buffer: sb3_buffers.RolloutBuffer, new_obs: Any, dones: np.ndarray) -> th.Tensor:
+    def judge(self, rollout: Rollout) -> Judged:
         """Give a complete rollout its values, log-probabilities, returns and advantages.
 
-        :param buffer: the rollout, of which observations, actions, rewards and episode starts are known
-        :param new_obs: the observations after the last step
-        :param dones: whether the last step ended an episode, (n_envs,)
-        :return: V(new_obs), (n_envs,)
+        :param rollout: with observations, actions, rewards and episode starts
+        :return: what the engine has found
         :raises NonFiniteError: an observation, action or reward is not finite, or the policy's answer to one
         """
-        n = buffer.pos
-        used = {name: take(getattr(buffer, name), slice(0, n)) for name in ("observations", "actions", "rewards")}
-        for name, x in used.items():
-            require_finite(name[:-1], x)
-        if not self.network.judges_while_acting:
-            observations, actions, *_ = flat_arrays(buffer)
-            values, log_probs = self.network.judge(observations, actions)
-            buffer.values[:n] = values.reshape(n, -1)
-            buffer.log_probs[:n] = log_probs.reshape(n, -1)
-        require_finite("value", buffer.values[:n])
-        require_finite("log-probability", buffer.log_probs[:n])
-        # A policy may have a say in the rewards, as one that is kept near a reference has.
-        shape_rewards: Any = getattr(self.policy, "shape_rewards", None)
-        if shape_rewards is not None:
-            for name, value in shape_rewards(buffer, dones).items():
-                self.logger.record(name, value)
-        last_values = self._bootstrap(buffer, new_obs)
-        buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
-        return last_values
-
-    def _bootstrap(self, buffer: sb3_buffers.RolloutBuffer, new_obs: Any) -> th.Tensor:
-        """Value the last observations, and those at which a time limit cut an episode, in one batch.
-
-        The reward of a truncated step gets ``gamma * V(terminal observation)`` (SB3 issue 633).
-        """
-        cut = [terminal for _, _, terminal in self._truncations]
-        values = self.network.values(_with_rows(new_obs, cut))
-        n_envs = len(values) - len(cut)
-        for (step, env, _), value in zip(self._truncations, values[n_envs:], strict=True):
-            if not np.isfinite(value):
-                found = np.where(np.arange(n_envs) == env, value, 0.0)
-                require_finite("value of the terminal observation", found[None], step)
-            buffer.rewards[step, env] += self.gamma * value
-        self._truncations = []
-        require_finite("value after the last step", values[None, :n_envs], buffer.pos)
-        return th.as_tensor(values[:n_envs])
+        buffer, n = rollout.buffer, rollout.n_steps
+        for name in ("observation", "reward"):
+            require_finite(name, take(getattr(buffer, f"{name}s"), slice(0, n)))
+        require_sound_policy(self.policy, "action", buffer.actions[:n])
+        judged = self.network.judge(rollout)
+        require_sound_policy(self.policy, "value", judged.values)
+        require_sound_policy(self.policy, "log-probability", judged.log_probs)
+        buffer.values[:n], buffer.log_probs[:n] = judged.values, judged.log_probs
+        if judged.rewards is not None:
+            buffer.rewards[:n] = judged.rewards
+        if self.baseline == "value":
+            estimate_by_values(rollout, judged.final_values, self.gamma)
+        else:
+            keep: Any = self.horizon.keep(rollout)
+            returns = estimate_by_comparison(rollout, keep, self.baseline, self.gamma, self._return_ema)
+            if self.baseline == "ema":
+                self._return_ema = moving_average(self._return_ema, returns, self.ema_decay)
+        rollout.figures = judged.figures
+        for name, value in judged.figures.items():
+            self.logger.record(name, value)
+        self.network.adapt(judged.figures)
+        return judged
 
     # ------------------------------------------------------------------- step
 
-    def _normalized(self, advantages: Array) -> Array:
-        """Advantages with mean 0 and standard deviation 1; one alone is left as it is (SB3 issue 325)."""
-        if len(advantages) < 2:
-            return advantages
-        centered = advantages - advantages.sum() / len(advantages)
-        deviation = math.sqrt(inner(centered, centered) / (len(advantages) - 1))
-        return centered / (deviation + 1e-8)
+    def _fit_critic(
+        self,
+        batch: Batch,
+        losses: Column,
+        n_epochs: int,
+        batch_size: int | None,
+        max_grad_norm: float | None,
+        *,
+        even: bool = False,
+    ) -> None:
+        """Regress V on the returns by minibatches; whatever the actor uses too stays as it is.
 
-    def _take_step(self, batch: Batch, max_grad_norm: float | None, *, hold_actor: bool = False) -> None:
+        :param losses: where each sample's loss is noted
+        :param even: spread a shorter last minibatch over all
+        """
+        batch = batch.for_critic()
+        for _ in range(n_epochs):
+            for minibatch in epoch(batch, self.rollout, self.network, batch_size, even=even):
+                evaluation = self.network.evaluate_critic(minibatch)
+                loss, d_value = squared_error(evaluation.value, minibatch.returns)
+                evaluation.backward(d_value=d_value)
+                self._take_step(minibatch, max_grad_norm)
+                losses.add(loss)
+
+    def _take_step(self, batch: Batch, max_grad_norm: float | None) -> None:
         """Let the optimizer move the parameters by the gradients just made.
 
         :raises NonFiniteError: a gradient is not finite; nothing was moved
         """
-        norm = self.network.step(max_grad_norm, hold_actor=hold_actor)
+        norm = self.network.step(max_grad_norm)
         if not np.isfinite(norm):
-            self._explain_bad_gradient(batch, norm)
+            raise explain_bad_gradient(self.network, self.rollout, batch, norm)
 
-    def _explain_bad_gradient(self, batch: Batch, norm: float) -> None:
-        """Name the parameters with a non-finite gradient and the sample behind it."""
-        parameters = ", ".join(
-            name for name, p in self.policy.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
-        )
-        log_prob, _, values = self.network.evaluate(batch.observations, batch.actions)
-        log_ratio = None if log_prob is None else log_prob - batch.old_log_prob
-        columns = (log_prob, log_ratio, values, batch.advantages, batch.returns)
-        bad = ~np.all([np.isfinite(to_numpy(x)) for x in columns if x is not None], axis=0)
-        step, env = divmod(int(batch.rows[bad.argmax()]), self.n_envs)
-        where = f"environment {env} at step {step} of this rollout"
-        cause = f"from {where}" if bad.any() else f"in the minibatch that begins with {where}"
-        raise NonFiniteError(
-            f"The gradient of {parameters or 'the parameters'} is not finite (norm {norm}): {cause}. The policy "
-            "keeps its last good parameters and can be saved. Lower `learning_rate`, clip gradients "
-            "(`max_grad_norm`), or bring rewards and observations to a usual scale (VecNormalize)."
-        )
-
-    def _record_common(self) -> None:
-        """Log what every algorithm logs after an update."""
+    def _log_update(self, figures: Figures) -> None:
+        """Complete the figures of an update by what all algorithms log, and log them."""
         n = self.rollout_buffer.pos
         values, returns = self.rollout_buffer.values[:n], self.rollout_buffer.returns[:n]
-        self.logger.record("train/explained_variance", explained_variance(values.flatten(), returns.flatten()))
+        figures.explained_variance = explained_variance(values.flatten(), returns.flatten())
         log_std = getattr(self.policy, "log_std", None)
         if log_std is not None:
-            self.logger.record("train/std", th.exp(log_std).mean().item())
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+            figures.std = th.exp(log_std).mean().item()
+        figures.n_updates = self._n_updates
+        figures.record(self.logger)
 
     # ------------------------------------------------------------------ learn
 
@@ -472,42 +517,62 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         :return: the model itself
         :raises NonFiniteError: a number was not finite; the policy keeps its last good parameters
         """
+        check_learning(total_timesteps, log_interval)
+        total_timesteps = as_number(total_timesteps)  # type: ignore[assignment]
         if self.env is None:
             raise ArgumentError("The model has no environment to learn from: call set_env(env) or load(path, env=env).")
+        self._apply_changes()
         if reset_num_timesteps or self._last_obs is None:
             self._rollout_is_unfinished = False
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
+        iteration, last_logged = 0, 0
         callback.on_training_start(locals(), globals())
-        iteration, last_logged, recorded = 0, 0, {}
+        self._refreshed_network()
+        good = LastGood(self.policy)
         try:
             while self.num_timesteps < total_timesteps:
                 if not self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps):
                     break
                 iteration += 1
                 self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+                good.keep()
                 self.train()
+                detach_distribution(self.policy)
                 is_last = self.num_timesteps >= total_timesteps
                 if log_interval is not None and (is_last or iteration % log_interval == 0):
-                    recorded, last_logged = dict(self.logger.name_to_value), iteration
-                    self.dump_logs(iteration)
-        except NonFiniteError:
-            self._last_obs = None  # the environments may be broken: reset them before learning goes on
+                    last_logged = iteration
+                    self._write_log(iteration)
+        except Exception as failure:
+            error = explained(failure, self.policy)
+            if isinstance(error, NonFiniteError):
+                self._last_obs = None  # the environments may be broken: reset them before learning goes on
+            if isinstance(error, PolicyError):
+                raise PolicyError(f"{error} {good.restore()}") from failure
             raise
         if log_interval is not None and last_logged < iteration:  # stopped by a callback between two log lines
-            recorded = dict(self.logger.name_to_value)
-            self.dump_logs(iteration)
-        # SB3 leaves the last update's values in the logger, where programs read them.
-        for name, value in recorded.items():
-            self.logger.name_to_value.setdefault(name, value)
+            self._write_log(iteration)
         callback.on_training_end()
         return self
+
+    def _write_log(self, iteration: int) -> None:
+        """Write the log, but leave the update's figures in the logger, where SB3 has them until the next rollout's end.
+
+        They are marked as written, so that whoever dumps the log next does not write them again.
+        """
+        values, excluded = self.logger.name_to_value, self.logger.name_to_excluded
+        judged = {} if self._rollout is None else self._rollout.figures
+        names = {name for name in values if name.startswith("train/")} | (judged.keys() & values.keys())
+        figures = {name: values[name] for name in names if excluded[name] != _WRITTEN}
+        self.dump_logs(iteration)
+        for name, value in figures.items():
+            self.logger.record(name, value, exclude=_WRITTEN)
 
     # ------------------------------------------------------------ save and load
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_network", "_truncations", "_rollout_is_unfinished"]
+        return [*super()._excluded_save_params(), "_network", "_rollout", "_rollout_is_unfinished", "_applied"]
 
     def save(
         self,
@@ -516,8 +581,9 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         """SB3's. A policy made from files is saved so that it can be loaded without them."""
-        given, portable_kwargs = self.policy_kwargs, getattr(self.policy, "portable_kwargs", dict)
-        self.policy_kwargs = portable_kwargs(given)
+        given = self.policy_kwargs
+        if isinstance(self.policy, Portable):
+            self.policy_kwargs = self.policy.portable_kwargs(given)
         try:
             super().save(path, exclude, include)
         finally:
@@ -546,39 +612,18 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         :raises ArgumentError: the archive holds another algorithm
         :raises ValueError: the archive's spaces are not those of ``env``
         """
-        holds = _algorithm_in(path)
+        holds = algorithm_in(path)
         if holds is not None and holds != cls.archive_name:
             raise ArgumentError(
                 f"{path} is an archive of {holds}, but {cls.__name__}.load() reads archives of {cls.archive_name}. "
                 f"Load it with {holds}.load()."
             )
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-
-
-def _algorithm_in(path: Any) -> str | None:
-    """Which algorithm an archive holds, from the names of its attributes; None if that can't be told."""
-    file = open_path(path, "r", suffix="zip")
-    start = file.tell()
-    try:
-        with zipfile.ZipFile(file) as archive:
-            names = json.loads(archive.read("data")).keys()
-    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError):
-        return None  # SB3's own loading says what is wrong
-    finally:
-        file.seek(start)
-        if file is not path:
-            file.close()
-    return next((algorithm for algorithm, mark in _ARCHIVE_MARKS.items() if mark in names), None)
-
-
-def _with_rows(observations: Any, more: list[Any]) -> Any:
-    """A batch of observations with single observations appended."""
-    if isinstance(observations, dict):
-        return {key: _with_rows(x, [row[key] for row in more]) for key, x in observations.items()}
-    rows = [np.asarray(row).reshape(1, *observations.shape[1:]) for row in more]
-    return np.concatenate([observations, *rows]) if rows else observations
-
-
-def to_numpy(x: Array) -> np.ndarray:
-    """An array of any network as NumPy."""
-    return x.detach().cpu().numpy() if isinstance(x, th.Tensor) else np.asarray(x)
+        check_overrides(cls, kwargs)
+        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        if "learning_rate" in kwargs:  # the optimizer has the archive's
+            update_learning_rate(model.policy.optimizer, model.lr_schedule(1.0))
+        if "stats_window_size" in kwargs:
+            model._stats_window_size = kwargs["stats_window_size"]
+            for name in ("ep_info_buffer", "ep_success_buffer"):
+                setattr(model, name, deque(getattr(model, name) or (), maxlen=model._stats_window_size))
+        return model

@@ -61,8 +61,10 @@ def inner(a: Array, b: Array) -> float:
     return sum(float(a[start : start + _INNER_LIMIT].dot(b[start : start + _INNER_LIMIT])) for start in pieces)
 
 
-def row_sums(x: np.ndarray) -> np.ndarray:
-    """Return the sum of each row of (n, k), (n,), on one thread."""
+def row_sums(x: Array) -> Array:
+    """Return the sum of each row of (n, k), (n,), of NumPy on one thread."""
+    if not isinstance(x, np.ndarray):
+        return x.sum(-1)
     is_small = x.size < VECTOR_LIMIT  # then a product is faster, on a few columns
     sums: np.ndarray = x.dot(np.ones(x.shape[1], x.dtype)) if is_small else np.einsum("ij->i", x)
     return sums

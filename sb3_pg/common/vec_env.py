@@ -23,8 +23,8 @@ from stable_baselines3.common.vec_env.util import dict_to_obs
 class DummyVecEnv(sb3.DummyVecEnv):
     """Steps its environments one after the other, copying only what they might change later.
 
-    That is the observation of every step and, when an episode ends, its last observation. The info dictionaries
-    themselves are passed on, so an environment must make a new one for each step, as gymnasium's do.
+    That is the observation of every step, the info dictionary, and what is in it unless it cannot change, such as
+    numbers and texts.
 
     :param env_fns: functions that make the environments
     """
@@ -38,6 +38,7 @@ class DummyVecEnv(sb3.DummyVecEnv):
             observation, reward, terminated, truncated, info = env.step(self.actions[i])
             rewards[i] = reward
             dones[i] = done = terminated or truncated
+            info = snapshot(info)
             info["TimeLimit.truncated"] = truncated and not terminated
             if done:
                 info["terminal_observation"] = copy.deepcopy(observation)
@@ -46,13 +47,24 @@ class DummyVecEnv(sb3.DummyVecEnv):
             infos.append(info)
         # The attributes that code outside may read, as SB3 leaves them.
         self.buf_rews, self.buf_dones, self.buf_infos = rewards, dones, infos
-        return self._obs_from_buf(), rewards.copy(), dones.copy(), list(infos)
+        return self._obs_from_buf(), rewards.copy(), dones.copy(), [dict(info) for info in infos]
 
     def _obs_from_buf(self) -> Any:
         if len(self.keys) == 1 and self.keys[0] is None:
             return self.buf_obs[None].copy()
         copies = type(self.buf_obs)((key, value.copy()) for key, value in self.buf_obs.items())
         return dict_to_obs(self.observation_space, copies)
+
+
+#: Types of what cannot change.
+_FIXED = frozenset((bool, int, float, complex, str, bytes, type(None), *np.sctypeDict.values()))
+
+
+def snapshot(info: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of an info dictionary that no later change reaches (SB3 issue 618)."""
+    if _FIXED.issuperset(map(type, info.values())):
+        return dict(info)
+    return copy.deepcopy(info)
 
 
 def update_statistics(statistics: RunningMeanStd, batch: np.ndarray) -> None:
@@ -103,7 +115,7 @@ class VecNormalize(sb3.VecNormalize):
             for i in np.flatnonzero(dones):
                 if "terminal_observation" in infos[i]:
                     infos[i]["terminal_observation"] = self.normalize_obs(infos[i]["terminal_observation"])
-            self.returns[dones] = 0
+            self.returns[np.asarray(dones, dtype=bool)] = 0  # some environments give numbers
         return normalized, rewards, dones, infos
 
     def _update_observations(self, obs: Any) -> None:

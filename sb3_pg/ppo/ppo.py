@@ -2,137 +2,24 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, update_learning_rate
+from stable_baselines3.common.utils import FloatSchedule
 
-from sb3_pg.common.arrays import Array, Column, namespace
-from sb3_pg.common.buffers import Batch, epoch, whole_batch
-from sb3_pg.common.errors import ArgumentError, check_choice, check_count, check_number
-from sb3_pg.common.networks import Network
-from sb3_pg.common.objectives import (
-    clipped_squared_error,
-    clipped_surrogate,
-    kl_penalty,
-    simple_policy_optimization,
-    squared_error,
-    surrogate,
-)
+from sb3_pg.common.advantages import Baseline, normalized
+from sb3_pg.common.arrays import Array
+from sb3_pg.common.batch import Batch, epoch
+from sb3_pg.common.objectives import clipped_squared_error, squared_error
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
+from sb3_pg.ppo.figures import Means, PPOFigures
+from sb3_pg.ppo.options import Objective, check_arguments, make_objective
+from sb3_pg.ppo.stopping import EarlyStopping, adapted_kl_coef, adapted_learning_rate
 
 SelfPPO = TypeVar("SelfPPO", bound="PPO")
-
-#: (log_ratio, advantage) to (loss, d loss / d log_prob), arrays of shape (n,)
-Objective = Callable[[Array, Array], tuple[Array, Array]]
-
-
-def adapted_kl_coef(kl_coef: float, kl: float, desired_kl: float) -> float:
-    """The rule of the paper's second algorithm (Schulman et al. 2017, section 4)."""
-    if kl > 1.5 * desired_kl:
-        return 2.0 * kl_coef
-    return kl_coef / 2.0 if kl < desired_kl / 1.5 else kl_coef
-
-
-def adapted_learning_rate(learning_rate: float, kl: float, desired_kl: float) -> float:
-    """The rule of rsl_rl and rl_games: keep the KL within a factor of two of the desired one."""
-    if kl > 2.0 * desired_kl:
-        return max(learning_rate / 1.5, 1e-5)
-    return min(learning_rate * 1.5, 1e-2) if kl < desired_kl / 2.0 else learning_rate
-
-
-class EarlyStopping:
-    """Stop the policy when the KL of a minibatch exceeds 1.5 ``target_kl``, and take back the step that led there.
-
-    The factor is SB3's. The step is noticed by the next minibatch, so the parameters before each step are kept
-    until then; the critic goes on without the policy.
-
-    :param network: whose actor is watched
-    :param target_kl: in nats; None never stops and costs nothing
-    """
-
-    def __init__(self, network: Network, target_kl: float | None) -> None:
-        self.network = network
-        self.limit = None if target_kl is None else 1.5 * target_kl
-        self.stopped = False
-        self._before_step: Array | None = None
-
-    def begin(self, batch: Batch) -> None:
-        """Look up what belongs to the actor."""
-        if self.limit is not None:
-            self.network.find_actor(batch.observations, batch.actions)
-
-    def allows(self, log_ratio: Array) -> bool:
-        """Whether the policy may take a step on the minibatch with these log-ratios."""
-        if self.limit is None or self.stopped:
-            return not self.stopped
-        if float(kl_penalty(log_ratio)[0].mean()) > self.limit:
-            self.stopped = True
-            if self._before_step is not None:
-                self.network.set_actor(self._before_step)
-        else:
-            self._before_step = self.network.get_actor()
-        return not self.stopped
-
-    def end(self, minibatch: Batch) -> None:
-        """The update's last step has no next minibatch that could notice it, so it is checked on its own."""
-        if self.limit is not None and not self.stopped:
-            log_prob, _, _ = self.network.evaluate(minibatch.observations, minibatch.actions)
-            self.allows(log_prob - minibatch.old_log_prob)
-
-
-#: The numbers of so many samples are kept for logging before they are summed up.
-_KEPT_SAMPLES = 1 << 14
-
-
-class Record:
-    """What an update logs of its minibatches, as means over all their samples.
-
-    :param like: an array with one row for each sample of the rollout
-    :param clip_range: ratios further from one than this count as clipped
-    """
-
-    def __init__(self, like: Array, clip_range: float) -> None:
-        self.value_loss, self._log_ratio, self._loss, self._entropy = (Column(like[:_KEPT_SAMPLES]) for _ in range(4))
-        self._clip_range = clip_range
-        self._sums = dict.fromkeys(("value_loss", "loss", "entropy", "kl", "clip_fraction"), 0.0)
-        self._counts = dict.fromkeys(self._sums, 0)
-        self._at_last_end = (0.0, 0)
-
-    def add(self, log_ratio: Array, loss: Array, entropy: Array) -> None:
-        """Of a minibatch on which the policy takes a step."""
-        self._log_ratio.add(log_ratio)
-        self._loss.add(loss)
-        self._entropy.add(entropy)
-        if len(self._loss) >= _KEPT_SAMPLES:
-            self._sum_up()
-
-    def end_epoch(self) -> float:
-        """The KL of the steps since the last epoch's end, NaN if the policy took none."""
-        self._sum_up()
-        kl, n = self._sums["kl"], self._counts["kl"]
-        (kl_before, n_before), self._at_last_end = self._at_last_end, (kl, n)
-        return (kl - kl_before) / (n - n_before) if n > n_before else math.nan
-
-    def _sum_up(self) -> None:
-        log_ratio = self._log_ratio.take()
-        kl, _ = kl_penalty(log_ratio)
-        columns = (self.value_loss.take(), self._loss.take(), self._entropy.take(), kl, self._outside(log_ratio))
-        for name, x in zip(self._sums, columns, strict=True):
-            self._sums[name] += float(x.sum())
-            self._counts[name] += len(x)
-
-    def means(self) -> dict[str, float]:
-        """Over all epochs; NaN of what no minibatch contributed to."""
-        return {name: x / self._counts[name] if self._counts[name] else math.nan for name, x in self._sums.items()}
-
-    def _outside(self, log_ratio: Array) -> Array:
-        xp = namespace(log_ratio)
-        return xp.astype(xp.abs(xp.expm1(log_ratio)) > self._clip_range, log_ratio.dtype)
 
 
 class PPO(PolicyGradientAlgorithm):
@@ -181,10 +68,18 @@ class PPO(PolicyGradientAlgorithm):
         Lower is more cautious
     :param kl_coef: weight of a KL(old || new) penalty, a number or schedule. Higher keeps closer to the old policy
     :param adaptive_kl_coef: double or halve ``kl_coef`` after each update to keep the KL near ``desired_kl``
-    :param adaptive_lr: multiply or divide the learning rate by 1.5 after each epoch to keep the KL near
-        ``desired_kl``, within [1e-5, 1e-2], starting from ``learning_rate``
+    :param adaptive_lr: multiply or divide ``learning_rate`` by 1.5 after each epoch to keep the KL near
+        ``desired_kl``, within [1e-5, 1e-2]
     :param desired_kl: what both adapt to, in nats per update. Higher makes larger updates
-    :param engine: "auto" takes the fastest network that computes the same; "autograd" always takes torch's
+    :param baseline: what the return is compared with. "value": the value network (GAE). The others compare whole
+        episodes and leave the value network alone, see :class:`sb3_pg.REINFORCE`; "group" makes this GRPO
+    :param ema_decay: in [0, 1), of "ema". Higher remembers longer
+    :param n_episodes: None, or learn from rollouts of so many whole episodes, over all environments, rounded up to
+        the same number from each, instead of ``n_steps``. A baseline other than "value" without it takes all episodes
+        that begin within ``n_steps``
+    :param max_episode_steps: raise an error when an episode is longer, where whole ones are learned from. None takes
+        the length of ``learn``, at least 10,000 and at most 200,000
+    :param engine: "auto" takes the fastest engine that computes the same; "autograd" always takes torch's
     :raises ArgumentError: an argument that cannot work, or two that contradict each other
     """
 
@@ -226,6 +121,10 @@ class PPO(PolicyGradientAlgorithm):
         adaptive_kl_coef: bool = False,
         adaptive_lr: bool = False,
         desired_kl: float = 0.01,
+        baseline: str | Baseline | None = "value",
+        ema_decay: float = 0.9,
+        n_episodes: int | None = None,
+        max_episode_steps: int | None = None,
         engine: str = "auto",
     ) -> None:
         super().__init__(
@@ -248,6 +147,10 @@ class PPO(PolicyGradientAlgorithm):
             verbose=verbose,
             seed=seed,
             device=device,
+            baseline=baseline,
+            ema_decay=ema_decay,
+            n_episodes=n_episodes,
+            max_episode_steps=max_episode_steps,
             engine=engine,
         )
         self.batch_size = batch_size
@@ -263,9 +166,6 @@ class PPO(PolicyGradientAlgorithm):
         self.adaptive_kl_coef = adaptive_kl_coef
         self.adaptive_lr = adaptive_lr
         self.desired_kl = desired_kl
-        # What the two rules have arrived at; None until they have moved. Saved and restored like any attribute.
-        self._adapted_kl_coef: float | None = None
-        self._adapted_lr: float | None = None
         if _init_setup_model:
             self._setup_model()
 
@@ -278,110 +178,67 @@ class PPO(PolicyGradientAlgorithm):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        for name in ("n_steps", "batch_size", "n_epochs"):
-            check_count(name, getattr(self, name))
-        check_number("clip_range", self.clip_range, above_low=True, or_schedule=True)
-        for name in ("clip_range_vf", "clip_range_high", "target_kl"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), above_low=True, or_schedule=True)
-        if self.dual_clip is not None:
-            check_number("dual_clip", self.dual_clip, low=1.0, above_low=True)
-        check_number("kl_coef", self.kl_coef, or_schedule=True)
-        check_number("desired_kl", self.desired_kl, above_low=True)
-        check_choice("normalize_advantage", self.normalize_advantage, (True, False, "minibatch", "batch"))
-        if not callable(self.objective):
-            check_choice("objective", self.objective, ("clip", "spo", "surrogate"))
-        self._check_contradictions()
-        if self.env is not None:
-            self._check_rollout_size()
-
-    def _check_contradictions(self) -> None:
-        if self.objective != "clip" and (self.clip_range_high is not None or self.dual_clip is not None):
-            raise ArgumentError(
-                f"`clip_range_high` and `dual_clip` belong to objective='clip', not {self.objective!r}. Leave them out."
-            )
-        if self.adaptive_lr and not _is_constant(self.learning_rate):
-            raise ArgumentError(
-                "`adaptive_lr=True` and a schedule for `learning_rate` contradict each other: both set the learning "
-                "rate. Pass a number, or adaptive_lr=False."
-            )
-        if self.adaptive_kl_coef and (not _is_constant(self.kl_coef) or self.kl_coef == 0.0):
-            raise ArgumentError(
-                f"`adaptive_kl_coef=True` needs a number above 0 to start from, not kl_coef={self.kl_coef!r}; "
-                "the paper uses 1."
-            )
-
-    def _check_rollout_size(self) -> None:
-        rollout_size = self.n_steps * self.n_envs
-        if self.normalize_advantage and rollout_size < 2:
-            raise ArgumentError(
-                "`n_steps * n_envs` must be greater than 1 to normalise advantages. Currently "
-                f"n_steps={self.n_steps} and n_envs={self.n_envs}; raise one or pass normalize_advantage=False."
-            )
-        if self.normalize_advantage in (True, "minibatch") and self.batch_size < 2:
-            raise ArgumentError(
-                f"`batch_size` must be greater than 1 to normalise advantages in it, not {self.batch_size} "
-                "(SB3 issue 440). Raise it or pass normalize_advantage='batch' or False."
-            )
-        self._check_batch_size(self.batch_size, rollout_size)
+        check_arguments(self)
 
     def train(self) -> None:
         """Improve policy and critic by ``n_epochs`` passes over the rollout."""
+        rollout, engine = self.rollout, self._refreshed_network()
         self.policy.set_training_mode(True)
-        self._set_learning_rate()
-        network = self._refreshed_network()
-        batch = whole_batch(self.rollout_buffer, network)
+        self._update_learning_rate(self.policy.optimizer)
+        batch = engine.batch(rollout, self.horizon.keep(rollout))
         if self.normalize_advantage == "batch":
-            batch.advantages = self._normalized(batch.advantages)
-        stopping = EarlyStopping(network, None if self.target_kl is None else self._coefficient("target_kl"))
-        stopping.begin(batch)
-        objective, value_loss = self._make_objective(), self._make_value_loss()
-        ent_coef, vf_coef = self._coefficient("ent_coef"), self._coefficient("vf_coef")
+            batch.advantages = normalized(batch.advantages)
+        stopping = EarlyStopping(engine, batch, None if self.target_kl is None else self._coefficient("target_kl"))
+        kl_coef = self._coefficient("kl_coef")
+        objective, value_loss = make_objective(self, kl_coef), self._make_value_loss()
+        ent_coef = self._coefficient("ent_coef")
+        has_critic = self.baseline == "value"
+        vf_coef = self._coefficient("vf_coef") if has_critic else 0.0
 
-        record = Record(batch.old_log_prob, self._coefficient("clip_range"))
+        means = Means(batch.old_log_prob, self._coefficient("clip_range"))
         for _ in range(self.n_epochs):
-            for minibatch in epoch(batch, self.rollout_buffer, network, self.batch_size):
-                n = len(minibatch)
-                advantages = minibatch.advantages
+            for minibatch in epoch(batch, rollout, engine, self.batch_size):
+                advantages: Any = minibatch.advantages
                 if self.normalize_advantage in (True, "minibatch"):
-                    advantages = self._normalized(advantages)
-                log_prob, entropy, value = network.evaluate(minibatch.observations, minibatch.actions)
-                log_ratio = log_prob - minibatch.old_log_prob
+                    advantages = normalized(advantages)
+                # r = pi(a|s) / pi_old(a|s), by its logarithm
+                evaluation = engine.evaluate(minibatch)
+                log_ratio: Any = evaluation.log_prob - minibatch.old_log_prob
                 loss, d_log_prob = objective(log_ratio, advantages)
-                v_loss, d_value = value_loss(value, minibatch)
-                record.value_loss.add(v_loss)
+                v_loss, d_v_loss = value_loss(evaluation.value, minibatch)
+                d_value = vf_coef * d_v_loss if has_critic else None
+                means.value_loss.add(v_loss)
                 if stopping.allows(log_ratio):
-                    record.add(log_ratio, loss, entropy)
-                    network.backward(d_log_prob / n, -ent_coef / n, d_value * (vf_coef / n))
+                    means.add(log_ratio, loss, evaluation.entropy)
+                    evaluation.backward(d_log_prob, -ent_coef, d_value)
                 else:
-                    network.backward(None, None, d_value * (vf_coef / n))
-                self._take_step(minibatch, self.max_grad_norm, hold_actor=stopping.stopped)
+                    evaluation.backward(d_value=d_value)
+                self._take_step(minibatch, self.max_grad_norm)
             self._n_updates += 1
-            kl = record.end_epoch()
-            if self.adaptive_lr and not math.isnan(kl):
-                self._adapt_learning_rate(kl)
+            if self.adaptive_lr:
+                self._adapt_learning_rate(means.end_epoch())
         stopping.end(minibatch)
-        if self.target_kl is not None:
-            self.logger.record("train/early_stop", float(stopping.stopped))
-        last_loss = loss.mean() - ent_coef * entropy.mean() + vf_coef * v_loss.mean()
-        self._record_update(record.means(), float(last_loss))
+        means.end_epoch()
+
+        last_loss = loss.mean() - ent_coef * evaluation.entropy.mean() + vf_coef * v_loss.mean()
+        self._log_update(
+            PPOFigures(
+                entropy_loss=-means["entropy"],
+                policy_gradient_loss=means["policy_gradient_loss"],
+                value_loss=means["value_loss"],
+                approx_kl=means["approx_kl"],
+                clip_fraction=means["clip_fraction"],
+                loss=float(last_loss),
+                clip_range=self._coefficient("clip_range"),
+                clip_range_vf=None if self.clip_range_vf is None else self._coefficient("clip_range_vf"),
+                kl_coef=kl_coef or None,
+                early_stop=None if self.target_kl is None else float(stopping.stopped),
+            )
+        )
+        if self.adaptive_kl_coef:
+            self.kl_coef = adapted_kl_coef(kl_coef, means["approx_kl"], self.desired_kl)
 
     # ---------------------------------------------------------------- options
-
-    def _make_objective(self) -> Objective:
-        """The objective with the coefficients of this update."""
-        clip_range = self._coefficient("clip_range")
-        if callable(self.objective):
-            objective = self.objective
-        elif self.objective == "spo":
-            objective = partial(simple_policy_optimization, epsilon=clip_range)
-        elif self.objective == "surrogate":
-            objective = surrogate
-        else:
-            high = clip_range if self.clip_range_high is None else self._coefficient("clip_range_high")
-            objective = partial(clipped_surrogate, low=clip_range, high=high, dual_clip=self.dual_clip)
-        kl_coef = self._present_kl_coef()
-        return objective if kl_coef == 0.0 else _with_kl_penalty(objective, kl_coef)
 
     def _make_value_loss(self) -> Callable[[Array, Batch], tuple[Array, Array]]:
         if self.clip_range_vf is None:
@@ -389,37 +246,12 @@ class PPO(PolicyGradientAlgorithm):
         clip_range = self._coefficient("clip_range_vf")
         return lambda value, batch: clipped_squared_error(value, batch.returns, batch.old_values, clip_range)
 
-    def _present_kl_coef(self) -> float:
-        return self._coefficient("kl_coef") if self._adapted_kl_coef is None else self._adapted_kl_coef
-
-    def _set_learning_rate(self) -> None:
-        self._update_learning_rate(self.policy.optimizer)
-        if self.adaptive_lr and self._adapted_lr is not None:
-            update_learning_rate(self.policy.optimizer, self._adapted_lr)
-
     def _adapt_learning_rate(self, kl: float) -> None:
-        present = self._coefficient("learning_rate") if self._adapted_lr is None else self._adapted_lr
-        self._adapted_lr = adapted_learning_rate(present, kl, self.desired_kl)
-        update_learning_rate(self.policy.optimizer, self._adapted_lr)
-        self.logger.record("train/learning_rate", self._adapted_lr)
-
-    def _record_update(self, means: dict[str, float], last_loss: float) -> None:
-        """Log the means over all minibatches of the update, SB3's ``loss`` of the last; adapt the KL coefficient."""
-        record = self.logger.record
-        record("train/entropy_loss", -means["entropy"])
-        record("train/policy_gradient_loss", means["loss"])
-        record("train/value_loss", means["value_loss"])
-        record("train/approx_kl", means["kl"])
-        record("train/clip_fraction", means["clip_fraction"])
-        record("train/loss", last_loss)
-        record("train/clip_range", self._coefficient("clip_range"))
-        if self.clip_range_vf is not None:
-            record("train/clip_range_vf", self._coefficient("clip_range_vf"))
-        if self._present_kl_coef() > 0.0:
-            record("train/kl_coef", self._present_kl_coef())
-        if self.adaptive_kl_coef:
-            self._adapted_kl_coef = adapted_kl_coef(self._present_kl_coef(), means["kl"], self.desired_kl)
-        self._record_common()
+        if math.isnan(kl):
+            return  # the policy has stopped
+        self.learning_rate = adapted_learning_rate(self._coefficient("learning_rate"), kl, self.desired_kl)
+        self._setup_lr_schedule()
+        self._update_learning_rate(self.policy.optimizer)
 
     def learn(
         self: SelfPPO,
@@ -432,19 +264,3 @@ class PPO(PolicyGradientAlgorithm):
     ) -> SelfPPO:
         """See :meth:`PolicyGradientAlgorithm.learn`."""
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
-
-
-def _with_kl_penalty(objective: Objective, kl_coef: float) -> Objective:
-    def penalised(log_ratio: Array, advantage: Array) -> tuple[Array, Array]:
-        loss, derivative = objective(log_ratio, advantage)
-        penalty, d_penalty = kl_penalty(log_ratio)
-        return loss + kl_coef * penalty, derivative + kl_coef * d_penalty
-
-    return penalised
-
-
-def _is_constant(value: Any) -> bool:
-    """Whether a coefficient is a number, perhaps wrapped as SB3 and the zoo wrap constants."""
-    while isinstance(value, FloatSchedule):
-        value = value.value_schedule
-    return isinstance(value, ConstantSchedule) or not callable(value)

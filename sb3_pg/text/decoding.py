@@ -79,7 +79,7 @@ class Decoder:
         self._places: np.ndarray = np.empty(0, dtype=int)  # of each row in the state; -1 if it is not there
         self._rows: np.ndarray = np.empty((0, 0))
         self._weights: Any = None
-        self._parameters = list(self.policy.parameters())  # gathering them takes as long as a small layer
+        self._parameters: list[th.nn.Parameter] = []  # until they are read with
 
     def __getstate__(self) -> dict[str, Any]:
         return {"policy": self.policy}
@@ -94,6 +94,7 @@ class Decoder:
 
         :param rows: observations, (n, prompt_length + response_length)
         """
+        self._parameters = self._parameters or list(self.policy.parameters())  # which takes as long as a small layer
         weights = [(p._version, p.data_ptr()) for p in self._parameters]  # changes whenever a weight does
         if weights != self._weights:
             self.forget()

@@ -1,7 +1,6 @@
 """Language models of the Hugging Face library as SB3 policies: a token is an action."""
 
 import copy
-import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,13 +10,11 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common import buffers as sb3_buffers
 from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch.utils.checkpoint import checkpoint
 
-from sb3_pg.common.buffers import flat_arrays
 from sb3_pg.common.errors import ArgumentError, check_count, check_number
 
 try:
@@ -256,12 +253,6 @@ class LanguageModelPolicy(ActorCriticPolicy):
                 "output embeddings times the last hidden state."
             )
 
-    def make_network(self) -> Any:
-        """The network by which this package's algorithms act, judge and step with it."""
-        from sb3_pg.text.network import TextNetwork
-
-        return TextNetwork(self)
-
     def portable_kwargs(self, policy_kwargs: dict[str, Any]) -> dict[str, Any]:
         """The policy's arguments with the model's configuration in place of its folder."""
         config = self.lm.config.to_dict()
@@ -411,42 +402,6 @@ class LanguageModelPolicy(ActorCriticPolicy):
         with self._the_reference() as lm:
             log_prob, _ = self.token_statistics(self.hidden_states(observations, lm), chosen, lm)
         return log_prob.cpu().numpy()
-
-    def shape_rewards(self, buffer: sb3_buffers.RolloutBuffer, dones: np.ndarray) -> dict[str, float]:
-        """Take the penalty for leaving the reference from a rollout's rewards, and say how the responses are.
-
-        In judging and not in the environment, so that Monitor's episode reward stays the task's score.
-
-        :param buffer: the rollout, with log-probabilities; its rewards are changed
-        :param dones: whether the last step ended an episode, (n_envs,)
-        :return: what to log; means over the responses that ended in this rollout, in nats and tokens
-        """
-        n, found = buffer.pos, {}
-        observations, actions, *_ = flat_arrays(buffer)
-        over = np.concatenate([buffer.episode_starts[1:n], np.asarray(dones)[None]]).astype(bool)
-        length = 1.0
-        if over.any():
-            finished = observations[over.ravel()]
-            length = float(response_lengths(finished, self.prompt_length).mean()) + 1
-            found["text/score"] = float(buffer.rewards[:n][over].mean())
-            found["text/response_length"] = length
-            found["text/ended"] = float((actions[over.ravel()] == self.end_token).mean())
-        if not self.has_reference:
-            return found
-        going = ~self.is_over(observations)  # not those at rest
-        log_prob = self.reference_log_prob(observations[going], actions[going])
-        log_ratio = np.zeros(len(observations), np.float32)
-        log_ratio[going] = buffer.log_probs[:n].ravel()[going] - log_prob
-        coef = float(self.reference_kl_coef)
-        buffer.rewards[:n] -= coef * log_ratio.reshape(n, -1)
-        kl = float(log_ratio[going].mean()) * length
-        found["text/kl"], found["text/kl_coef"] = kl, coef
-        found["text/reference_perplexity"] = math.exp(-float(log_prob.mean()))
-        if over.any():
-            found["text/penalised_reward"] = found["text/score"] - coef * kl
-        if self.reference_kl_target is not None:
-            self.reference_kl_coef *= 1.0 + 0.1 * min(max(kl / self.reference_kl_target - 1.0, -0.2), 0.2)
-        return found
 
     # ------------------------------------------------------------- generation
 

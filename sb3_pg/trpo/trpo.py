@@ -8,13 +8,15 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
-from sb3_pg.common.arrays import Array, Column, take
-from sb3_pg.common.buffers import Batch, epoch, whole_batch
-from sb3_pg.common.distributions import Parameters
-from sb3_pg.common.errors import ArgumentError, check_count, check_number
-from sb3_pg.common.objectives import squared_error, surrogate
+from sb3_pg.common.advantages import Baseline, normalized
+from sb3_pg.common.arrays import Array, Column
+from sb3_pg.common.batch import Batch, has_own_get, joined, own_samples
+from sb3_pg.common.engines.protocol import Look
+from sb3_pg.common.objectives import surrogate
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
 from sb3_pg.common.products import inner
+from sb3_pg.trpo.figures import TRPOFigures
+from sb3_pg.trpo.options import check_arguments
 from sb3_pg.trpo.trust_region import Accepted, backtracking_line_search, conjugate_gradient
 
 SelfTRPO = TypeVar("SelfTRPO", bound="TRPO")
@@ -64,7 +66,15 @@ class TRPO(PolicyGradientAlgorithm):
     :param verbose: 0 says nothing, 1 says what runs and logs to the screen, 2 more
     :param seed: of all random generators; the same seed gives the same run
     :param device: "cpu", "cuda" or "auto"
-    :param engine: "auto" takes the fastest network that computes the same; "autograd" always takes torch's
+    :param baseline: what the return is compared with. "value": the value network (GAE). The others compare whole
+        episodes and leave the value network alone, see :class:`sb3_pg.REINFORCE`
+    :param ema_decay: in [0, 1), of "ema". Higher remembers longer
+    :param n_episodes: None, or learn from rollouts of so many whole episodes, over all environments, rounded up to
+        the same number from each, instead of ``n_steps``. A baseline other than "value" without it takes all episodes
+        that begin within ``n_steps``
+    :param max_episode_steps: raise an error when an episode is longer, where whole ones are learned from. None takes
+        the length of ``learn``, at least 10,000 and at most 200,000
+    :param engine: "auto" takes the fastest engine that computes the same; "autograd" always takes torch's
     :param _init_setup_model: False leaves the networks to be made by ``load``
     :raises ArgumentError: an argument that cannot work, with its name and value
     """
@@ -101,6 +111,10 @@ class TRPO(PolicyGradientAlgorithm):
         _init_setup_model: bool = True,
         *,
         ent_coef: float | Schedule = 0.0,
+        baseline: str | Baseline | None = "value",
+        ema_decay: float = 0.9,
+        n_episodes: int | None = None,
+        max_episode_steps: int | None = None,
         engine: str = "auto",
     ) -> None:
         super().__init__(
@@ -123,6 +137,10 @@ class TRPO(PolicyGradientAlgorithm):
             verbose=verbose,
             seed=seed,
             device=device,
+            baseline=baseline,
+            ema_decay=ema_decay,
+            n_episodes=n_episodes,
+            max_episode_steps=max_episode_steps,
             engine=engine,
         )
         self.batch_size = batch_size
@@ -139,136 +157,81 @@ class TRPO(PolicyGradientAlgorithm):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        for name in ("n_steps", "batch_size", "cg_max_steps", "line_search_max_iter", "sub_sampling_factor"):
-            check_count(name, getattr(self, name))
-        check_count("n_critic_updates", self.n_critic_updates, low=0)
-        check_number("cg_damping", self.cg_damping)
-        check_number("target_kl", self.target_kl, above_low=True, or_schedule=True)
-        check_number("line_search_shrinking_factor", self.line_search_shrinking_factor, above_low=True)
-        if self.line_search_shrinking_factor >= 1:
-            raise ArgumentError(
-                f"`line_search_shrinking_factor` must be below 1, not {self.line_search_shrinking_factor}: "
-                "the search would try the same step again."
-            )
-        if self.env is not None:
-            rollout_size = self.n_steps * self.n_envs
-            if self.normalize_advantage and rollout_size < 2:
-                raise ArgumentError(
-                    "`n_steps * n_envs` must be greater than 1 to normalise advantages. Currently "
-                    f"n_steps={self.n_steps} and n_envs={self.n_envs}; raise one or pass normalize_advantage=False."
-                )
-            self._check_batch_size(self.batch_size, rollout_size)
+        check_arguments(self)
 
     def train(self) -> None:
         """Take one natural-gradient step with the policy, then fit the critic."""
+        rollout, engine = self.rollout, self._refreshed_network()
         self.policy.set_training_mode(False)
         self._update_learning_rate(self.policy.optimizer)
-        self._refreshed_network()
-        batch = whole_batch(self.rollout_buffer, self.network)
-        advantages = self._normalized(batch.advantages) if self.normalize_advantage else batch.advantages
-        self.network.find_actor(batch.observations, batch.actions)
-
-        self._improve_policy(batch, advantages)
-        value_loss = self._fit_critic(batch)
-
+        batch = engine.batch(rollout, self.horizon.keep(rollout))
+        has_own = has_own_get(type(rollout.buffer))
+        samples = joined(list(own_samples(rollout, engine, None))) if has_own else batch
+        advantages = normalized(samples.advantages) if self.normalize_advantage else samples.advantages
+        figures = self._improve_policy(samples, advantages)
+        if self.baseline == "value":
+            losses = Column(batch.returns)
+            self._fit_critic(batch, losses, self.n_critic_updates, self.batch_size, max_grad_norm=None)
+            figures.value_loss = losses.mean()
         self._n_updates += 1
-        self.logger.record("train/value_loss", value_loss)
-        self._record_common()
+        self._log_update(figures)
 
-    def _improve_policy(self, batch: Batch, advantages: Array) -> None:
+    def _improve_policy(self, batch: Batch, advantages: Any) -> TRPOFigures:
         """Maximise ``g.x`` subject to ``x.F x / 2 <= target_kl``, then search along x (section 6, appendix C)."""
-        network, n = self.network, len(batch)
-        ent_coef = self._coefficient("ent_coef")
-        log_prob, entropy, distribution = network.actor(batch.observations, batch.actions)
-        old_objective = self._objective(log_prob, entropy, batch, advantages, ent_coef)
+        actor, ent_coef = self.network.actor(batch), self._coefficient("ent_coef")
+
+        def objective(look: Look) -> float:
+            """The surrogate ``E[r A]`` plus the entropy bonus."""
+            loss, _ = surrogate(look.log_prob - batch.old_log_prob, advantages)
+            return batch.mean(ent_coef * look.entropy - loss)
 
         # g: the gradient of the surrogate (and entropy bonus), at ratio one.
-        _, d_log_prob = surrogate(log_prob - batch.old_log_prob, advantages)
-        gradient = -network.actor_gradient(batch.observations, batch.actions, d_log_prob / n, -ent_coef / n)
+        old = actor.old
+        old_objective = objective(old)
+        _, d_log_prob = surrogate(old.log_prob - batch.old_log_prob, advantages)
+        gradient: Any = -actor.gradient(d_log_prob, -ent_coef)
 
         # x: the natural gradient F^-1 g.
-        some = slice(None, None, self.sub_sampling_factor)
-        fisher = network.fisher(batch.observations if some.step == 1 else take(batch.observations, some))
+        fisher = actor.fisher(every=self.sub_sampling_factor)
 
         def damped(vector: Array) -> Array:
             return fisher(vector) + self.cg_damping * vector
 
         direction, iterations, residual = conjugate_gradient(damped, gradient, self.cg_max_steps)
         curvature = inner(direction, gradient)  # x.F x, without another product
-
-        squared = inner(gradient, gradient)
-        if not math.isfinite(squared):
-            outcome, accepted, step = "gradient not finite", None, 0.0 * direction
-        elif squared == 0.0:
-            outcome, accepted, step = "zero gradient", None, 0.0 * direction
-        elif not (curvature > 0.0 and math.isfinite(curvature)):
-            outcome, accepted, step = "no positive curvature", None, 0.0 * direction
-        else:
+        outcome, step, accepted = _why_no_step(inner(gradient, gradient), curvature), 0.0 * gradient, None
+        if outcome is None:
             # The longest step in the quadratic model of the KL: x.F x / 2 = target_kl.
-            step = math.sqrt(2.0 * self._coefficient("target_kl") / curvature) * direction
-            accepted = self._search_along(step, batch, advantages, ent_coef, old_objective, distribution)
-            outcome = "accepted" if accepted else "line search failed"
+            target_kl = self._coefficient("target_kl")
+            step = math.sqrt(2.0 * target_kl / curvature) * direction
+            start: Any = actor.vector
 
-        self.logger.record("train/policy_step", outcome, exclude="tensorboard")
-        self.logger.record("train/cg_iterations", iterations)
-        self.logger.record("train/cg_residual", residual)
-        self.logger.record("train/entropy_loss", -float(entropy.mean()))
-        self._record_step(accepted, step, gradient, old_objective)
+            def attempt(fraction: float) -> tuple[float, float]:
+                actor.vector = start + fraction * step
+                look = actor.look()
+                return objective(look) - old_objective, batch.mean(look.kl)
 
-    def _search_along(
-        self,
-        step: Array,
-        batch: Batch,
-        advantages: Array,
-        ent_coef: float,
-        old_objective: float,
-        old_distribution: Parameters,
-    ) -> Accepted | None:
-        """Move the policy by the largest fraction of ``step`` that improves it in the trust region, or not at all."""
-        network = self.network
-        old = network.get_actor()
+            accepted = backtracking_line_search(
+                attempt, target_kl, self.line_search_shrinking_factor, self.line_search_max_iter
+            )
+            outcome = "accepted"
+            if accepted is None:
+                actor.vector, outcome = start, "line search failed"
 
-        def attempt(fraction: float) -> tuple[float, float]:
-            network.set_actor(old + fraction * step)
-            log_prob, entropy, distribution = network.actor(batch.observations, batch.actions)
-            objective = self._objective(log_prob, entropy, batch, advantages, ent_coef)
-            return objective - old_objective, float(network.kl(old_distribution, distribution).mean())
-
-        accepted = backtracking_line_search(
-            attempt, self._coefficient("target_kl"), self.line_search_shrinking_factor, self.line_search_max_iter
+        taken = accepted or Accepted(0.0, self.line_search_max_iter, 0.0, 0.0)
+        return TRPOFigures(
+            policy_step=outcome,
+            is_line_search_success=float(accepted is not None),
+            policy_objective=old_objective + taken.improvement,
+            kl_divergence_loss=taken.kl,
+            surrogate_improvement=taken.improvement,
+            surrogate_predicted=taken.fraction * inner(gradient, step) if accepted else 0.0,
+            step_length=taken.fraction * math.sqrt(inner(step, step)) if accepted else 0.0,
+            backtracks=taken.backtracks,
+            cg_iterations=iterations,
+            cg_residual=residual,
+            entropy_loss=-batch.mean(old.entropy),
         )
-        if accepted is None:
-            network.set_actor(old)
-        return accepted
-
-    def _record_step(self, accepted: Accepted | None, step: Array, gradient: Array, old_objective: float) -> None:
-        record, taken = self.logger.record, accepted or Accepted(0.0, self.line_search_max_iter, 0.0, 0.0)
-        record("train/is_line_search_success", float(accepted is not None))
-        record("train/policy_objective", old_objective + taken.improvement)
-        record("train/kl_divergence_loss", taken.kl)
-        record("train/surrogate_improvement", taken.improvement)
-        record("train/surrogate_predicted", taken.fraction * inner(gradient, step) if accepted else 0.0)
-        record("train/step_length", taken.fraction * math.sqrt(inner(step, step)) if accepted else 0.0)
-        record("train/backtracks", taken.backtracks)
-
-    @staticmethod
-    def _objective(log_prob: Array, entropy: Array, batch: Batch, advantages: Array, ent_coef: float) -> float:
-        """The surrogate ``E[r A]`` plus the entropy bonus."""
-        loss, _ = surrogate(log_prob - batch.old_log_prob, advantages)
-        return float((ent_coef * entropy - loss).mean())
-
-    def _fit_critic(self, batch: Batch) -> float:
-        """Regress V on the returns by minibatches; the mean loss."""
-        losses, batch = Column(batch.returns), batch.for_critic()
-        for _ in range(self.n_critic_updates):
-            for minibatch in epoch(batch, self.rollout_buffer, self.network, self.batch_size):
-                _, _, value = self.network.evaluate(minibatch.observations, None)
-                loss, d_value = squared_error(value, minibatch.returns)
-                self.network.backward(None, None, d_value / len(minibatch))
-                # Whatever the actor shares with the critic stays: moving it would move the policy as well.
-                self._take_step(minibatch, max_grad_norm=None, hold_actor=True)
-                losses.add(loss)
-        return losses.mean()
 
     def learn(
         self: SelfTRPO,
@@ -281,3 +244,16 @@ class TRPO(PolicyGradientAlgorithm):
     ) -> SelfTRPO:
         """See :meth:`PolicyGradientAlgorithm.learn`."""
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+
+def _why_no_step(squared: float, curvature: float) -> str | None:
+    """Why there is no direction to step along, None if there is one.
+
+    :param squared: g.g
+    :param curvature: x.F x
+    """
+    if not math.isfinite(squared):
+        return "gradient not finite"
+    if squared == 0.0:
+        return "zero gradient"
+    return None if curvature > 0.0 and math.isfinite(curvature) else "no positive curvature"

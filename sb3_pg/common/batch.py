@@ -1,0 +1,224 @@
+"""A batch of samples with named columns, and how it is cut into minibatches."""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common import buffers as sb3_buffers
+
+from sb3_pg.common.arrays import Array, Observations, length, namespace, nbytes, take
+from sb3_pg.common.buffers import RolloutBuffer, sb3_order
+from sb3_pg.common.engines.protocol import Engine
+from sb3_pg.common.errors import ArgumentError
+from sb3_pg.common.rollout import Rollout
+
+#: How much is gathered at once: a whole rollout, unless it is long or of images.
+_GATHERED_BYTES = 1 << 22
+
+
+#: A column that is not needed. Whoever asks for it after all is told so by Python.
+_ABSENT: Any = None
+
+
+@dataclass
+class Batch:
+    """Samples in the arrays of an engine, one row each; what is not needed is None.
+
+    :param observations: as recorded
+    :param actions: in the form that the engine takes
+    :param masks: True for the actions that were allowed
+    :param sequences: the number of the stretch of an episode that each sample belongs to, if the engine is better off
+        with whole ones
+    :param weight: what each sample counts for, adding up to 1; None is 1 / n for each
+    :param rows: the samples' numbers in the rollout, ``step * n_envs + env``, to name one in an error
+    """
+
+    observations: Observations
+    actions: Array = _ABSENT
+    masks: Array | None = None
+    sequences: np.ndarray | None = None
+    old_values: Array = _ABSENT
+    old_log_prob: Array = _ABSENT
+    advantages: Array = _ABSENT
+    returns: Array = _ABSENT
+    weight: Array | None = None
+    rows: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return length(self.observations)
+
+    def __getitem__(self, index: Any) -> "Batch":
+        columns: list[Any] = [None if x is None else take(x, index) for x in self.__dict__.values()]
+        return Batch(*columns)
+
+    @property
+    def scale(self) -> Array | float:
+        """The weight of each sample, as an array, (n,), or as one number for all."""
+        return 1.0 / len(self) if self.weight is None else self.weight
+
+    def mean(self, x: Array) -> float:
+        """Return the mean of one number per sample, (n,), by the samples' weights."""
+        return float(x.mean() if self.weight is None else (self.weight * x).sum())
+
+    def normalised(self) -> "Batch":
+        """Return the same samples with weights that add up to 1."""
+        return self if self.weight is None else replace(self, weight=self.weight / self.weight.sum())
+
+    def for_critic(self) -> "Batch":
+        """Return only what the value network is fitted to, so that no more is gathered."""
+        return replace(self, old_values=_ABSENT, old_log_prob=_ABSENT, advantages=_ABSENT)
+
+    def minibatches(
+        self, batch_size: int | None, order: np.ndarray | None = None, *, even: bool = False
+    ) -> Generator["Batch", None, None]:
+        """Yield pieces of ``batch_size`` samples; all at once for None.
+
+        Sequences are not cut: a piece goes on to the end of the one that it ends in. Weights add up to 1 in each.
+
+        :param order: the numbers of the samples in the order in which they are wanted, by default as they are
+        :param even: spread a shorter last piece over all, so that none is much smaller than the others
+        """
+        edges = self._edges(batch_size or len(self), order, even)
+        if order is None:
+            pieces = (self[start:end] for start, end in pairwise(edges))
+        else:
+            pieces = self._gathered(edges, order, batch_size or len(self))
+        for piece in pieces:
+            yield piece.normalised()
+
+    def _edges(self, size: int, order: np.ndarray | None, even: bool) -> list[int]:
+        """Where pieces begin, and where the last one ends."""
+        n = len(self)
+        edges = [int(x) for x in np.linspace(0, n, -(-n // size) + 1)] if even else [*range(0, n, size), n]
+        if self.sequences is None:
+            return edges
+        sequences = self.sequences if order is None else self.sequences[order]
+        ends = np.append(np.flatnonzero(np.diff(sequences)) + 1, n)
+        return [0, *np.unique(ends[np.searchsorted(ends, edges[1:])]).tolist()]
+
+    def _gathered(self, edges: list[int], order: np.ndarray, size: int) -> Generator["Batch", None, None]:
+        """Yield the pieces of a reordered batch.
+
+        Gathered together they are plain slices of the result; images are too large for many at a time.
+        """
+        total = sum(nbytes(x) for x in self.__dict__.values() if x is not None)
+        n_together = max(1, _GATHERED_BYTES * len(self) // max(1, total * size))
+        for first in range(0, len(edges) - 1, n_together):
+            its = edges[first : first + n_together + 1]
+            gathered = self[order[its[0] : its[-1]]]
+            for start, end in pairwise(its):
+                yield gathered[start - its[0] : end - its[0]]
+
+
+#: The columns that become arrays of the engine as they are.
+_NUMBERS = {"old_values": "values", "old_log_prob": "log_probs", "advantages": "advantages", "returns": "returns"}
+
+
+def batch_of(
+    rollout: Rollout,
+    asarray: Callable[[Any], Any],
+    actions: Callable[[np.ndarray], Array],
+    keep: np.ndarray | None = None,
+    *,
+    sequential: bool = False,
+) -> Batch:
+    """Return a rollout as one batch, in time order.
+
+    :param asarray: makes an engine's array of one of NumPy, or of a dictionary of them
+    :param actions: makes those in the form that the engine takes
+    :param keep: which samples to use, boolean (n_steps, n_envs); None takes all
+    :param sequential: whether minibatches shall be made of whole stretches of episodes
+    """
+    rows: Any = np.arange(rollout.n_steps * rollout.n_envs) if keep is None or keep.all() else np.flatnonzero(keep)
+    index = slice(None) if len(rows) == rollout.n_steps * rollout.n_envs else rows
+
+    def column(name: str) -> Any:
+        return take(rollout.column(name), index)
+
+    numbers = {name: asarray(column(source)) for name, source in _NUMBERS.items()}
+    return Batch(
+        observations=asarray(column("observations")),
+        actions=actions(column("actions")),
+        sequences=rollout.stretches[rows] if sequential else None,
+        rows=rows,
+        **numbers,
+    )
+
+
+def random_order(batch: Batch, rollout: Rollout) -> np.ndarray:
+    """Return the numbers of the samples in random order, the same as SB3's for the same NumPy seed.
+
+    Samples of one sequence stay together and in time order.
+    """
+    if batch.sequences is not None:
+        _, number = np.unique(batch.sequences, return_inverse=True)
+        return np.argsort(np.random.permutation(number.max() + 1)[number], kind="stable")
+    order = np.random.permutation(len(batch))
+    if len(batch) == rollout.n_steps * rollout.n_envs:
+        order = sb3_order(order, rollout.n_steps, rollout.n_envs)
+    return order
+
+
+def has_own_get(kind: type[sb3_buffers.RolloutBuffer]) -> bool:
+    """Return whether a class of rollout buffers gives out samples in its own way (prioritised, augmenting, ...)."""
+    samples = (sb3_buffers.RolloutBuffer._get_samples, sb3_buffers.DictRolloutBuffer._get_samples)
+    gets = (RolloutBuffer.get, sb3_buffers.RolloutBuffer.get, sb3_buffers.DictRolloutBuffer.get)
+    return kind.get not in gets or kind._get_samples not in samples
+
+
+def epoch(
+    batch: Batch, rollout: Rollout, engine: Engine, batch_size: int | None, *, even: bool = False
+) -> Generator[Batch, None, None]:
+    """Yield one pass over the rollout in random minibatches.
+
+    A buffer of the user's with a ``get`` of its own is asked for them.
+
+    :param batch: the rollout as one batch
+    :param even: spread a shorter last minibatch over all
+    """
+    if has_own_get(type(rollout.buffer)):
+        yield from own_samples(rollout, engine, batch_size)
+    else:
+        yield from batch.minibatches(batch_size, random_order(batch, rollout), even=even)
+
+
+def own_samples(rollout: Rollout, engine: Engine, batch_size: int | None) -> Generator[Batch, None, None]:
+    """Yield what the user's buffer gives out; which samples of the rollout these are is not known.
+
+    :raises ArgumentError: it gives out nothing
+    """
+
+    def asarray(x: th.Tensor) -> Array:
+        return engine.asarray(x.cpu().numpy())
+
+    n_batches = 0
+    for data in rollout.buffer.get(batch_size):
+        seen: Any = data.observations
+        yield Batch(
+            observations={k: asarray(v) for k, v in seen.items()} if isinstance(seen, dict) else asarray(seen),
+            actions=engine.actions(data.actions.cpu().numpy()),
+            old_values=asarray(data.old_values),
+            old_log_prob=asarray(data.old_log_prob),
+            advantages=asarray(data.advantages),
+            returns=asarray(data.returns),
+        )
+        n_batches += 1
+    if not n_batches:
+        raise ArgumentError(f"{type(rollout.buffer).__name__}.get gave out no samples to learn from.")
+
+
+def joined(batches: list[Batch]) -> Batch:
+    """Return several batches of a buffer's own as one."""
+    if len(batches) == 1:
+        return batches[0]
+
+    def column(name: str) -> Any:
+        parts: list[Any] = [getattr(batch, name) for batch in batches]
+        if isinstance(parts[0], dict):
+            return {key: namespace(x).concat([part[key] for part in parts]) for key, x in parts[0].items()}
+        return None if parts[0] is None else namespace(parts[0]).concat(parts)
+
+    return Batch(**{name: column(name) for name in vars(batches[0])})

@@ -1,0 +1,72 @@
+"""What every kind of action distribution can do: log-probability, entropy, KL and Fisher matrix of a batch.
+
+A *family* turns the outputs of a network into numbers, on NumPy arrays and torch tensors alike. Its parameters
+are a tuple of arrays with one row per sample: ``(mean, log_std)`` for the Gaussian (``log_std`` may also be one
+row for all), ``(logits,)`` for the others. Quantities are summed over action dimensions, which are independent:
+the joint distribution is what a trust region is about.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch as th
+
+from sb3_pg.common.arrays import Array
+
+Parameters = tuple[Array, ...]
+
+
+class Likelihood(NamedTuple):
+    """How likely the actions of a batch were, and how that depends on each row's parameters."""
+
+    log_prob: Array  #: (n,)
+    entropy: Array  #: (n,), nats
+    #: The derivatives of a loss by log-probability, (n,) or None, and by entropy, (n,), one number for all or None, to
+    #: its derivative by the parameters.
+    pull: Callable[[Array | None, Array | float | None], Parameters]
+
+
+class Family(Protocol):
+    """The formulas of one kind of action distribution."""
+
+    def evaluate(self, parameters: Parameters, actions: Array) -> Likelihood:
+        """Return log-probability and entropy of each row with their derivatives."""
+
+    def log_prob(self, parameters: Parameters, actions: Array) -> Array:
+        """Return the log-probability (density) of each row of ``actions``, (n,)."""
+
+    def entropy(self, parameters: Parameters) -> Array:
+        """Return the entropy of each row in nats, (n,)."""
+
+    def kl(self, old: Parameters, new: Parameters) -> Array:
+        """Return KL(old || new) of each row in nats, (n,)."""
+
+    def fisher(self, parameters: Parameters, tangent: Parameters) -> Parameters:
+        """Return each row's Fisher matrix (with respect to its parameters) times a tangent vector."""
+
+    def noise(self, n_rows: int) -> np.ndarray:
+        """Return random numbers with which ``sample`` draws ``n_rows`` actions, (n_rows, k).
+
+        From torch's generator, in the amounts that torch's distributions take: the same seed gives the same actions
+        as SB3's policy, whichever engine acts.
+        """
+
+    def sample(self, parameters: Parameters, noise: Array) -> Array:
+        """Return one action for each row, drawn with the given noise."""
+
+    def mode(self, parameters: Parameters) -> Array:
+        """Return the most likely action of each row."""
+
+
+def column(d: Array | float) -> Array | float:
+    """Return one number per row, (n,), as a column, (n, 1); one for all as it is."""
+    return d if isinstance(d, float) else d[:, None]
+
+
+@lru_cache(maxsize=64)
+def scratch(n_rows: int, n_columns: int) -> tuple[th.Tensor, np.ndarray]:
+    """Return memory for noise, as torch and as NumPy see it; good until the next noise of that shape is drawn."""
+    numbers = th.empty(n_rows, n_columns)
+    return numbers, numbers.numpy()

@@ -1,0 +1,26 @@
+"""Which engine computes a policy."""
+
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_pg.common.engines.autograd import AutogradEngine
+from sb3_pg.common.engines.blueprint import Unsuitable
+from sb3_pg.common.engines.closed_form import ClosedFormEngine
+from sb3_pg.common.engines.protocol import Engine
+from sb3_pg.common.registry import engine_class
+
+
+def make_engine(policy: ActorCriticPolicy, engine: str = "auto") -> Engine:
+    """Return the fastest engine that computes exactly what ``policy`` does.
+
+    :param policy: any ActorCriticPolicy; one with an engine of its own, see :mod:`sb3_pg.common.registry`, gets that
+    :param engine: "autograd" always takes torch's
+    """
+    if engine == "autograd":
+        return AutogradEngine(policy, "engine='autograd'")
+    own: type[Engine] | None = engine_class(type(policy))
+    if own is not None:
+        return own(policy)  # type: ignore[call-arg]  # a protocol says nothing of constructors
+    try:
+        return ClosedFormEngine(policy)
+    except Unsuitable as reason:
+        return AutogradEngine(policy, str(reason))

@@ -1,0 +1,391 @@
+"""SB3's MlpPolicy on the CPU, differentiated by hand in NumPy.
+
+On networks as small as this one, a torch call takes longer than its arithmetic. Here actor and critic are each an
+:class:`~sb3_pg.common.engines.mlp.Mlp`, the actor's outputs are the parameters of the action distribution (a
+*family*), and a Fisher-vector product is J^T M J v: the tangent pass, the family's own Fisher matrix, the backward
+pass.
+
+The torch parameters stay the one truth. Weights are views of their memory, gradients are written where their
+``.grad`` looks, and the state of the policy's own torch optimizer is what moves them.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import is_image_space
+
+from sb3_pg.common.arrays import Array
+from sb3_pg.common.batch import Batch
+from sb3_pg.common.distributions import Categorical, Likelihood, Parameters, masked
+from sb3_pg.common.distributions.family import column
+from sb3_pg.common.engines.blueprint import DTYPES, Blueprint, Layers, Unsuitable
+from sb3_pg.common.engines.mlp import ACTIVATIONS, Mlp, Pieces, Trace
+from sb3_pg.common.engines.optimizer import QuickAdam, is_plain_adam, use_fused_adam
+from sb3_pg.common.engines.protocol import Acted, Fisher, Look, Seen
+from sb3_pg.common.engines.rows import RowEngine
+from sb3_pg.common.products import inner, product
+from sb3_pg.common.threads import choose_threads
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+#: log_std, if there is one, and weights and biases of the actor
+ActorPieces = tuple[np.ndarray | None, Pieces]
+
+
+def _quiet(function: Function) -> Function:
+    """Let a caller's ``np.seterr(all="raise")`` not reach into a function.
+
+    What its numbers underflow to is right, and the algorithm itself looks for those that are not finite.
+    """
+    return np.errstate(all="ignore")(function)
+
+
+class Encoder:
+    """What SB3's preprocessing and FlattenExtractor make of observations: flat numbers; choices become one-hot.
+
+    :param space: Box, Discrete, MultiDiscrete or MultiBinary
+    :param normalize_images: divide an image's bytes by 255
+    :param dtype: of the result
+    """
+
+    def __init__(self, space: spaces.Space[Any], normalize_images: bool, dtype: Any) -> None:
+        self.dtype = dtype
+        self._divisor = 255.0 if normalize_images and is_image_space(space) else None
+        sizes = np.atleast_1d(getattr(space, "nvec", getattr(space, "n", 0)))
+        self._is_choice = isinstance(space, spaces.Discrete | spaces.MultiDiscrete)
+        self._width = int(sizes.sum())
+        self._offsets = np.cumsum(sizes) - sizes
+
+    def __call__(self, x: Any) -> np.ndarray:
+        flat: np.ndarray = x.reshape(len(x), -1)
+        if self._is_choice:
+            encoded = np.zeros((len(x), self._width), self.dtype)
+            encoded[np.arange(len(x))[:, None], flat.astype(np.intp) + self._offsets] = 1.0
+            return encoded
+        numbers: np.ndarray = flat.astype(self.dtype, copy=False)
+        if self._divisor is not None:
+            numbers = np.divide(numbers, self._divisor)
+        return numbers if numbers.flags.carray else numbers.copy()  # torch takes no other
+
+
+class ClosedFormEngine(RowEngine):
+    """Acts, judges and steps by NumPy on the memory of the policy's parameters.
+
+    :param policy: SB3's MlpPolicy with nothing replaced, on the CPU
+    :raises Unsuitable: the policy is not of that kind
+    """
+
+    def __init__(self, policy: ActorCriticPolicy) -> None:
+        self.policy = policy
+        self.description = "closed-form"
+        use_fused_adam(policy.optimizer)
+        self._errors_raise = True
+        self._adam: QuickAdam | None = None  # until ``refresh``
+        self._build(Blueprint(policy))
+
+    def _build(self, blueprint: Blueprint) -> None:
+        """Make views of the parameters and of one flat vector of all gradients, the actor's first."""
+        parameters = self._trained = blueprint.parameters
+        self._memory = [p.data_ptr() for p in parameters]
+        self._fingerprint = blueprint.fingerprint()
+        self.family = blueprint.family
+        self.dtype = DTYPES[parameters[0].dtype]
+        self._action_shape: tuple[int, ...] = self.policy.action_space.shape  # type: ignore[assignment]
+        self.actor_mlp, self.critic_mlp = mlp_of(blueprint.actor), mlp_of(blueprint.critic)
+        self.log_std = None if blueprint.log_std is None else view(blueprint.log_std)
+        self.encode = Encoder(self.policy.observation_space, self.policy.normalize_images, self.dtype)
+
+        self.actor_size = self.actor_mlp.size + (0 if self.log_std is None else self.log_std.size)
+        self.gradient = np.zeros(self.actor_size + self.critic_mlp.size, self.dtype)
+        self._actor_gradient = self.split(self.gradient)
+        self._critic_gradient = self.critic_mlp.split(self.gradient[self.actor_size :])
+        pieces = th.split(th.from_numpy(self.gradient), [p.numel() for p in parameters])
+        offered = [(p, g.view_as(p)) for p, g in zip(parameters, pieces, strict=True)]
+        n_actor = len(parameters) - 2 * len(blueprint.critic)
+        self._offered = (offered[:n_actor], offered[n_actor:])
+        self.offer(actor=False, critic=False)
+
+    def refresh(self) -> bool:
+        choose_threads(0.0)  # torch computes what is too large for one thread of NumPy's BLAS, on one of its own
+        self._errors_raise = not {"ignore", "warn"}.issuperset(np.geterr().values())
+        try:
+            blueprint = Blueprint(self.policy)
+        except Unsuitable:
+            self.offer(actor=False, critic=False)
+            return False
+        if blueprint.fingerprint() != self._fingerprint:
+            self._build(blueprint)
+        optimizer = self.policy.optimizer
+        self._adam = QuickAdam(optimizer) if is_plain_adam(optimizer) else None
+        return True
+
+    def __reduce__(self) -> Any:
+        # Copies of views would be of no use: a copied or unpickled engine is made anew for its own policy.
+        from sb3_pg.common.engines.choice import make_engine
+
+        return make_engine, (self.policy,)
+
+    # Act
+
+    def act(self, seen: Seen, deterministic: bool = False) -> Acted:
+        return (self._act_quietly if self._errors_raise else self._act)(seen, deterministic)
+
+    def _act(self, seen: Seen, deterministic: bool) -> Acted:
+        x = self.encode(seen.observations)
+        parameters = self.parameters(self.actor_mlp(x), seen.masks)
+        if deterministic:
+            actions: Any = self.family.mode(parameters)
+        else:
+            actions = self.family.sample(parameters, self.family.noise(len(x)))
+        if actions.dtype == np.float64:
+            actions = actions.astype(np.float32)
+        return Acted(actions.reshape(len(x), *self._action_shape))
+
+    _act_quietly = _quiet(_act)  # takes as much longer as one of the layers
+
+    def parameters(self, outputs: np.ndarray, masks: Any = None) -> Parameters:
+        """The head: from the actor's outputs to its distribution's parameters."""
+        return (masked(outputs, masks),) if self.log_std is None else (outputs, self.log_std)
+
+    # Judge
+
+    def asarray(self, x: np.ndarray) -> np.ndarray:
+        return x.astype(self.dtype, copy=False) if x.dtype.kind == "f" else x
+
+    def actions(self, x: np.ndarray) -> np.ndarray:
+        if isinstance(self.family, Categorical):
+            choices: np.ndarray = x.astype(np.intp, copy=False)
+            return choices.reshape(-1) if isinstance(self.policy.action_space, spaces.Discrete) else choices
+        return x.astype(self.dtype, copy=False)
+
+    @_quiet
+    def row_values(self, observations: Any) -> np.ndarray:
+        found = [self.critic_mlp(self.encode(observations[chunk])) for chunk in _chunks(len(observations))]
+        return np.concatenate(found, dtype=np.float32).reshape(-1)
+
+    @_quiet
+    def judge_rows(self, observations: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        log_probs: list[Any] = []
+        for chunk in _chunks(len(observations)):
+            parameters = self.parameters(self.actor_mlp(self.encode(observations[chunk])))
+            log_probs.append(self.family.log_prob(parameters, self.actions(actions[chunk])))
+        return self.row_values(observations), np.concatenate(log_probs, dtype=np.float32)
+
+    # Step
+
+    @_quiet
+    def evaluate(self, batch: Batch) -> "ClosedFormEvaluation":
+        x = self.encode(batch.observations)
+        outputs, actor_trace = self.actor_mlp.forward(x)
+        likelihood = self.family.evaluate(self.parameters(outputs, batch.masks), batch.actions)
+        values, critic_trace = self.critic_mlp.forward(x)
+        return ClosedFormEvaluation(self, batch, values, critic_trace, likelihood, actor_trace)
+
+    @_quiet
+    def evaluate_critic(self, batch: Batch) -> "ClosedFormEvaluation":
+        return ClosedFormEvaluation(self, batch, *self.critic_mlp.forward(self.encode(batch.observations)))
+
+    def actor(self, batch: Batch) -> "ClosedFormActor":
+        return ClosedFormActor(self, batch)
+
+    def write_gradient(self, actor: tuple[Trace, Parameters] | None, critic: tuple[Trace, np.ndarray] | None) -> None:
+        """Write gradients where the parameters' ``.grad`` looks.
+
+        :param actor: the forward pass, and the derivative by each row's parameters of the distribution
+        :param critic: the forward pass, and the derivative by each value, (n, 1)
+        """
+        if actor is not None:
+            self.actor_backward(*actor, self._actor_gradient)
+        if critic is not None:
+            self.critic_mlp.backward(*critic, self._critic_gradient)
+        self.offer(actor=actor is not None, critic=critic is not None)
+
+    def actor_backward(self, trace: Trace, d: Any, gradient: ActorPieces) -> None:
+        """Write the actor's gradient, from the derivative by each row's parameters."""
+        d_log_std, pieces = gradient
+        if d_log_std is not None:
+            product(np.ones((1, len(d[1])), d[1].dtype), d[1], d_log_std[None])
+        self.actor_mlp.backward(trace, d[0], pieces)
+
+    def split(self, flat: np.ndarray) -> ActorPieces:
+        """Views of a flat vector of the actor's parameters: log_std, and weights and biases."""
+        if self.log_std is None:
+            return None, self.actor_mlp.split(flat)
+        n = self.log_std.size
+        return flat[:n], self.actor_mlp.split(flat[n:])
+
+    def offer(self, *, actor: bool, critic: bool) -> None:
+        """Show the optimizer the gradients of those that move, and None for the others: momentum would move zeros."""
+        for offered, moves in zip(self._offered, (actor, critic), strict=True):
+            first, its_gradient = offered[0]
+            if first.grad is (its_gradient if moves else None):
+                continue  # seen by one of them, to save time: whoever replaces gradients replaces all
+            for parameter, gradient in offered:
+                parameter.grad = gradient if moves else None
+
+    @_quiet
+    def step(self, max_grad_norm: float | None) -> float:
+        moves = tuple(offered[0][0].grad is not None for offered in self._offered)
+        if not any(moves):
+            return 0.0
+        moving = self.gradient[0 if moves[0] else self.actor_size : None if moves[1] else self.actor_size]
+        norm = math.sqrt(inner(moving, moving))
+        if not math.isfinite(norm):
+            return norm
+        if max_grad_norm is not None and norm + 1e-6 > max_grad_norm:
+            moving *= max_grad_norm / (norm + 1e-6)
+        if self._adam is not None:
+            self._adam.step(moves)
+            return norm
+        self.policy.optimizer.step()
+        if [p.data_ptr() for p in self._trained] != self._memory:  # not torch's own, but some replace ``p.data``
+            self._build(Blueprint(self.policy))
+        return norm
+
+    # The actor's parameters as one vector
+
+    @property
+    def actor_arrays(self) -> list[np.ndarray]:
+        """Views of the actor's parameters, in the order of ``split``."""
+        first = [] if self.log_std is None else [self.log_std]
+        return first + [x for piece in self.actor_mlp.pieces for x in piece]
+
+
+class ClosedFormEvaluation:
+    """A batch as the present parameters see it, with the forward passes that led there.
+
+    :param values: (n, 1)
+    :param likelihood: of the actions; None if only the critic was evaluated
+    """
+
+    log_prob: Array
+    entropy: Array
+
+    def __init__(
+        self,
+        engine: ClosedFormEngine,
+        batch: Batch,
+        values: np.ndarray,
+        critic_trace: Trace,
+        likelihood: Likelihood | None = None,
+        actor_trace: Trace | None = None,
+    ) -> None:
+        self._engine, self._batch = engine, batch
+        self.value: Array = values.reshape(-1)
+        self._critic_trace, self._actor_trace, self._likelihood = critic_trace, actor_trace, likelihood
+        if likelihood is not None:
+            self.log_prob, self.entropy = likelihood.log_prob, likelihood.entropy
+
+    @_quiet
+    def backward(self, d_log_prob: Any = None, d_entropy: float | None = None, d_value: Any = None) -> None:
+        scale, actor, critic = self._batch.scale, None, None
+        if d_log_prob is not None or d_entropy:
+            assert self._likelihood is not None and self._actor_trace is not None, "only the critic was evaluated"
+            weighted = None if d_log_prob is None else np.asarray(d_log_prob * scale, self._engine.dtype)
+            actor = self._actor_trace, self._likelihood.pull(weighted, d_entropy * scale if d_entropy else None)
+        if d_value is not None:
+            critic = self._critic_trace, np.asarray(d_value * scale, self._engine.dtype).reshape(-1, 1)
+        self._engine.write_gradient(actor, critic)
+
+
+class ClosedFormActor:
+    """The actor's parameters as one vector, looked at in closed form on one batch."""
+
+    def __init__(self, engine: ClosedFormEngine, batch: Batch) -> None:
+        self._engine, self._batch = engine, batch
+
+    @property
+    def vector(self) -> Array:
+        """The present parameters, flat."""
+        return np.concatenate([x.reshape(-1) for x in self._engine.actor_arrays])
+
+    @vector.setter
+    def vector(self, vector: Array) -> None:
+        start = 0
+        for x in self._engine.actor_arrays:
+            x[...] = vector[start : start + x.size].reshape(x.shape)
+            start += x.size
+
+    @cached_property
+    def _pass(self) -> tuple[Trace, Parameters]:
+        """The forward pass at the old parameters; a trust-region step asks three times for the same."""
+        outputs, trace = self._engine.actor_mlp.forward(self._engine.encode(self._batch.observations))
+        return trace, tuple(x.copy() for x in self._engine.parameters(outputs, self._batch.masks))  # type: ignore[union-attr]
+
+    @property
+    @_quiet
+    def old(self) -> Look:
+        """The look at the old parameters."""
+        family, parameters = self._engine.family, self._pass[1]
+        log_prob: Any = family.log_prob(parameters, self._batch.actions)
+        return Look(log_prob, family.entropy(parameters), np.zeros_like(log_prob))
+
+    @_quiet
+    def look(self) -> Look:
+        engine, old = self._engine, self._pass[1]
+        outputs = engine.actor_mlp(engine.encode(self._batch.observations))
+        now = engine.parameters(outputs, self._batch.masks)
+        # In float64: rounding to float32 is as large as a small trust region's KL is exact.
+        exact = [tuple(np.asarray(x, np.float64) for x in parameters) for parameters in (old, now)]
+        log_prob = engine.family.log_prob(now, self._batch.actions)
+        return Look(log_prob, engine.family.entropy(now), engine.family.kl(*exact))
+
+    @_quiet
+    def gradient(self, d_log_prob: Any, d_entropy: float) -> Array:
+        engine, scale, (trace, parameters) = self._engine, self._batch.scale, self._pass
+        weighted = np.asarray(d_log_prob * scale, engine.dtype)
+        likelihood = engine.family.evaluate(parameters, self._batch.actions)
+        gradient = np.empty(engine.actor_size, engine.dtype)
+        engine.actor_backward(trace, likelihood.pull(weighted, d_entropy * scale), engine.split(gradient))
+        return gradient
+
+    @_quiet
+    def fisher(self, every: int = 1) -> Fisher:
+        """Return products ``J^T M J v``, averaged, where M is the family's own Fisher matrix of each row."""
+        engine, (trace, parameters) = self._engine, self._pass
+        if every > 1:
+            slopes = [None if x is None else x[::every] for x in trace.slopes]
+            trace = Trace([x[::every] for x in trace.inputs], slopes)
+            parameters = tuple(x[::every] if x.ndim > 1 else x for x in parameters)
+        shape, scale = parameters[0].shape, column(self._batch[::every].normalised().scale)
+
+        @_quiet
+        def times(vector: Any) -> np.ndarray:
+            d_log_std, pieces = engine.split(np.asarray(vector, engine.dtype))
+            tangent: Parameters = (engine.actor_mlp.tangent(trace, pieces),)
+            if d_log_std is not None:
+                tangent = (tangent[0], np.broadcast_to(d_log_std, shape))
+            weighted = tuple(x * scale for x in engine.family.fisher(parameters, tangent))
+            result = np.empty(engine.actor_size, engine.dtype)
+            engine.actor_backward(trace, weighted, engine.split(result))
+            return result
+
+        return times
+
+
+#: Rows of one chunk of a judging pass, so that its activations take little memory and stay in the cache.
+_CHUNK_ROWS = 1 << 13
+
+
+def _chunks(n: int) -> list[slice]:
+    return [slice(start, start + _CHUNK_ROWS) for start in range(0, n, _CHUNK_ROWS)]
+
+
+def view(parameter: th.Tensor) -> np.ndarray:
+    """Return a parameter's memory as NumPy sees it."""
+    array: np.ndarray = parameter.detach().numpy()
+    return array
+
+
+def mlp_of(layers: Layers) -> Mlp:
+    """Return a chain of layers as NumPy sees it."""
+    return Mlp(
+        [(view(linear.weight), view(linear.bias)) for linear, _ in layers],
+        [None if f is None else ACTIVATIONS[type(f)](f) for _, f in layers],
+    )

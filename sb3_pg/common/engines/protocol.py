@@ -1,0 +1,167 @@
+"""What an algorithm asks of an engine, and what it is given back; nothing else about policies is known to it.
+
+A batch goes in, an evaluation comes out. Nothing is remembered between two calls but in the objects returned and,
+as everywhere in torch, in the gradients of the policy's parameters between ``backward`` and ``step``.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_pg.common.arrays import Array, Observations
+
+if TYPE_CHECKING:
+    from sb3_pg.common.batch import Batch
+    from sb3_pg.common.rollout import Rollout
+
+
+class Seen(NamedTuple):
+    """What acting is given, one row per environment."""
+
+    observations: Observations
+    masks: np.ndarray | None = None  #: True for allowed actions, (n_envs, sum of options); None allows all
+
+
+class Acted(NamedTuple):
+    """What acting gives back."""
+
+    actions: np.ndarray  #: (n_envs, *action_shape), not clipped
+    #: V and log-probabilities, (n_envs,) each, if acting found them anyway; None leaves them to ``judge``
+    values: th.Tensor | None = None
+    log_probs: th.Tensor | None = None
+
+
+class Judged(NamedTuple):
+    """What judging a rollout finds out."""
+
+    values: np.ndarray  #: V(s_t), float32 (n_steps, n_envs)
+    log_probs: np.ndarray  #: log pi(a_t|s_t), float32 (n_steps, n_envs)
+    final_values: np.ndarray  #: V of ``Rollout.final_observations``, float32
+    rewards: np.ndarray | None = None  #: in place of the environment's, (n_steps, n_envs)
+    figures: Mapping[str, float] = {}  #: to be logged
+
+
+class Evaluation(Protocol):
+    """A batch as the present parameters see it."""
+
+    @property
+    def log_prob(self) -> Array:
+        """Log pi(a|s), (n,)."""
+
+    @property
+    def entropy(self) -> Array:
+        """In nats, (n,)."""
+
+    @property
+    def value(self) -> Array:
+        """V(s), (n,)."""
+
+    def backward(
+        self, d_log_prob: Array | None = None, d_entropy: float | None = None, d_value: Array | None = None
+    ) -> None:
+        """Write the gradient of the mean loss into the parameters, in place of earlier gradients. Once only.
+
+        Each sample counts with ``batch.weight``, by default 1 / n. Without derivatives by log-probability and
+        entropy the critic alone gets a gradient: what the actor depends on too is left alone.
+
+        :param d_log_prob: derivative of each sample's loss by its log-probability, (n,)
+        :param d_entropy: by its entropy, the same number for all
+        :param d_value: by its value, (n,)
+        """
+
+
+class Look(NamedTuple):
+    """The actor on a batch: where it is now, and how far that is from where it was."""
+
+    log_prob: Array  #: (n,)
+    entropy: Array  #: nats, (n,)
+    kl: Array  #: KL(old || now) in nats, summed over action dimensions, (n,)
+
+
+#: A Fisher information matrix averaged over a batch, as a function on flat vectors.
+Fisher = Callable[[Array], Array]
+
+
+class Actor(Protocol):
+    """The actor's parameters as one vector, and what a trust region needs to know of them on one batch.
+
+    *Old* are the parameters when this was made.
+    """
+
+    @property
+    def vector(self) -> Array:
+        """A copy of the present parameters, flat. Setting it writes them."""
+
+    @vector.setter
+    def vector(self, vector: Array) -> None: ...
+
+    @property
+    def old(self) -> Look:
+        """The look at the old parameters."""
+
+    def gradient(self, d_log_prob: Array, d_entropy: float) -> Array:
+        """Return the gradient of the mean loss at the old parameters, flat; derivatives as in ``backward``."""
+
+    def fisher(self, every: int = 1) -> Fisher:
+        """Return the Fisher matrix at the old parameters, averaged over every so-manieth sample."""
+
+    def look(self) -> Look:
+        """Look at the present parameters."""
+
+
+class Engine(Protocol):
+    """An actor and a critic that can act, judge and step.
+
+    Arrays are of the engine's own kind: NumPy or torch. The torch parameters of ``policy`` are the one truth; an
+    engine holds no weights of its own.
+    """
+
+    policy: ActorCriticPolicy
+    description: str  #: what runs and why, for ``verbose=1``
+
+    def refresh(self) -> bool:
+        """Look at the policy's parameters anew; called before every rollout and every update.
+
+        :return: False if the policy has become one that this engine cannot compute
+        """
+
+    def act(self, seen: Seen, deterministic: bool = False) -> Acted:
+        """Choose an action for each environment: sample it, or take the most likely one."""
+
+    def judge(self, rollout: "Rollout") -> Judged:
+        """Find values and log-probabilities of a complete rollout, and values of its final observations."""
+
+    def adapt(self, figures: Mapping[str, float]) -> None:
+        """Adapt what the policy adapts by itself, once a rollout with these figures has been accepted."""
+
+    def batch(self, rollout: "Rollout", keep: np.ndarray | None = None) -> "Batch":
+        """Return a judged rollout as one batch of this engine's arrays, in time order.
+
+        :param keep: which samples to use, boolean (n_steps, n_envs); None takes all
+        """
+
+    def asarray(self, x: np.ndarray) -> Array:
+        """Return numbers of NumPy as an array of this engine's kind, type and place."""
+
+    def actions(self, x: np.ndarray) -> Array:
+        """Return recorded actions, (n, action_dim), in the form of ``Batch.actions``."""
+
+    def evaluate(self, batch: "Batch") -> Evaluation:
+        """Evaluate actor and critic on a batch."""
+
+    def evaluate_critic(self, batch: "Batch") -> Evaluation:
+        """Evaluate the critic alone: ``log_prob`` and ``entropy`` are not known."""
+
+    def actor(self, batch: "Batch") -> Actor:
+        """Return the actor as it is now; what it knows of the batch is computed when it is asked for."""
+
+    def step(self, max_grad_norm: float | None) -> float:
+        """Scale the gradients to at most ``max_grad_norm`` and let the policy's optimizer move the parameters.
+
+        Parameters without a gradient stay.
+
+        :return: the norm of the gradients before scaling; if it is not finite, nothing was moved
+        """

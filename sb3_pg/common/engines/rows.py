@@ -1,0 +1,51 @@
+"""What engines have in common that look at rollouts row by row."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from sb3_pg.common.arrays import Array
+from sb3_pg.common.batch import Batch, batch_of
+from sb3_pg.common.engines.protocol import Judged
+from sb3_pg.common.rollout import Rollout
+
+
+class RowEngine(ABC):
+    """Judging and batches, from what a subclass finds out of single rows."""
+
+    #: whether minibatches shall be made of whole stretches of episodes
+    sequential = False
+
+    @abstractmethod
+    def asarray(self, x: np.ndarray) -> Array: ...
+
+    @abstractmethod
+    def actions(self, x: np.ndarray) -> Array: ...
+
+    @abstractmethod
+    def row_values(self, observations: Any) -> np.ndarray:
+        """Return V of each row of recorded observations, float32 (n,), without gradients."""
+
+    @abstractmethod
+    def judge_rows(self, observations: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return V and log pi(a|s) of each row of a recorded rollout, float32 (n,) each, without gradients."""
+
+    def judge(self, rollout: Rollout) -> Judged:
+        n, buffer = rollout.n_steps, rollout.buffer
+        if rollout.is_judged:
+            values, log_probs = buffer.values[:n], buffer.log_probs[:n]
+        else:
+            found = self.judge_rows(rollout.column("observations"), rollout.column("actions"))
+            values, log_probs = (x.reshape(n, -1) for x in found)
+        return Judged(values, log_probs, self.row_values(rollout.final_observations))
+
+    def adapt(self, figures: Mapping[str, float]) -> None:
+        return  # the policy adapts nothing by itself
+
+    def batch(self, rollout: Rollout, keep: np.ndarray | None = None) -> Batch:
+        return batch_of(rollout, self._asarrays, self.actions, keep, sequential=self.sequential)
+
+    def _asarrays(self, x: Any) -> Any:
+        return {key: self.asarray(value) for key, value in x.items()} if isinstance(x, dict) else self.asarray(x)

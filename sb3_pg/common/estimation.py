@@ -1,0 +1,52 @@
+"""From a judged rollout to returns and advantages, written into its buffer."""
+
+import numpy as np
+import torch as th
+
+from sb3_pg.common.advantages import Baseline, Samples, compared, episode_numbers, reward_to_go
+from sb3_pg.common.arrays import take
+from sb3_pg.common.errors import require_finite
+from sb3_pg.common.rollout import Rollout
+
+
+def estimate_by_values(rollout: Rollout, final_values: np.ndarray, gamma: float) -> None:
+    """Write generalised advantages.
+
+    What a time limit cut off is completed by its value, added to the reward of the last step (SB3 issue 633).
+
+    :param final_values: V of ``rollout.final_observations``
+    :raises NonFiniteError: one of them is not finite
+    """
+    of_envs, of_cuts = np.split(final_values, [rollout.n_envs])
+    for cut, value in zip(rollout.cuts, of_cuts, strict=True):
+        if not np.isfinite(value):
+            found = np.where(np.arange(rollout.n_envs) == cut.env, value, 0.0)
+            require_finite("value of the terminal observation", found[None], cut.step)
+        rollout.buffer.rewards[cut.step, cut.env] += gamma * value
+    require_finite("value after the last step", of_envs[None], rollout.n_steps)
+    rollout.buffer.compute_returns_and_advantage(th.as_tensor(of_envs), rollout.last_dones)
+
+
+def estimate_by_comparison(
+    rollout: Rollout, keep: np.ndarray, baseline: str | Baseline | None, gamma: float, average: float | None
+) -> np.ndarray:
+    """Write reward-to-go, and as advantages its difference from a baseline; 0 where samples do not count.
+
+    Without a value network an episode that a time limit cuts ends there.
+
+    :param keep: which samples count, bool (n_steps, n_envs)
+    :param average: of the returns of earlier rollouts, for "ema"
+    :return: the returns that count, (n,)
+    :raises ArgumentError: the baseline cannot be had from these episodes
+    """
+    buffer, n, dones = rollout.buffer, rollout.n_steps, rollout.dones
+    returns = reward_to_go(buffer.rewards[:n], dones, gamma)
+    number, step = episode_numbers(dones)
+    of_env = number * rollout.n_envs + np.arange(rollout.n_envs)
+    episode = np.unique(of_env[keep], return_inverse=True)[1].reshape(-1)
+    observations = take(rollout.column("observations"), np.flatnonzero(keep))
+    advantages = np.zeros(keep.shape)
+    advantages[keep] = compared(baseline, Samples(observations, returns[keep], episode, step[keep]), average)
+    buffer.returns[:n], buffer.advantages[:n] = returns, advantages
+    counted: np.ndarray = returns[keep]
+    return counted

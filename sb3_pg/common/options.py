@@ -1,0 +1,107 @@
+"""The arguments that all algorithms have: what cannot work."""
+
+import math
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from stable_baselines3.common import buffers as sb3_buffers
+
+from sb3_pg.common.advantages import BASELINES, require_several
+from sb3_pg.common.batch import has_own_get
+from sb3_pg.common.buffers import RolloutBuffer
+from sb3_pg.common.errors import (
+    ArgumentError,
+    as_number,
+    check_choice,
+    check_count,
+    check_number,
+    check_parameters,
+    evaluate_schedule,
+)
+
+if TYPE_CHECKING:
+    from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
+
+
+def check_common(model: "PolicyGradientAlgorithm") -> None:
+    """Refuse arguments that cannot work.
+
+    :raises ArgumentError: naming the argument, its value and what is allowed
+    """
+    for name in ("learning_rate", "ent_coef", "vf_coef"):
+        check_number(name, getattr(model, name), or_schedule=True)
+    evaluate_schedule("learning_rate", model.learning_rate, 1.0)
+    check_number("gamma", model.gamma, high=1.0)
+    check_number("gae_lambda", model.gae_lambda, high=1.0)
+    if model.max_grad_norm is not None:
+        check_number("max_grad_norm", model.max_grad_norm)
+    check_choice("engine", model.engine, ("auto", "autograd"))
+    _check_baseline(model)
+    if model._learns_from_episodes:
+        _check_buffer_of_episodes(model.rollout_buffer_class)
+
+
+def check_learning(total_timesteps: Any, log_interval: Any) -> None:
+    """Refuse arguments of ``learn`` that cannot work.
+
+    :raises ArgumentError: naming the argument, its value and what is allowed
+    """
+    if as_number(total_timesteps) != math.inf:  # until a callback stops it
+        check_number("total_timesteps", total_timesteps)
+    if log_interval is not None:
+        check_count("log_interval", log_interval)
+
+
+def _check_baseline(model: "PolicyGradientAlgorithm") -> None:
+    for name in ("n_episodes", "max_episode_steps"):
+        if getattr(model, name) is not None:
+            check_count(name, getattr(model, name))
+    check_number("ema_decay", model.ema_decay)
+    if not model.ema_decay < 1:
+        raise ArgumentError(f"`ema_decay` must be below 1, not {model.ema_decay!r}: the average would never move.")
+    if callable(model.baseline):
+        check_parameters("baseline", model.baseline, "observations", "returns")
+    else:
+        check_choice("baseline", model.baseline, BASELINES)
+    compares = model.baseline not in ("value", "ema", None) and not callable(model.baseline)
+    if compares and model.n_episodes is not None and model.env is not None:
+        require_several(str(model.baseline), model._episodes_per_env * model.n_envs)
+
+
+def _check_buffer_of_episodes(kind: type[sb3_buffers.RolloutBuffer] | None) -> None:
+    if kind in (None, sb3_buffers.RolloutBuffer, sb3_buffers.DictRolloutBuffer):
+        return
+    if not issubclass(kind, RolloutBuffer):
+        raise ArgumentError(
+            f"`rollout_buffer_class={kind.__name__}` has a fixed length, but whole "
+            "episodes differ in theirs. Derive it from sb3_pg.common.buffers.RolloutBuffer, or pass n_steps."
+        )
+    if has_own_get(kind):
+        raise ArgumentError(
+            f"`rollout_buffer_class={kind.__name__}` has a `get` of its own, which does not know "
+            "which samples belong to whole episodes. Pass n_steps and baseline='value'."
+        )
+
+
+def check_rollout_size(model: "PolicyGradientAlgorithm", batch_size: int, normalize_advantage: bool) -> None:
+    """Check rollouts of fixed length; like SB3 warn when an epoch's last minibatch is smaller than the others.
+
+    :raises ArgumentError: there is one sample, whose advantage cannot be normalised
+    """
+    if model._learns_from_episodes:
+        return
+    rollout_size = model.n_steps * model.n_envs
+    if normalize_advantage and rollout_size < 2:
+        raise ArgumentError(
+            "`n_steps * n_envs` must be greater than 1 to normalise advantages. Currently "
+            f"n_steps={model.n_steps} and n_envs={model.n_envs}; raise one or pass normalize_advantage=False."
+        )
+    if rollout_size % batch_size:
+        whole = rollout_size // batch_size
+        warnings.warn(
+            f"You have specified a mini-batch size of {batch_size}, but the rollout has n_steps * n_envs = "
+            f"{rollout_size} samples: after every {whole} untruncated mini-batches, there will be a truncated "
+            f"mini-batch of size {rollout_size % batch_size}. We recommend a `batch_size` that divides "
+            f"n_steps * n_envs (n_steps={model.n_steps} and n_envs={model.n_envs}).",
+            stacklevel=6,
+        )

@@ -1,0 +1,202 @@
+"""SB3's policies under their names, with a faster ``predict``, and checks of what they are given."""
+
+import difflib
+import inspect
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    BasePolicy,
+    MultiInputActorCriticPolicy,
+)
+from stable_baselines3.common.preprocessing import is_image_space
+
+from sb3_pg.common.distributions.recognition import detached
+from sb3_pg.common.engines.blueprint import PLAIN
+from sb3_pg.common.engines.prediction import Predictor
+from sb3_pg.common.errors import ArgumentError
+from sb3_pg.common.registry import policy_class, policy_names
+
+#: By the names that SB3 has for them.
+POLICIES: dict[str, type[BasePolicy]] = {
+    "MlpPolicy": ActorCriticPolicy,
+    "CnnPolicy": ActorCriticCnnPolicy,
+    "MultiInputPolicy": MultiInputActorCriticPolicy,
+}
+
+
+class MlpPolicy(ActorCriticPolicy):
+    """SB3's MlpPolicy whose ``predict`` takes the closed form where that computes the same.
+
+    Models are made with it in place of SB3's class. Their archives name SB3's, so that SB3 reads them alone.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._predictor: Predictor | None = None
+
+    def predict(
+        self,
+        observation: Any,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Return actions as SB3's ``predict`` does, and ``state`` as it is."""
+        if self._predictor is None or not self._predictor.is_current():
+            self._predictor = Predictor.of(self)
+        if self._predictor is not None:
+            actions = self._predictor.predict(observation, deterministic)
+            if actions is not None:
+                if self.training:
+                    self.set_training_mode(False)
+                return actions, state
+        return super().predict(observation, state, episode_start, deterministic)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_predictor": None}
+
+
+PLAIN.add(MlpPolicy)
+
+
+def detach_distribution(policy: ActorCriticPolicy) -> None:
+    """Take what a policy's distribution remembers out of the graph, where it could not be copied."""
+    policy.action_dist = detached(policy.action_dist)
+
+
+def reset_noise(policy: ActorCriticPolicy, n_envs: int) -> None:
+    """Draw new noise for gSDE. Its graph is of no use: nothing is learned through it."""
+    policy.reset_noise(n_envs)
+    detach_distribution(policy)
+
+
+def own_class(kind: type[BasePolicy]) -> type[BasePolicy]:
+    """Return our class in place of SB3's, any other as it is."""
+    return MlpPolicy if kind is ActorCriticPolicy else kind
+
+
+def class_of(name: str) -> type[BasePolicy]:
+    """Return the policy class that goes by a name.
+
+    :raises ArgumentError: there is none; names those that there are
+    """
+    found: type[BasePolicy] | None = POLICIES.get(name) or policy_class(name)
+    if found is None:
+        known = [*POLICIES, *policy_names()]
+        lower = {x.lower(): x for x in known} | {x.lower().removesuffix("policy"): x for x in known}
+        near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.7)
+        hint = f" Did you mean {lower[near[0]]!r}?" if near else ""
+        raise ArgumentError(
+            f"`policy` is {name!r}, but must be a subclass of ActorCriticPolicy or one of "
+            f"{', '.join(map(repr, known))}.{hint}"
+        )
+    return found
+
+
+def check_policy(policy: Any, observation_space: spaces.Space[Any] | None, policy_kwargs: Any) -> None:
+    """Refuse a policy or arguments of it that cannot work.
+
+    :param policy: a name or a class
+    :param observation_space: None if it is not known yet
+    :raises ArgumentError: naming what is wrong and what to do
+    """
+    kind = class_of(policy) if isinstance(policy, str) else policy
+    if not inspect.isclass(kind):
+        raise ArgumentError(f"`policy` must be a class derived from ActorCriticPolicy or a name, not {_short(policy)}.")
+    if not issubclass(kind, ActorCriticPolicy):
+        raise ArgumentError(f"`policy` must be a subclass of ActorCriticPolicy, not {kind.__name__}.")
+    if not isinstance(policy_kwargs, dict | None):
+        raise ArgumentError(f"`policy_kwargs` must be a dictionary or None, not {policy_kwargs!r}.")
+    kwargs = policy_kwargs or {}
+    _check_names("policy_kwargs", kind, kwargs)
+    _check_values(kwargs)
+    defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
+    for part in ("optimizer", "features_extractor"):
+        function = kwargs.get(f"{part}_class", defaults.get(f"{part}_class"))
+        _check_names(f"policy_kwargs: {part}_kwargs", function, kwargs.get(f"{part}_kwargs") or {})
+    if observation_space is not None:
+        _check_observations(kind, observation_space, kwargs)
+
+
+def _check_names(where: str, function: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse arguments that a function has no parameters for; None is not known yet."""
+    if function is None or not kwargs:
+        return
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in kwargs:
+        if name not in parameters:
+            near = difflib.get_close_matches(name, parameters, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ArgumentError(f"`{where}` has {name!r}, which {function.__name__} does not take.{hint}")
+
+
+_CLASSES = {
+    "activation_fn": "torch.nn.ReLU",
+    "optimizer_class": "torch.optim.Adam",
+    "features_extractor_class": "stable_baselines3.common.torch_layers.NatureCNN",
+}
+
+
+def _check_values(kwargs: dict[str, Any]) -> None:
+    for name, example in _CLASSES.items():
+        value = kwargs.get(name, dict)
+        if not callable(value) or isinstance(value, th.nn.Module):
+            raise ArgumentError(f"policy_kwargs: `{name}` is {value!r}, but must be a class such as {example}.")
+    if not isinstance(kwargs.get("log_std_init", 0.0), int | float | np.number):
+        raise ArgumentError(f"policy_kwargs: `log_std_init` must be a number, not {kwargs['log_std_init']!r}.")
+    if "net_arch" in kwargs and kwargs["net_arch"] is not None:
+        _check_net_arch(kwargs["net_arch"])
+
+
+def _check_net_arch(net_arch: Any) -> None:
+    parts = net_arch if isinstance(net_arch, dict) else {"pi": net_arch}
+    for key, widths in parts.items():
+        if key not in ("pi", "vf"):
+            raise ArgumentError(f"policy_kwargs: `net_arch` has the key {key!r}; the keys are 'pi' and 'vf'.")
+        if not isinstance(widths, list | tuple):
+            raise ArgumentError(f"policy_kwargs: `net_arch` is {widths!r}, but must be a list such as [64, 64].")
+        for width in widths:
+            if isinstance(width, dict):
+                continue  # SB3's older form, which it explains itself
+            if isinstance(width, bool) or not isinstance(width, int | np.integer) or width < 1:
+                raise ArgumentError(f"policy_kwargs: `net_arch` must be whole numbers >= 1, not {width!r}.")
+
+
+def _check_observations(kind: type, space: spaces.Space[Any], kwargs: dict[str, Any]) -> None:
+    """Whether the usual features extractor of SB3's policies reads such observations."""
+    if "features_extractor_class" in kwargs or kind not in POLICIES.values():
+        return
+    name = f"{next(name for name, its in POLICIES.items() if its is kind)} ({kind.__name__})"
+    is_dict = isinstance(space, spaces.Dict)
+    normalized = not kwargs.get("normalize_images", True)
+    is_image = is_image_space(space, normalized_image=normalized)
+    if is_dict != (kind is MultiInputActorCriticPolicy):
+        other = "'MultiInputPolicy'" if is_dict else "'CnnPolicy'" if is_image else "'MlpPolicy'"
+        raise ArgumentError(f"`policy` {name} does not read observations of {space}. Use {other}.")
+    if kind is not ActorCriticCnnPolicy:
+        return
+    if not is_image:
+        advice = "Use 'MlpPolicy'."
+        if isinstance(space, spaces.Box) and len(space.shape) == 3:
+            advice = "If they are images divided by 255 already, pass policy_kwargs={'normalize_images': False}."
+        raise ArgumentError(
+            f"`policy` {name} reads images (Box of 3 dimensions, 0 to 255, uint8), not observations of {space}. "
+            + advice
+        )
+    height, width = sorted(space.shape)[1:]  # type: ignore[arg-type]  # the smallest is the channels
+    if min(height, width) < 36:
+        raise ArgumentError(
+            f"`policy` {name} needs images of at least 36 x 36 pixels, not observations of {space}. Enlarge them, or "
+            "pass a `features_extractor_class`."
+        )
+
+
+def _short(x: Any) -> str:
+    return f"a {type(x).__name__}" if isinstance(x, th.nn.Module) else repr(x)

@@ -1,0 +1,103 @@
+"""A rollout: what acting has recorded, and what judging and stepping ask of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from stable_baselines3.common.buffers import RolloutBuffer
+
+from sb3_pg.common.arrays import Observations
+from sb3_pg.common.buffers import episode_ends, flat
+from sb3_pg.common.returned import checked_observations
+
+
+class Cut(NamedTuple):
+    """Where a time limit cut an episode, and the observation that it would have gone on from, (1, ...)."""
+
+    step: int
+    env: int
+    observation: Any
+
+
+@dataclass
+class Rollout:
+    """The buffer, and what it has no columns for.
+
+    :param buffer: SB3's or ours, or one of the user's
+    :param last_observations: after the last step, (n_envs, ...)
+    :param last_dones: whether the last step ended an episode, (n_envs,)
+    :param cuts: the episodes that ended by a time limit
+    :param is_judged: whether acting gave values and log-probabilities, which then are in the buffer
+    :param figures: what judging has found to log
+    :param n_finished: episodes that each environment has ended, (n_envs,)
+    :param last_end: the step with which each environment last ended one, (n_envs,); -1 before
+    """
+
+    buffer: RolloutBuffer
+    last_observations: Observations
+    last_dones: np.ndarray
+    cuts: list[Cut] = field(default_factory=list)
+    is_judged: bool = False
+    figures: Mapping[str, float] = field(default_factory=dict)
+    n_finished: np.ndarray = field(init=False)
+    last_end: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.n_finished = np.zeros(self.n_envs, dtype=int)
+        self.last_end = np.full(self.n_envs, -1)
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of each environment."""
+        return self.buffer.pos
+
+    @property
+    def n_envs(self) -> int:
+        """Environments."""
+        return self.buffer.n_envs
+
+    def note(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
+        """Remember which episodes ended with the step that is about to be recorded."""
+        step = self.buffer.pos
+        self.n_finished += dones
+        self.last_end[dones] = step
+        for env in np.flatnonzero(dones):
+            info = infos[env]
+            if info.get("TimeLimit.truncated", False) and info.get("terminal_observation") is not None:
+                self.cuts.append(Cut(step, int(env), self._as_batch(info["terminal_observation"])))
+
+    def _as_batch(self, observation: Any) -> Any:
+        """One observation as a batch of one."""
+        single = checked_observations(self.buffer.observation_space, observation, None, "terminal observation")
+        return {key: x[None] for key, x in single.items()} if isinstance(single, dict) else single[None]
+
+    @cached_property
+    def dones(self) -> np.ndarray:
+        """Whether an episode ended with each step of the complete rollout, bool (n_steps, n_envs)."""
+        return episode_ends(self.buffer.episode_starts[: self.n_steps], self.last_dones)
+
+    def column(self, name: str) -> Any:
+        """Return a column of the buffer with one row per sample, (n_steps * n_envs, ...)."""
+        return flat(getattr(self.buffer, name), self.n_steps)
+
+    @property
+    def final_observations(self) -> Any:
+        """The observations after the last step, and those at which an episode was cut, (n_envs + len(cuts), ...)."""
+        return _joined(self.last_observations, [cut.observation for cut in self.cuts])
+
+    @cached_property
+    def stretches(self) -> np.ndarray:
+        """A number for each stretch of an episode within the rollout, one for each sample, (n_steps * n_envs,)."""
+        starts = self.buffer.episode_starts[: self.n_steps] > 0
+        starts[0] = True
+        numbers: np.ndarray = (np.cumsum(starts, axis=0) * self.n_envs + np.arange(self.n_envs)).ravel()
+        return numbers
+
+
+def _joined(observations: Any, more: list[Any]) -> Any:
+    """A batch of observations with batches of one appended."""
+    if isinstance(observations, dict):
+        return {key: _joined(x, [row[key] for row in more]) for key, x in observations.items()}
+    return np.concatenate([observations, *more]) if more else observations

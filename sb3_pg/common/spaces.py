@@ -1,0 +1,66 @@
+"""Which spaces can be learned on, and by which name an environment knows its actions."""
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from sb3_pg.common.errors import ArgumentError
+
+ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+
+_FLATTEN = "Flatten it (gymnasium.wrappers.FlattenObservation), or use a Dict of plain spaces."
+
+
+def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+    """Refuse spaces that cannot be learned on.
+
+    :raises ArgumentError: naming the space and what to do
+    """
+    if isinstance(observation_space, spaces.Dict):
+        if not observation_space.spaces:
+            raise ArgumentError("The observation space Dict() is empty. Give it at least one space.")
+        for key, part in observation_space.spaces.items():
+            _check_observations(f"observation space {key!r}", part)
+    else:
+        _check_observations("observation space", observation_space)
+    _check_actions(action_space)
+
+
+def _check_observations(what: str, space: spaces.Space[Any]) -> None:
+    if not isinstance(space, ACTION_SPACES):
+        raise ArgumentError(
+            f"The {what} {space} is none of Box, Discrete, MultiDiscrete and MultiBinary, or a Dict of them. {_FLATTEN}"
+        )
+    if np.any(start_of(space)):
+        raise ArgumentError(
+            f"The {what} {space} has a start other than 0. Shift observations to begin at 0 "
+            "(gymnasium.wrappers.TransformObservation)."
+        )
+    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim != 1:
+        raise ArgumentError(f"The {what} {space} is MultiDiscrete of {space.nvec.ndim} dimensions. {_FLATTEN}")
+    if 0 in (space.shape or ()):
+        raise ArgumentError(f"The {what} {space} is empty. Leave it out, or give it at least one number.")
+
+
+def _check_actions(space: spaces.Space[Any]) -> None:
+    wrap = "wrap the environment to take a plain one (gymnasium.ActionWrapper)."
+    if not isinstance(space, ACTION_SPACES):
+        raise ArgumentError(f"The action space {space} is none of Box, Discrete, MultiDiscrete and MultiBinary: {wrap}")
+    if not isinstance(space, spaces.Box) and len(space.shape or ()) > 1:
+        raise ArgumentError(f"The action space {space} has more than one dimension. Flatten it: {wrap}")
+    if 0 in (space.shape or ()):
+        raise ArgumentError(f"The action space {space} is empty: {wrap}")
+
+
+def start_of(space: spaces.Space[Any]) -> Any:
+    """Return the number of the first action of a Discrete or of each of a MultiDiscrete space, otherwise 0."""
+    return space.start if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) else 0
+
+
+def shifted(space: spaces.Space[Any], actions: np.ndarray) -> np.ndarray:
+    """Return actions numbered from 0 as the space numbers them (SB3 issue 1295)."""
+    if isinstance(space, spaces.Box | spaces.MultiBinary) or (isinstance(space, spaces.Discrete) and space.start == 0):
+        return actions  # quicker than to add
+    moved: np.ndarray = actions + np.asarray(start_of(space), actions.dtype)
+    return moved

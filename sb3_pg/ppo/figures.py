@@ -1,0 +1,74 @@
+"""What an update of PPO logs."""
+
+import math
+from dataclasses import dataclass
+
+from sb3_pg.common.arrays import Array, Column, namespace
+from sb3_pg.common.figures import Figures, logged
+from sb3_pg.common.objectives import kl_penalty
+
+#: The numbers of so many samples are kept before they are summed up.
+_KEPT_SAMPLES = 1 << 14
+
+
+@dataclass
+class PPOFigures(Figures):
+    """Means are over all minibatches of the update on which the policy took a step."""
+
+    entropy_loss: float | None = logged("minus the policy's entropy in nats; rises to 0 as it becomes certain")
+    policy_gradient_loss: float | None = logged("the objective's loss; near 0, below it where the policy improves")
+    value_loss: float | None = logged("squared error of the values, in squared units of the return")
+    approx_kl: float | None = logged("KL(old || new) in nats, estimated from the samples; how far the policy has moved")
+    clip_fraction: float | None = logged("share of the samples whose probability ratio has left the clip range")
+    loss: float | None = logged("the whole loss of the last minibatch")
+    clip_range: float | None = logged("the present clip range")
+    clip_range_vf: float | None = logged("the present clip range of the values")
+    kl_coef: float | None = logged("the weight of the KL penalty in this update")
+    early_stop: float | None = logged("1 if the KL has stopped the policy's part of the update, 0 if not")
+
+
+class Means:
+    """Means over all samples of an update, collected minibatch by minibatch.
+
+    :param like: an array with one row for each sample of the rollout
+    :param clip_range: ratios further from one than this count as clipped
+    """
+
+    def __init__(self, like: Array, clip_range: float) -> None:
+        self.value_loss, self._log_ratio, self._loss, self._entropy = (Column(like[:_KEPT_SAMPLES]) for _ in range(4))
+        self._clip_range = clip_range
+        self._sums = dict.fromkeys(("value_loss", "policy_gradient_loss", "entropy", "approx_kl", "clip_fraction"), 0.0)
+        self._counts = dict.fromkeys(self._sums, 0)
+        self._at_last_end = (0.0, 0)
+
+    def add(self, log_ratio: Array, loss: Array, entropy: Array) -> None:
+        """Add a minibatch on which the policy takes a step."""
+        self._log_ratio.add(log_ratio)
+        self._loss.add(loss)
+        self._entropy.add(entropy)
+        if len(self._loss) >= _KEPT_SAMPLES:
+            self._sum_up()
+
+    def end_epoch(self) -> float:
+        """Return the KL of the steps since the last epoch's end, NaN if the policy took none."""
+        self._sum_up()
+        kl, n = self._sums["approx_kl"], self._counts["approx_kl"]
+        (kl_before, n_before), self._at_last_end = self._at_last_end, (kl, n)
+        return (kl - kl_before) / (n - n_before) if n > n_before else math.nan
+
+    def _sum_up(self) -> None:
+        log_ratio = self._log_ratio.take()
+        kl, _ = kl_penalty(log_ratio)
+        columns = (self.value_loss.take(), self._loss.take(), self._entropy.take(), kl, self._outside(log_ratio))
+        for name, x in zip(self._sums, columns, strict=True):
+            self._sums[name] += float(x.sum())
+            self._counts[name] += len(x)
+
+    def __getitem__(self, name: str) -> float:
+        """The mean over all epochs; NaN if no minibatch contributed to it."""
+        return self._sums[name] / self._counts[name] if self._counts[name] else math.nan
+
+    def _outside(self, log_ratio: Array) -> Array:
+        xp = namespace(log_ratio)
+        outside: Array = xp.astype(xp.abs(xp.expm1(log_ratio)) > self._clip_range, log_ratio.dtype)
+        return outside

@@ -1,0 +1,129 @@
+"""PPO's arguments: what cannot work, and the objective that they make."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
+
+from sb3_pg.common.arrays import Array, namespace
+from sb3_pg.common.errors import (
+    ArgumentError,
+    PolicyError,
+    check_choice,
+    check_count,
+    check_number,
+    check_parameters,
+    evaluate_schedule,
+)
+from sb3_pg.common.objectives import clipped_surrogate, kl_penalty, simple_policy_optimization, surrogate
+from sb3_pg.common.options import check_rollout_size
+
+if TYPE_CHECKING:
+    from sb3_pg.ppo.ppo import PPO
+
+#: (log_ratio, advantage) to (loss, d loss / d log_prob), arrays of shape (n,)
+Objective = Callable[[Array, Array], tuple[Array, Array]]
+
+
+def make_objective(ppo: "PPO", kl_coef: float) -> Objective:
+    """Return the objective with the coefficients of this update."""
+    clip_range = ppo._coefficient("clip_range")
+    objective: Objective
+    if callable(ppo.objective):
+        objective = _checked(ppo.objective)
+    elif ppo.objective == "spo":
+        objective = partial(simple_policy_optimization, epsilon=clip_range)
+    elif ppo.objective == "surrogate":
+        objective = surrogate
+    else:
+        high = clip_range if ppo.clip_range_high is None else ppo._coefficient("clip_range_high")
+        objective = partial(clipped_surrogate, low=clip_range, high=high, dual_clip=ppo.dual_clip)
+    return objective if kl_coef == 0.0 else _with_kl_penalty(objective, kl_coef)
+
+
+def _checked(objective: Callable[..., Any]) -> Objective:
+    """The user's objective, whose answers are looked at."""
+
+    def checked(log_ratio: Array, advantage: Array) -> tuple[Array, Array]:
+        found = objective(log_ratio, advantage)
+        answers = found if isinstance(found, tuple | list) else [found]
+        if len(answers) != 2 or any(type(x) is not type(log_ratio) or x.shape != log_ratio.shape for x in answers):
+            shown = [f"{type(x).__name__} {getattr(x, 'shape', '')}" for x in answers]
+            raise ArgumentError(
+                "`objective` must return (loss, derivative of the loss by the log-probability), each a "
+                f"{type(log_ratio)} of shape ({len(log_ratio)},), one number for each sample, not {shown}."
+            )
+        loss, derivative = found
+        if not namespace(derivative).isfinite(derivative).all():
+            raise PolicyError("The derivative that `objective` has returned is not finite.")
+        return loss, derivative
+
+    return checked
+
+
+def _with_kl_penalty(objective: Objective, kl_coef: float) -> Objective:
+    def penalised(log_ratio: Array, advantage: Array) -> tuple[Array, Array]:
+        loss, derivative = objective(log_ratio, advantage)
+        penalty, d_penalty = kl_penalty(log_ratio)
+        return loss + kl_coef * penalty, derivative + kl_coef * d_penalty
+
+    return penalised
+
+
+def check_arguments(ppo: "PPO") -> None:
+    """Refuse arguments that cannot work.
+
+    :raises ArgumentError: naming the argument, its value and what is allowed
+    """
+    for name in ("n_steps", "batch_size", "n_epochs"):
+        check_count(name, getattr(ppo, name))
+    check_number("clip_range", ppo.clip_range, above_low=True, or_schedule=True)
+    for name in ("clip_range_vf", "clip_range_high", "target_kl"):
+        if getattr(ppo, name) is not None:
+            check_number(name, getattr(ppo, name), above_low=True, or_schedule=True)
+    if ppo.dual_clip is not None:
+        check_number("dual_clip", ppo.dual_clip, low=1.0, above_low=True)
+    check_number("kl_coef", ppo.kl_coef, or_schedule=True)
+    check_number("desired_kl", ppo.desired_kl, above_low=True)
+    check_choice("normalize_advantage", ppo.normalize_advantage, (True, False, "minibatch", "batch"))
+    if callable(ppo.objective):
+        check_parameters("objective", ppo.objective, "log_ratio", "advantage")
+    else:
+        check_choice("objective", ppo.objective, ("clip", "spo", "surrogate"))
+    _check_contradictions(ppo)
+    if ppo.env is not None:
+        _check_rollout_size(ppo)
+
+
+def _check_contradictions(ppo: "PPO") -> None:
+    if ppo.objective != "clip" and (ppo.clip_range_high is not None or ppo.dual_clip is not None):
+        raise ArgumentError(
+            f"`clip_range_high` and `dual_clip` belong to objective='clip', not {ppo.objective!r}. Leave them out."
+        )
+    if ppo.adaptive_lr and not is_constant(ppo.learning_rate):
+        raise ArgumentError(
+            "`adaptive_lr=True` and a schedule for `learning_rate` contradict each other: both set the learning "
+            "rate. Pass a number, or adaptive_lr=False."
+        )
+    if ppo.adaptive_kl_coef and (not is_constant(ppo.kl_coef) or evaluate_schedule("kl_coef", ppo.kl_coef, 1.0) == 0.0):
+        raise ArgumentError(
+            f"`adaptive_kl_coef=True` needs a number above 0 to start from, not kl_coef={ppo.kl_coef!r}; "
+            "the paper uses 1."
+        )
+
+
+def _check_rollout_size(ppo: "PPO") -> None:
+    if ppo.normalize_advantage in (True, "minibatch") and ppo.batch_size < 2:
+        raise ArgumentError(
+            f"`batch_size` must be greater than 1 to normalise advantages in it, not {ppo.batch_size} "
+            "(SB3 issue 440). Raise it or pass normalize_advantage='batch' or False."
+        )
+    check_rollout_size(ppo, ppo.batch_size, bool(ppo.normalize_advantage))
+
+
+def is_constant(value: Any) -> bool:
+    """Return whether a coefficient is a number, perhaps wrapped as SB3 and the zoo wrap constants."""
+    while isinstance(value, FloatSchedule):
+        value = value.value_schedule
+    return isinstance(value, ConstantSchedule) or not callable(value)

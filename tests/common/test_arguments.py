@@ -1,0 +1,478 @@
+"""Whatever is passed in place of what is meant gets one error that names the argument, what it got, and what to do."""
+
+import re
+
+import numpy as np
+import pytest
+import stable_baselines3
+import torch as th
+from conftest import FakeEnv, make_envs
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from tiny_models import ALGORITHMS, ALL, OPTIONS, tiny, weights
+
+from sb3_pg import PPO, REINFORCE, TRPO
+from sb3_pg.common.errors import ArgumentError
+
+pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+
+ENGINES = pytest.mark.parametrize("engine", ["auto", "autograd"])
+
+
+# ------------------------------------------------------------------ PPO's own objective
+
+
+def surrogate(log_ratio, advantage):
+    return -advantage * log_ratio, -advantage
+
+
+WRONG_OBJECTIVES = {
+    "only the loss": lambda log_ratio, advantage: surrogate(log_ratio, advantage)[0],
+    "three": lambda log_ratio, advantage: (*surrogate(log_ratio, advantage), advantage),
+    "nothing": lambda log_ratio, advantage: None,
+    "means": lambda log_ratio, advantage: tuple(x.mean() for x in surrogate(log_ratio, advantage)),
+    "the loss's mean": lambda log_ratio, advantage: (surrogate(log_ratio, advantage)[0].mean(), -advantage),
+    "numbers": lambda log_ratio, advantage: (0.0, 0.0),
+    "columns": lambda log_ratio, advantage: tuple(x[:, None] for x in surrogate(log_ratio, advantage)),
+    "too few": lambda log_ratio, advantage: tuple(x[1:] for x in surrogate(log_ratio, advantage)),
+    "no derivative": lambda log_ratio, advantage: (-advantage, None),
+    "no loss": lambda log_ratio, advantage: (None, -advantage),
+    "text": lambda log_ratio, advantage: ("loss", "derivative"),
+    "a dictionary": lambda log_ratio, advantage: dict(zip("ab", surrogate(log_ratio, advantage), strict=True)),
+}
+
+
+@ENGINES
+@pytest.mark.parametrize("name", WRONG_OBJECTIVES)
+def test_an_objective_that_answers_wrongly(name, engine):
+    model = tiny(PPO, make_envs(), objective=WRONG_OBJECTIVES[name], engine=engine)
+    before = weights(model)
+    with pytest.raises(ArgumentError, match="`objective` must return") as caught:
+        model.learn(16)
+    for word in ("loss", "derivative", "16"):
+        assert word in str(caught.value)
+    np.testing.assert_array_equal(weights(model), before)
+    model.objective = surrogate
+    assert not np.array_equal(weights(model.learn(16)), before)
+
+
+@ENGINES
+def test_a_loss_of_two_samples_is_not_taken_for_two_answers(engine):
+    model = tiny(PPO, make_envs(), objective=WRONG_OBJECTIVES["only the loss"], engine=engine, batch_size=2)
+    with pytest.raises(ArgumentError, match="`objective` must return"):
+        model.learn(16)
+
+
+@pytest.mark.parametrize("as_what", [lambda x: np.asarray(x), lambda x: list(np.asarray(x))], ids=["numpy", "list"])
+def test_an_objective_in_numpy_where_torch_differentiates(as_what):
+    def objective(log_ratio, advantage):
+        return tuple(as_what(x.detach() if isinstance(x, th.Tensor) else x) for x in surrogate(log_ratio, advantage))
+
+    with pytest.raises(ArgumentError, match=r"`objective` must return .*(Tensor|torch)"):
+        tiny(PPO, make_envs(), objective=objective, engine="autograd").learn(16)
+
+
+@ENGINES
+def test_an_objective_whose_numbers_are_not_finite_is_named(engine):
+    def objective(log_ratio, advantage):
+        loss, derivative = surrogate(log_ratio, advantage)
+        return loss, derivative * float("nan")
+
+    with pytest.raises(ValueError, match="`objective`"):
+        tiny(PPO, make_envs(), objective=objective, engine=engine).learn(16)
+
+
+@ENGINES
+def test_an_objective_of_other_parameters(engine):
+    with pytest.raises(ArgumentError, match=r"(?s)`objective`.*log_ratio, advantage"):
+        tiny(PPO, make_envs(), objective=lambda log_ratio: (log_ratio, log_ratio), engine=engine).learn(16)
+
+
+@ENGINES
+def test_an_objectives_own_error_is_not_covered_up(engine):
+    with pytest.raises(ZeroDivisionError):
+        tiny(PPO, make_envs(), objective=lambda log_ratio, advantage: 1 / 0, engine=engine).learn(16)
+
+
+@ENGINES
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_objectives_that_answer_rightly(engine, kind):
+    found = tiny(PPO, make_envs(), objective=lambda *x: kind(surrogate(*x)), engine=engine).learn(16)
+    expected = tiny(PPO, make_envs(), objective=surrogate, engine=engine).learn(16)
+    np.testing.assert_array_equal(weights(found), weights(expected))
+
+
+@pytest.mark.parametrize(
+    "baseline",
+    [
+        lambda observations, returns: None,
+        lambda observations, returns: "high",
+        lambda observations, returns: {},
+        lambda observations, returns: returns[:, None],
+        lambda observations, returns: returns[1:],
+        lambda observations, returns: [[1.0], [1.0, 2.0]],
+        lambda observations, returns: returns * float("inf"),
+    ],
+    ids=["nothing", "text", "dictionary", "column", "too few", "ragged", "infinite"],
+)
+def test_a_baseline_that_answers_wrongly(baseline):
+    with pytest.raises(ArgumentError, match=r"`baseline` must return one finite number for each of the 16 samples"):
+        tiny(REINFORCE, make_envs(), baseline=baseline).learn(16)
+
+
+def test_a_baseline_of_other_parameters():
+    with pytest.raises(ArgumentError, match=r"(?s)`baseline`.*observations, returns"):
+        tiny(REINFORCE, make_envs(), baseline=lambda returns: returns).learn(16)
+
+
+# ------------------------------------------------------------------------------- learn
+
+
+@ALL
+@pytest.mark.parametrize("value", [-1, -1e5, float("nan"), "100", None, [100], {}, "many", 1j])
+def test_how_long_to_learn(algorithm, value):
+    model = tiny(algorithm, make_envs()).learn(32)
+    before, steps = weights(model), model.num_timesteps
+    for reset in (False, True):
+        with pytest.raises(ArgumentError, match=rf"`total_timesteps` must be .*not {re.escape(repr(value))}"):
+            model.learn(value, reset_num_timesteps=reset)
+        assert model.num_timesteps == steps  # nothing was begun
+    np.testing.assert_array_equal(weights(model), before)
+    model.learn(16, reset_num_timesteps=False)
+    assert model.num_timesteps > steps
+
+
+@ALL
+@pytest.mark.parametrize("reset", [True, False])
+def test_learning_for_no_time(algorithm, reset):
+    model = tiny(algorithm, make_envs()).learn(32)
+    before = weights(model)
+    try:
+        assert model.learn(0, reset_num_timesteps=reset) is model  # as SB3 does
+    except ArgumentError as error:
+        assert "`total_timesteps`" in str(error)
+    np.testing.assert_array_equal(weights(model), before)
+
+
+@ALL
+@pytest.mark.parametrize("value", [32, 32.0, 31.5, np.int64(32), np.float32(32), np.array(32), th.tensor(32)])
+def test_numbers_of_every_kind_for_how_long(algorithm, value):
+    expected = weights(tiny(algorithm, make_envs()).learn(32))
+    np.testing.assert_array_equal(weights(tiny(algorithm, make_envs()).learn(value)), expected)
+
+
+@ALL
+def test_learning_until_a_callback_stops(algorithm):
+    model = tiny(algorithm, make_envs())
+    model.learn(float("inf"), lambda locals_, globals_: model.num_timesteps < 40)
+    assert model.num_timesteps == 40
+    assert model._n_updates > 0
+    assert np.isfinite(weights(model)).all()
+
+
+@ALL
+@pytest.mark.parametrize("value", [0, -1, "1", [1], float("nan")])
+def test_how_often_to_log(algorithm, value):
+    model = tiny(algorithm, make_envs())
+    with pytest.raises(ArgumentError, match=rf"`log_interval` must be .*not {re.escape(repr(value))}"):
+        model.learn(32, log_interval=value)
+    assert model.num_timesteps == 0
+    model.learn(32, log_interval=None)
+
+
+@ALL
+def test_a_model_without_an_environment(algorithm):
+    with pytest.raises(ArgumentError, match="`env`"):
+        algorithm("MlpPolicy", None)
+
+
+# --------------------------------------------------------------------------- schedules
+
+
+def failing(progress_remaining):
+    raise TypeError("of its own")
+
+
+COEFFICIENTS = {
+    PPO: [
+        "learning_rate",
+        "ent_coef",
+        "vf_coef",
+        "clip_range",
+        "clip_range_vf",
+        "clip_range_high",
+        "kl_coef",
+        "target_kl",
+    ],
+    TRPO: ["learning_rate", "ent_coef", "target_kl"],
+    REINFORCE: ["learning_rate", "ent_coef", "vf_coef"],
+}
+EACH = pytest.mark.parametrize(
+    ("algorithm", "name"), [(algorithm, name) for algorithm, names in COEFFICIENTS.items() for name in names]
+)
+WRONG_SCHEDULES = {
+    "text": (lambda progress_remaining: "high", "'high'"),
+    "nothing": (lambda progress_remaining: None, "None"),
+    "a list": (lambda progress_remaining: [0.1], r"\[0\.1\]"),
+    "two numbers": (lambda progress_remaining: np.ones(2), r"array\(\[1\., 1\.\]\)"),
+    "not a number": (lambda progress_remaining: float("nan"), "nan"),
+    "its own error": (failing, "of its own"),
+    "no parameter": (lambda: 0.1, "argument"),
+    "two parameters": (lambda progress_remaining, more: 0.1, "argument"),
+}
+
+
+@EACH
+@pytest.mark.parametrize("kind", WRONG_SCHEDULES)
+def test_a_schedule_that_answers_wrongly(algorithm, name, kind):
+    schedule, words = WRONG_SCHEDULES[kind]
+    with pytest.raises(ArgumentError, match=rf"(?s)schedule of `{name}`.*{words}"):
+        tiny(algorithm, make_envs(), **{name: schedule}).learn(32)
+
+
+@EACH
+def test_a_schedule_that_goes_wrong_later(algorithm, name):
+    def schedule(progress_remaining):
+        return 0.1 if progress_remaining > 0.6 else None
+
+    model = tiny(algorithm, make_envs(), **{name: schedule})
+    with pytest.raises(ArgumentError, match=rf"(?s)schedule of `{name}`.*None.*progress_remaining=0\.\d+"):
+        model.learn(128)
+    assert np.isfinite(weights(model)).all()
+
+
+@EACH
+@pytest.mark.parametrize(
+    "value",
+    [lambda progress_remaining: np.float32(0.1), lambda progress_remaining: th.tensor(0.1)],
+    ids=["numpy", "torch"],
+)
+def test_a_schedule_of_other_numbers(algorithm, name, value):
+    assert np.isfinite(weights(tiny(algorithm, make_envs(), **{name: value}).learn(32))).all()
+
+
+# ----------------------------------------------------------------------------- numbers
+
+NUMBERS = {
+    PPO: ["learning_rate", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm", "clip_range", "clip_range_vf"]
+    + ["clip_range_high", "target_kl", "kl_coef", "desired_kl"],
+    TRPO: [
+        "learning_rate",
+        "gamma",
+        "gae_lambda",
+        "ent_coef",
+        "target_kl",
+        "cg_damping",
+        "line_search_shrinking_factor",
+    ],
+    REINFORCE: ["learning_rate", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm", "ema_decay"],
+}
+EACH_NUMBER = pytest.mark.parametrize(
+    ("algorithm", "name"), [(algorithm, name) for algorithm, names in NUMBERS.items() for name in names]
+)
+
+
+@EACH_NUMBER
+@pytest.mark.parametrize("value", [True, False, np.True_], ids=repr)
+def test_yes_or_no_where_a_number_is_meant(algorithm, name, value):
+    with pytest.raises(ArgumentError, match=rf"`{name}` must be .*not {re.escape(repr(value))}"):
+        tiny(algorithm, make_envs(), **{name: value})
+
+
+@EACH_NUMBER
+@pytest.mark.parametrize("value", [np.float32(0.5), np.float64(0.5), np.array(0.5), th.tensor(0.5)], ids=repr)
+def test_numbers_of_every_kind(algorithm, name, value):
+    found, expected = (tiny(algorithm, make_envs(), **{name: x}).learn(16) for x in (value, 0.5))
+    np.testing.assert_array_equal(weights(found), weights(expected))
+
+
+@ALL
+@pytest.mark.parametrize("value", [16.5, "16", -1, True, [16], float("nan")], ids=repr)
+def test_counts(algorithm, value):
+    name = "n_episodes" if algorithm is REINFORCE else "n_steps"
+    with pytest.raises(ArgumentError, match=rf"`{name}` must be a whole number.*not {re.escape(repr(value))}"):
+        tiny(algorithm, make_envs(), **{name: value})
+
+
+# ---------------------------------------------------------------------------- policies
+
+
+@ALL
+@pytest.mark.parametrize(
+    "name, nearest",
+    [
+        ("MlpPolcy", "MlpPolicy"),
+        ("mlppolicy", "MlpPolicy"),
+        ("Mlp", "MlpPolicy"),
+        ("CNNPolicy", "CnnPolicy"),
+        ("MultiInput", "MultiInputPolicy"),
+        ("MultiInputsPolicy", "MultiInputPolicy"),
+        ("CasualLMPolicy", "CausalLMPolicy"),
+    ],
+)
+def test_a_misspelt_policy(algorithm, name, nearest):
+    with pytest.raises(ArgumentError) as caught:
+        algorithm(name, make_envs())
+    message = str(caught.value)
+    for known in ("MlpPolicy", "CnnPolicy", "MultiInputPolicy", "CausalLMPolicy", "Seq2SeqLMPolicy"):
+        assert f"'{known}'" in message
+    assert f"'{name}'" in message
+    assert re.search(rf"(?i)mean '{nearest}'", message), message
+
+
+@ALL
+def test_a_policy_unlike_any(algorithm):
+    with pytest.raises(ArgumentError, match=r"(?s)'Transformer'.*'MlpPolicy'") as caught:
+        algorithm("Transformer", make_envs())
+    assert "mean '" not in str(caught.value)
+
+
+@ALL
+@pytest.mark.parametrize(
+    "policy",
+    [None, 3, "", dict, th.nn.Linear, stable_baselines3.dqn.MlpPolicy, stable_baselines3.sac.MlpPolicy],
+    ids=["None", "number", "no name", "dict", "module", "dqn", "sac"],
+)
+def test_what_is_no_policy(algorithm, policy):
+    with pytest.raises(ArgumentError, match=r"(?s)`policy`.*ActorCriticPolicy"):
+        algorithm(policy, make_envs())
+
+
+@ALL
+def test_a_policy_that_is_made_already(algorithm):
+    made = tiny(algorithm, make_envs()).policy
+    with pytest.raises(ArgumentError, match=r"(?s)`policy`.*class"):
+        algorithm(made, make_envs())
+
+
+@ALL
+def test_a_policys_own_error_is_not_covered_up(algorithm):
+    class Failing(ActorCriticPolicy):
+        def __init__(self, *args, **kwargs):
+            raise TypeError("of its own")
+
+    with pytest.raises(TypeError, match="of its own"):
+        algorithm(Failing, make_envs())
+
+
+VECTOR = spaces.Box(-1, 1, (3,))
+FLOATING_IMAGE = spaces.Box(0, 1, (1, 36, 36))
+SMALL_IMAGE = spaces.Box(0, 255, (1, 20, 20), np.uint8)
+DICT = spaces.Dict({"a": VECTOR, "b": spaces.Discrete(3)})
+
+
+@ALL
+@pytest.mark.parametrize(
+    "policy, space, advice",
+    [
+        ("MultiInputPolicy", VECTOR, "'MlpPolicy'"),
+        ("MultiInputPolicy", spaces.Discrete(3), "'MlpPolicy'"),
+        ("MultiInputPolicy", spaces.Box(0, 255, (1, 36, 36), np.uint8), "'CnnPolicy'"),
+        ("MlpPolicy", DICT, "'MultiInputPolicy'"),
+        ("CnnPolicy", DICT, "'MultiInputPolicy'"),
+        (ActorCriticPolicy, DICT, "'MultiInputPolicy'"),
+        ("CnnPolicy", VECTOR, "'MlpPolicy'"),
+        ("CnnPolicy", spaces.Discrete(3), "'MlpPolicy'"),
+        ("CnnPolicy", FLOATING_IMAGE, "normalize_images"),
+        ("CnnPolicy", SMALL_IMAGE, "36"),
+    ],
+    ids=str,
+)
+def test_a_policy_for_other_observations(algorithm, policy, space, advice):
+    name = policy if isinstance(policy, str) else policy.__name__
+    with pytest.raises(ArgumentError) as caught:
+        algorithm(policy, FakeEnv(space))
+    message = str(caught.value)
+    assert name in message
+    assert str(space) in message or type(space).__name__ in message
+    assert advice in message or advice.replace("'", "`") in message, message
+
+
+@ALL
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        ({"activation_fn": "relu"}, "'relu'.*torch.nn.ReLU"),
+        ({"activation_fn": th.nn.ReLU()}, "class"),
+        ({"activation_fn": None}, "None"),
+        ({"optimizer_class": "adam"}, "'adam'.*torch.optim"),
+        ({"features_extractor_class": "NatureCNN"}, "'NatureCNN'.*class"),
+        ({"net_arch": "64"}, "'64'"),
+        ({"net_arch": 64}, r"64.*\[64"),
+        ({"net_arch": [64, "64"]}, "'64'"),
+        ({"net_arch": [8.5]}, r"8\.5"),
+        ({"net_arch": [-8]}, "-8"),
+        ({"net_arch": {"pi": [8], "value": [8]}}, "'value'.*'vf'"),
+        ({"log_std_init": "low"}, "'low'"),
+        ({"optimizer_kwargs": {"learning_rate": 1e-3}}, "'learning_rate'"),
+        ({"features_extractor_kwargs": {"dim": 3}}, "'dim'"),
+    ],
+    ids=str,
+)
+def test_arguments_of_the_policy(algorithm, kwargs, words):
+    (name,) = kwargs
+    with pytest.raises(ArgumentError, match=rf"(?s)policy_kwargs.*{name}.*{words}"):
+        algorithm("MlpPolicy", FakeEnv(), policy_kwargs=kwargs)
+
+
+@ALL
+@pytest.mark.parametrize("kwargs", ["net_arch", [("net_arch", [8])], 8], ids=str)
+def test_arguments_of_the_policy_that_are_no_dictionary(algorithm, kwargs):
+    with pytest.raises(ArgumentError, match=rf"(?s)`policy_kwargs` must be .*not {re.escape(repr(kwargs))}"):
+        algorithm("MlpPolicy", FakeEnv(), policy_kwargs=kwargs)
+
+
+@ALL
+@pytest.mark.parametrize("name, nearest", [("net_arhc", "net_arch"), ("activation", "activation_fn"), ("lr", None)])
+def test_an_unknown_argument_of_the_policy(algorithm, name, nearest):
+    with pytest.raises(ArgumentError) as caught:
+        algorithm("MlpPolicy", FakeEnv(), policy_kwargs={name: [8]})
+    message = str(caught.value)
+    assert "policy_kwargs" in message
+    assert f"'{name}'" in message
+    assert nearest is None or f"'{nearest}'" in message
+
+
+# --------------------------------------------------------------- what is right stays so
+
+
+@ALL
+@pytest.mark.parametrize(
+    "policy, space, kwargs",
+    [
+        ("CnnPolicy", VECTOR, {"features_extractor_class": FlattenExtractor}),
+        ("MultiInputPolicy", VECTOR, {"features_extractor_class": FlattenExtractor}),
+        ("CnnPolicy", SMALL_IMAGE, {"features_extractor_class": FlattenExtractor}),
+        ("CnnPolicy", FLOATING_IMAGE, {"normalize_images": False, "features_extractor_kwargs": {"features_dim": 4}}),
+        ("MlpPolicy", SMALL_IMAGE, {}),
+        ("MlpPolicy", VECTOR, {"activation_fn": th.nn.LeakyReLU, "net_arch": {"pi": [8], "vf": [4]}}),
+        ("MlpPolicy", VECTOR, {"activation_fn": lambda: th.nn.LeakyReLU(0.3)}),
+        ("MlpPolicy", VECTOR, {"net_arch": []}),
+        ("MlpPolicy", VECTOR, {"net_arch": (8, 8)}),
+        ("MlpPolicy", VECTOR, {"net_arch": {"pi": [8]}}),
+        ("MlpPolicy", VECTOR, {"net_arch": [np.int64(8)]}),
+        ("MlpPolicy", VECTOR, {"optimizer_class": th.optim.SGD, "optimizer_kwargs": {"momentum": 0.9}}),
+    ],
+    ids=str,
+)
+def test_what_works_in_sb3_works(algorithm, policy, space, kwargs):
+    options = {**OPTIONS[algorithm], "policy_kwargs": kwargs, "device": "cpu", "seed": 0}
+    if algorithm is PPO:
+        stable_baselines3.PPO(policy, FakeEnv(space), **options)
+    model = algorithm(policy, FakeEnv(space), **options)
+    before = weights(model)
+    assert not np.array_equal(weights(model.learn(16)), before)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_policys_class_may_take_what_it_likes(algorithm):
+    class Own(ActorCriticPolicy):
+        def __init__(self, *args, temperature=1.0, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.temperature = temperature
+
+    model = tiny(algorithm, make_envs(), Own, policy_kwargs={"temperature": 0.5})
+    assert model.policy.temperature == 0.5
+    with pytest.raises((ArgumentError, TypeError), match="temprature"):
+        tiny(algorithm, make_envs(), Own, policy_kwargs={"temprature": 0.5})

@@ -1,0 +1,107 @@
+"""REINFORCE's update is Williams' estimator, and its options run."""
+
+import numpy as np
+import pytest
+import torch as th
+from conftest import ACTION_SPACES, make_envs, silent
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_pg import REINFORCE
+
+
+@pytest.mark.parametrize("baseline", ["value", "leave_one_out", "ema", None, lambda obs, returns: np.abs(obs[:, 0])])
+@pytest.mark.parametrize("batch_size", [None, 32])
+def test_reinforce_baselines_run(baseline, batch_size):
+    model = REINFORCE(
+        "MlpPolicy",
+        make_vec_env("CartPole-v1", 2),
+        baseline=baseline,
+        batch_size=batch_size,
+        policy_kwargs={"net_arch": [16]},
+        seed=0,
+    ).learn(500)
+    assert np.isfinite(model.logger.name_to_value["train/policy_loss"])
+    assert model._n_updates > 1
+
+
+def acted(engine="auto", action="box", **options):
+    """A model with plain gradient steps, and the rollout that it is about to learn from."""
+    policy_kwargs = {"net_arch": [8], "optimizer_class": th.optim.SGD}
+    options = {"n_episodes": 4, "normalize_advantage": False, "max_grad_norm": None, "learning_rate": 0.1, **options}
+    env = make_envs(action=action, n_envs=2)
+    model = silent(REINFORCE("MlpPolicy", env, policy_kwargs=policy_kwargs, engine=engine, seed=0, **options))
+    _, callback = model._setup_learn(100)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    return model
+
+
+def samples(model):
+    """Log-probabilities, entropies and values in the graph, advantages and returns, of what counts."""
+    keep, buffer = model.horizon.keep(model.rollout), model.rollout_buffer
+    n = model.rollout.n_steps
+    observations, actions = (th.as_tensor(getattr(buffer, name)[:n][keep]) for name in ("observations", "actions"))
+    actions = (actions.flatten() if model.action_space.shape == () else actions).float()
+    value, log_prob, entropy = model.policy.evaluate_actions(observations, actions)
+    advantages, returns = (th.as_tensor(getattr(buffer, name)[:n][keep]) for name in ("advantages", "returns"))
+    return log_prob, entropy, value.flatten(), advantages, returns
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+@pytest.mark.parametrize("action", ACTION_SPACES)
+@pytest.mark.parametrize("baseline", ["value", None])
+def test_an_update_is_one_step_up_the_gradient(baseline, action, engine):
+    model = acted(engine, action, baseline=baseline, ent_coef=0.05, vf_coef=0.7, n_critic_updates=0)
+    log_prob, entropy, value, advantages, returns = samples(model)
+    loss = -(advantages * log_prob).mean() - 0.05 * entropy.mean()
+    if baseline == "value":
+        loss = loss + 0.7 * ((value - returns) ** 2).mean()
+    gradients = th.autograd.grad(loss, list(model.policy.parameters()), materialize_grads=True)
+    before = [p.detach().clone() for p in model.policy.parameters()]
+    model.train()
+    for p, old, gradient in zip(model.policy.parameters(), before, gradients, strict=True):
+        th.testing.assert_close(p, old - 0.1 * gradient, atol=1e-5, rtol=1e-4)
+    assert any(gradient.abs().max() > 1e-2 for gradient in gradients)
+    logged = model.logger.name_to_value
+    assert logged["train/policy_loss"] == pytest.approx(-(advantages * log_prob).mean().item(), rel=1e-4)
+    assert logged["train/entropy_loss"] == pytest.approx(-entropy.mean().item(), rel=1e-4)
+    assert logged["train/samples_used"] == pytest.approx(len(log_prob) / (2 * model.rollout.n_steps))
+    assert logged["train/samples_used"] < 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 7, 1000])
+def test_every_sample_is_used_once(batch_size, monkeypatch):
+    model = acted(batch_size=batch_size, n_critic_updates=3, learning_rate=1e-4)
+    rows, evaluate = [], model.network.evaluate
+    monkeypatch.setattr(model.network, "evaluate", lambda batch: rows.append(batch.rows) or evaluate(batch))
+    model.train()
+    kept = np.flatnonzero(model.horizon.keep(model.rollout))
+    assert sorted(np.concatenate(rows).tolist()) == kept.tolist()
+    lengths = [len(x) for x in rows]
+    assert len(lengths) == -(-len(kept) // batch_size)
+    assert max(lengths) - min(lengths) <= 1  # a shorter last one is spread over all
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+def test_the_critics_further_passes_leave_the_policy_alone(engine):
+    models = [acted(engine, n_critic_updates=n) for n in (0, 5)]
+    errors = []
+    for model in models:
+        model.train()
+        _, _, value, _, returns = samples(model)
+        errors.append(((value - returns) ** 2).mean().item())
+    assert errors[1] < 0.9 * errors[0]
+    for (name, x), y in zip(models[0].policy.state_dict().items(), models[1].policy.state_dict().values(), strict=True):
+        assert th.equal(x, y) == ("value" not in name), name
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_advantages_are_normalised_over_what_counts(batch_size, monkeypatch):
+    model = acted(normalize_advantage=True, batch_size=batch_size, baseline=None)
+    *_, advantages, _ = samples(model)
+    seen, evaluate = [], model.network.evaluate
+    monkeypatch.setattr(model.network, "evaluate", lambda batch: seen.append(batch) or evaluate(batch))
+    model.train()
+    rows = np.concatenate([batch.rows for batch in seen])
+    found = np.concatenate([batch.advantages for batch in seen])[np.argsort(rows)]
+    expected = (advantages - advantages.mean()) / advantages.std()
+    np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -1,0 +1,341 @@
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from stable_baselines3.common.env_checker import check_env as sb3_check_env
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import Monitor
+from text_models import GPT2, T5, config_of, count_a, letters_task
+
+from sb3_pg import PPO, REINFORCE
+from sb3_pg.common.advantages import leave_one_out, leave_one_out_within
+from sb3_pg.common.errors import ArgumentError, NonFiniteError
+from sb3_pg.text import TextEnv, TextVecEnv, word_tokenizer
+from sb3_pg.text.spaces import Vocabulary, prompt_length_of
+from sb3_pg.text.tokenizers import SPECIAL
+
+END = 1
+
+
+def token(task, word):
+    return task.tokenizer.convert_tokens_to_ids(word)
+
+
+def test_env_follows_gymnasium_and_sb3():
+    env = TextEnv(letters_task())
+    check_env(env, skip_render_check=True)
+    sb3_check_env(env)
+
+
+def test_episode():
+    task = letters_task(missing_end_penalty=0.25)
+    env = TextEnv(task)
+    first, _ = env.reset(options={"prompt": 1})
+    a, d = token(task, "a"), token(task, "d")
+    assert first.tolist() == [-1] * 3 + [d] + [-1] * 6
+    assert prompt_length_of(env.observation_space) == 4
+    assert env.action_space.end_token == END
+    observation, reward, terminated, truncated, _ = env.step(a)
+    assert observation.tolist() == [-1] * 3 + [d, a] + [-1] * 5
+    assert (reward, terminated, truncated) == (0.0, False, False)
+    observation, reward, terminated, truncated, info = env.step(END)
+    assert (terminated, truncated) == (True, False)
+    assert reward == pytest.approx(1 / 6)
+    assert (info["prompt"], info["completion"], info["ended"]) == ("d", "a", True)
+    assert env.render() == "d | a"
+    env.reset()
+    for _ in range(6):
+        *_, reward, terminated, truncated, info = env.step(a)
+    assert (terminated, truncated, info["ended"]) == (True, False, False)
+    assert reward == pytest.approx(1 - 0.25)
+
+
+def test_vectorised_and_single_environments_agree():
+    calls = []
+
+    def reward(prompts, completions, references):
+        calls.append(len(prompts))
+        return count_a(prompts, completions, references)
+
+    task = letters_task(reward=reward, references=list("vwxyz"))
+    envs, single = TextVecEnv(task, 5, in_order=True), [TextEnv(task) for _ in range(5)]
+    rows = envs.reset()
+    for number, env in enumerate(single):
+        assert np.array_equal(env.reset(options={"prompt": number})[0], rows[number])
+    rng, finished = np.random.default_rng(0), np.zeros(5, dtype=bool)
+    for _ in range(6):
+        actions = rng.integers(0, 11, 5)
+        calls.clear()
+        rows, rewards, dones, infos = envs.step(actions)
+        assert calls == ([dones.sum()] if dones.any() else [])  # one call for all that ended in this step
+        for number, env in enumerate(single):
+            if finished[number]:
+                continue
+            observation, reward_, terminated, _, info = env.step(actions[number])
+            assert (reward_, terminated) == (pytest.approx(rewards[number]), dones[number])
+            if terminated:
+                assert np.array_equal(infos[number]["terminal_observation"], observation)
+                assert {name: infos[number][name] for name in info} == info
+                assert info["reference"] == "vwxyz"[number]
+                assert infos[number]["episode"]["r"] == pytest.approx(reward_, abs=1e-6)
+                finished[number] = True
+            else:
+                assert np.array_equal(rows[number], observation)
+    assert finished.all()
+
+
+def test_neighbours_share_their_prompts_and_reset_brings_them_together():
+    task = letters_task()
+    envs = TextVecEnv(task, 6, completions_per_prompt=3, seed=0)
+    rng, episodes = np.random.default_rng(0), [[] for _ in range(6)]
+    rows = envs.reset()
+    for env in range(6):
+        episodes[env].append(tuple(rows[env]))
+    for _ in range(60):
+        rows, _, dones, _ = envs.step(rng.integers(0, 4, 6))
+        for env in np.flatnonzero(dones):
+            episodes[env].append(tuple(rows[env]))
+    for group in (episodes[:3], episodes[3:]):
+        n = min(map(len, group))
+        assert n > 5
+        assert group[0][:n] == group[1][:n] == group[2][:n]
+    rows = envs.reset()
+    assert np.array_equal(rows[0], rows[1])
+    assert np.array_equal(rows[3], rows[5])
+
+
+def test_the_same_seed_gives_the_same_prompts():
+    runs = []
+    for _ in range(2):
+        envs = TextVecEnv(letters_task(), 8)
+        envs.seed(5)
+        runs.append(envs.reset())
+    assert np.array_equal(*runs)
+
+
+def test_monitor_is_not_needed():
+    assert TextVecEnv(letters_task(), 2).env_is_wrapped(Monitor) == [True, True]
+
+
+@pytest.mark.parametrize("name", ["QuestionAnswering", "Translation", "Sentiment"])
+def test_registered(name):
+    env = make_vec_env(f"{name}-v0", n_envs=2)
+    rows = env.reset()
+    _, _, dones, infos = env.step(np.array([END, 5]))
+    assert rows.shape[0] == 2
+    assert dones[0]
+    assert infos[0]["completion"] == ""
+    test = gym.make(f"{name}-v0", split="test").unwrapped.task
+    assert not set(test.prompts) & set(env.envs[0].unwrapped.task.prompts)
+
+
+def test_the_algorithm_takes_a_registered_name():
+    model = REINFORCE("CausalLMPolicy", "Sentiment-v0", n_episodes=2, n_critic_updates=0)
+    model.learn(1)
+    assert "text/score" in model.logger.name_to_value
+
+
+# ------------------------------------------------------------------ baseline
+
+
+def test_rloo():
+    """Two prompts with three one-token responses each: the mean of the other two."""
+    group, episode, step = np.array([0, 0, 1, 0, 1, 1]), np.arange(6), np.zeros(6, dtype=int)
+    returns = np.array([1.0, 2.0, 10.0, 6.0, 20.0, 60.0])
+    found = leave_one_out_within(group, returns, episode, step)
+    assert found.tolist() == [4.0, 3.5, 40.0, 1.5, 35.0, 15.0]
+    everything = leave_one_out_within(np.zeros(6, dtype=int), returns, episode, step)
+    assert np.array_equal(everything, leave_one_out(returns, episode, step)[0])
+    assert leave_one_out_within(np.arange(6), returns, episode, step).tolist() == [0.0] * 6
+
+
+def test_rloo_counts_an_episode_that_has_ended_with_its_last_reward_to_go():
+    group, episode, step = np.array([1, 1, 1, 0, 1, 1]), np.array([0, 0, 1, 2, 0, 1]), np.array([0, 2, 0, 0, 1, 1])
+    returns = np.array([9.0, 7.0, 5.0, 1.0, 8.0, 3.0])
+    assert leave_one_out_within(group, returns, episode, step).tolist() == [5.0, 3.0, 9.0, 0.0, 3.0, 8.0]
+
+
+def test_reinforce_compares_responses_to_one_prompt():
+    task = letters_task(
+        reward=lambda prompts, texts, _: [10.0 * len(p) + len(t.split()) for p, t in zip(prompts, texts, strict=True)]
+    )
+    env = TextVecEnv(task, 8, completions_per_prompt=4, seed=1)
+    kwargs = {"model": config_of("gpt2", task), "reference_kl_coef": None}
+    options = {"n_episodes": 8, "baseline": "leave_one_out_same_start", "normalize_advantage": False, "seed": 0}
+    model = REINFORCE("CausalLMPolicy", env, gamma=1.0, policy_kwargs=kwargs, **options)
+    model.learn(1)
+    keep, buffer = model.horizon.keep(model.rollout), model.rollout_buffer
+    advantages = buffer.advantages[: buffer.pos]
+    assert np.abs(advantages).max() < 10  # what the prompt gives is gone
+    table = np.where(keep, advantages, np.nan)
+    totals = np.array([buffer.rewards[: buffer.pos, env][keep[:, env]].sum() for env in range(8)])
+    others = (totals.reshape(2, 4).sum(axis=1, keepdims=True) - totals.reshape(2, 4)) / 3
+    expected = np.where(keep, totals - others.ravel(), np.nan)  # at every step, whoever has ended before
+    np.testing.assert_allclose(table, expected, atol=1e-5)
+    assert len(set(keep.sum(axis=0))) > 1
+
+
+# -------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"prompts": []}, "`prompts` is empty"),
+        ({"prompts": ["a", ""]}, r"Prompt 1 \(''\) has no tokens"),
+        ({"prompt_length": 2}, "Prompt 3 has 4 tokens, more than prompt_length=2: 'g h a b'"),
+        ({"references": ["a"]}, "`references` must have one entry for each of the 5 prompts, not 1"),
+        ({"response_length": 0}, "`response_length` must be a whole number >= 1, not 0"),
+        ({"missing_end_penalty": -1}, "`missing_end_penalty` must be a finite number >= 0"),
+    ],
+)
+def test_tasks_that_cannot_work(options, message):
+    with pytest.raises(ArgumentError, match=message):
+        letters_task(**options)
+
+
+def test_tokenizer_without_end():
+    tokenizer = word_tokenizer("ab")
+    tokenizer.eos_token = None
+    with pytest.raises(ArgumentError, match="`tokenizer` has no end token"):
+        letters_task(tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    "reward, error, message",
+    [
+        (lambda p, c, r: [0.0] * (len(p) + 1), ArgumentError, "one number for each of the 4 completions"),
+        (lambda p, c, r: 1.0, ArgumentError, "array of shape \\(\\)"),
+        (lambda p, c, r: [float("nan")] * len(p), NonFiniteError, "`reward` returned nan for the prompt '.*' and"),
+        (lambda p, c, r: [float("inf")] * len(p), NonFiniteError, "`reward` returned inf"),
+    ],
+)
+def test_rewards_that_cannot_work(reward, error, message):
+    task = letters_task(reward=reward)
+    model = PPO("CausalLMPolicy", TextVecEnv(task, 4), n_steps=8, policy_kwargs={"model": config_of("gpt2", task)})
+    model.policy.choose = lambda hidden, deterministic=False: hidden.argmax(dim=-1) * 0 + END
+    with pytest.raises(error, match=message):
+        model.learn(32)
+
+
+def policy_with(model, kind="CausalLMPolicy", task=None, **kwargs):
+    env = TextVecEnv(task or letters_task(), 4)
+    return PPO(kind, env, n_steps=8, batch_size=8, policy_kwargs={"model": model, **kwargs})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"vocab_size": 9}, "it has 11 tokens, but the model's vocabulary has 9"),
+        ({"vocab_size": 100}, "it has 11 tokens, but the model's vocabulary has 100"),
+        ({"eos_token_id": 2}, "it ends texts with token 1, the model with 2"),
+        ({"eos_token_id": None}, "The model has no end token"),
+        ({"n_positions": 8}, r"may take 10 tokens \(4 and 6\), but the model's window is 8"),
+    ],
+)
+def test_models_that_do_not_fit(change, message):
+    with pytest.raises(ArgumentError, match=message):
+        policy_with(config_of("gpt2", letters_task(), **change))
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"temperature": 0.0}, "`temperature` must be a finite number > 0"),
+        ({"reference_kl_coef": -1.0}, "`reference_kl_coef` must be a finite number >= 0"),
+        ({"reference_kl_target": 0.0}, "`reference_kl_target` must be a finite number > 0"),
+        ({"frozen_layers": -1}, "`frozen_layers` must be a whole number >= 0"),
+    ],
+)
+def test_policy_arguments_that_cannot_work(kwargs, message):
+    with pytest.raises(ArgumentError, match=message):
+        policy_with(config_of("gpt2", letters_task()), **kwargs)
+
+
+def test_a_live_model_is_refused():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=11)
+    with pytest.raises(ArgumentError, match="not a live GPT2LMHeadModel"):
+        policy_with(GPT2LMHeadModel(config))
+    with pytest.raises(ArgumentError, match="needs a 'model_type'"):
+        policy_with({k: v for k, v in GPT2.items() if k != "model_type"})
+
+
+def test_other_kinds_of_model_are_refused():
+    task = letters_task()
+    bart = {"model_type": "bart", "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 11}
+    bart |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "eos_token_id": 1, "decoder_start_token_id": 0}
+    with pytest.raises(ArgumentError, match=r"needs a model with relative positions .* not 'bart'"):
+        policy_with(bart, "Seq2SeqLMPolicy")
+    t5 = {**T5, "vocab_size": task.action_space.n, "eos_token_id": 1, "decoder_start_token_id": None}
+    with pytest.raises(ArgumentError, match="no `decoder_start_token_id`"):
+        policy_with(t5, "Seq2SeqLMPolicy")
+    gemma = {"model_type": "gemma2", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    gemma |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 11, "eos_token_id": 1}
+    with pytest.raises(ArgumentError, match="Models of type 'gemma2' are not supported"):
+        policy_with({**gemma, "final_logit_softcapping": 0.01})
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Taxi-v4"])
+def test_other_environments_are_refused(env):
+    with pytest.raises(ArgumentError, match="A language model"):
+        PPO("CausalLMPolicy", env if env in gym.registry else "CliffWalking-v1")
+
+
+def test_vec_env_arguments():
+    with pytest.raises(ArgumentError, match="`completions_per_prompt` must divide n_envs=4, but 3 does not"):
+        TextVecEnv(letters_task(), 4, completions_per_prompt=3)
+
+
+# ------------------------------------------------------------------- details
+
+
+def test_vocabulary_space():
+    assert Vocabulary(5, 1) == Vocabulary(5, 1)
+    assert Vocabulary(5, 1) != Vocabulary(5, 2)
+    assert Vocabulary(5, 1) != Vocabulary(6, 1)
+    assert "end_token=1" in repr(Vocabulary(5, 1))
+
+
+def test_word_tokenizer():
+    tokenizer = word_tokenizer(["b", "a", "b"])
+    assert tokenizer.convert_ids_to_tokens(range(5)) == [*SPECIAL, "a", "b"]
+    assert tokenizer("b a zebra")["input_ids"] == [4, 3, 2]
+    assert tokenizer.decode([4, 3]) == "b a"
+    assert tokenizer.eos_token_id == END
+
+
+def test_unequal_vocabularies_of_model_and_tokenizer():
+    """A model whose vocabulary is rounded up never says a token that the tokenizer does not know."""
+    task = letters_task()
+    model = policy_with(config_of("gpt2", task, vocab_size=12))
+    model.learn(32)
+    with pytest.raises(ValueError, match="Observation spaces do not match"):
+        model.set_env(TextVecEnv(letters_task(response_length=5), 4))
+    responses = model.policy.generate(task.observations(), do_sample=True, num_return_sequences=50)
+    assert responses.max() < 11
+
+
+def test_environments_rest_after_their_episodes_until_the_next_reset():
+    task = letters_task()
+    env = TextVecEnv(task, 4, 2, seed=0)
+    env.reset()
+    env.rest_after(2)
+    ended = np.zeros(4, dtype=int)
+    for step in range(30):
+        rows, rewards, dones, infos = env.step(np.where(np.arange(4) == step % 4, task.end_token, 3))
+        resting = ended == 2
+        assert not dones[resting].any()
+        assert not rewards[resting].any()
+        assert all("episode" not in infos[i] for i in np.flatnonzero(resting))
+        ended += dones
+        for i in np.flatnonzero(dones & (ended == 2)):
+            assert np.array_equal(rows[i], infos[i]["terminal_observation"])
+    assert (ended == 2).all()
+    assert np.array_equal(env.step(np.full(4, 3))[0], rows)
+    rows = env.reset()
+    assert (rows[:, task.width :] == -1).all()
+    for _ in range(30):
+        ended += env.step(np.full(4, task.end_token))[2]
+    assert (ended == 32).all()

@@ -1,0 +1,33 @@
+"""Small models of the three algorithms for tests that ask the same of all of them."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from torch.nn.utils import parameters_to_vector
+
+from sb3_pg import PPO, REINFORCE, TRPO
+
+ALGORITHMS = [PPO, TRPO, REINFORCE]
+ALL = pytest.mark.parametrize("algorithm", ALGORITHMS)
+
+#: An update has 16 steps of each environment, REINFORCE's four episodes of each of two.
+OPTIONS: dict[Any, dict[str, Any]] = {
+    PPO: {"n_steps": 16, "batch_size": 16, "n_epochs": 2},
+    TRPO: {"n_steps": 16, "batch_size": 16, "n_critic_updates": 2, "cg_max_steps": 3},
+    REINFORCE: {"n_episodes": 4, "n_critic_updates": 1},
+}
+
+
+def tiny(algorithm: Any, env: Any, policy: Any = "MlpPolicy", **options: Any) -> Any:
+    """A model that learns in milliseconds."""
+    policy_kwargs = {"net_arch": [8], **options.pop("policy_kwargs", {})}
+    options = {**OPTIONS[algorithm], "seed": 0, "device": "cpu", **options}
+    return algorithm(policy, env, policy_kwargs=policy_kwargs, **options)
+
+
+def weights(model: Any) -> np.ndarray:
+    """All parameters of a model or a policy as one vector of its own."""
+    policy = getattr(model, "policy", model)
+    vector: np.ndarray = parameters_to_vector(policy.parameters()).detach().numpy().copy()
+    return vector

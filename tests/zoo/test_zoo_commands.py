@@ -1,0 +1,261 @@
+"""The commands of the bridge to rl-zoo, and the files that they write."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import gymnasium as gym
+import pytest
+from stable_baselines3.common import vec_env as sb3
+from zoo_tools import ALGORITHMS, ROOT, constructor, python
+
+from sb3_pg import PPO
+from sb3_pg.common import vec_env as ours
+from sb3_pg.common.errors import NonFiniteError
+from sb3_pg.zoo.__main__ import main, our_command
+
+SMALL = """
+Pendulum-v1: &small
+  policy: 'MlpPolicy'
+  n_timesteps: 512
+  n_envs: 2
+  n_steps: 128
+  normalize: true
+  learning_rate: lin_1e-3
+  gamma: 0.9
+CartPole-v1: *small
+"""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A configuration for runs of a second."""
+    path = tmp_path_factory.mktemp("config") / "small.yml"
+    path.write_text(SMALL)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory, small):
+    """The folder in which all three algorithms have trained."""
+    folder = tmp_path_factory.mktemp("logs")
+    for algo in ALGORITHMS:
+        options = ["--algo", algo, "--env", "Pendulum-v1", "--seed", "1", "-c", small, "-f", str(folder)]
+        options += ["--eval-freq", "200", "--eval-episodes", "2", "--save-freq", "200"]
+        assert main(["train", *options]) == 0
+    return folder
+
+
+@pytest.fixture
+def construct(tmp_path, monkeypatch):
+    return constructor(tmp_path, monkeypatch)
+
+
+# ---------------------------------------------------------------- registration
+
+
+def test_registration_is_idempotent_and_only_when_asked_for():
+    done = python("""
+import sys
+import sb3_pg, sb3_pg.zoo
+assert "rl_zoo3" not in sys.modules and "optuna" not in sys.modules
+
+import rl_zoo3.train
+from rl_zoo3 import ALGOS, exp_manager, hyperparams_opt
+tables = ALGOS, hyperparams_opt.HYPERPARAMS_SAMPLER, hyperparams_opt.HYPERPARAMS_CONVERTER
+stock = [dict(table) for table in tables]
+assert ALGOS["ppo"].__module__.startswith("stable_baselines3"), ALGOS["ppo"]
+
+sb3_pg.zoo.register()
+once = [dict(table) for table in tables], exp_manager.ExperimentManager
+sb3_pg.zoo.register()
+assert ([dict(table) for table in tables], exp_manager.ExperimentManager) == once
+assert rl_zoo3.train.ExperimentManager is exp_manager.ExperimentManager
+for table, before in zip(tables, stock, strict=True):
+    assert set(table) - set(before) == {"reinforce"}
+    changed = {name for name in before if table[name] is not before[name]}
+    assert changed <= {"trpo", "ppo"}
+    assert changed or table is hyperparams_opt.HYPERPARAMS_CONVERTER
+assert [ALGOS[name] for name in ("reinforce", "trpo", "ppo")] == [sb3_pg.REINFORCE, sb3_pg.TRPO, sb3_pg.PPO]
+assert exp_manager.ExperimentManager.__mro__[1].__module__ == "rl_zoo3.exp_manager"
+""")
+    assert done.returncode == 0, done.stderr
+
+
+def test_other_algorithms_run_as_they_do_under_rl_zoo(construct):
+    model = construct("a2c", "CartPole-v1")
+    assert type(model).__module__ == "stable_baselines3.a2c.a2c"
+    assert type(model.env) is sb3.DummyVecEnv
+
+
+# ------------------------------------------------------ train, enjoy, continue
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_train_writes_rl_zoos_files(algo, logs):
+    run = logs / algo / "Pendulum-v1_1"
+    names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    own = {f"Pendulum-v1/{name}" for name in ("args.yml", "command.txt", "config.yml", "vecnormalize.pkl")}
+    assert names >= own | {"Pendulum-v1.zip", "best_model.zip", "evaluations.npz", "0.monitor.csv", "1.monitor.csv"}
+    assert any(name.startswith("rl_model_") for name in names)
+    assert type(ALGORITHMS[algo].load(run / "Pendulum-v1.zip")) is ALGORITHMS[algo]
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_statistics_are_those_of_sb3(algo, logs):
+    path = logs / algo / "Pendulum-v1_1" / "Pendulum-v1" / "vecnormalize.pkl"
+    assert b"sb3_pg" not in path.read_bytes()
+    loaded = sb3.VecNormalize.load(str(path), sb3.DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
+    assert type(loaded) is sb3.VecNormalize and loaded.obs_rms.count > 500
+
+
+def test_environments_are_ours_but_subprocesses_are_sb3s(construct, small):
+    model = construct("ppo", "Pendulum-v1", "-c", small)
+    assert type(model.env) is ours.VecNormalize and type(model.env.venv) is ours.DummyVecEnv
+    assert model.env.gamma == 0.9
+    model = construct("ppo", "Pendulum-v1", "-c", small, "--vec-env", "subproc")
+    assert type(model.env.venv) is sb3.SubprocVecEnv
+    model.env.close()
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("which", ["final", "best"])
+def test_enjoy(algo, which, logs, capsys):
+    options = ["--algo", algo, "--env", "Pendulum-v1", "-f", str(logs), "--no-render", "-n", "210", "--exp-id", "1"]
+    assert main(["enjoy", *options, *["--load-best"] * (which == "best")]) == 0
+    printed = capsys.readouterr().out
+    assert "Loading running average" in printed and "Mean reward: -" in printed
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_continue(algo, logs, small, tmp_path, capsys):
+    first = logs / algo / "Pendulum-v1_1"
+    options = ["--algo", algo, "--env", "Pendulum-v1", "-c", small, "-f", str(tmp_path), "--eval-freq", "-1"]
+    assert main(["train", *options, "-i", str(first / "Pendulum-v1.zip")]) == 0
+    assert "Loading saved VecNormalize stats" in capsys.readouterr().out
+    second = tmp_path / algo / "Pendulum-v1_1"
+    before, after = (ALGORITHMS[algo].load(run / "Pendulum-v1.zip") for run in (first, second))
+    assert after._n_updates == 2 * before._n_updates > 0
+    envs = sb3.DummyVecEnv([lambda: gym.make("Pendulum-v1")])
+    counts = [
+        sb3.VecNormalize.load(str(run / "Pendulum-v1" / "vecnormalize.pkl"), envs).obs_rms.count
+        for run in (first, second)
+    ]
+    assert counts[1] > counts[0] + 500
+
+
+def test_what_was_learned_is_saved_when_a_number_is_not_finite(small, tmp_path, monkeypatch, capsys):
+    def learn(self, *args, **kwargs):
+        raise NonFiniteError("The reward is not finite.")
+
+    monkeypatch.setattr(PPO, "learn", learn)
+    options = ["--algo", "ppo", "--env", "Pendulum-v1", "-c", small, "-f", str(tmp_path), "--eval-freq", "-1"]
+    assert main(["train", *options]) == 2
+    assert capsys.readouterr().err == "python -m sb3_pg.zoo train: The reward is not finite.\n"
+    assert (tmp_path / "ppo" / "Pendulum-v1_1" / "Pendulum-v1.zip").exists()
+
+
+# ------------------------------------------------- videos, plots and benchmark
+
+
+def test_record_video(logs, tmp_path):
+    options = ["--algo", "trpo", "--env", "Pendulum-v1", "-f", str(logs), "-o", str(tmp_path), "-n", "5"]
+    assert main(["record_video", *options, "--exp-id", "1"]) == 0
+    assert [path.name.split("-step")[0] for path in tmp_path.iterdir()] == ["final-model-trpo-Pendulum-v1"]
+
+
+def test_children_keep_the_registration(logs, tmp_path, monkeypatch, capfd):
+    """The benchmark starts one ``enjoy`` in a process of its own."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "only"
+    shutil.copytree(logs / "reinforce", folder / "reinforce")
+    call = subprocess.call
+    options = ["--log-dir", str(folder), "--benchmark-dir", "results", "--no-hub", "--test-mode", "-n", "210"]
+    assert main(["benchmark", *options]) == 0
+    assert re.search(r"reinforce *\| *Pendulum-v1 *\|", (tmp_path / "results" / "benchmark.md").read_text())
+    assert subprocess.call is call
+
+
+def test_children_are_ours_and_other_programs_are_not():
+    here = [sys.executable, "-m", "sb3_pg.zoo"]
+    assert our_command(["python", "-m", "rl_zoo3.record_video", "-n", "5"]) == [*here, "record_video", "-n", "5"]
+    assert our_command(["python", "enjoy.py", "-n", "5"]) == [*here, "enjoy", "-n", "5"]
+    for other in (["ffmpeg", "-i", "a"], ["python", "-m", "http.server"], "ls"):
+        assert our_command(other) == other
+
+
+def test_record_training_says_that_it_needs_ffmpeg(logs, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    assert main(["record_training", "--algo", "ppo", "--env", "Pendulum-v1", "-f", str(logs)]) == 2
+    assert "ffmpeg" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # that nothing is shown without a screen
+def test_plots(logs, tmp_path, monkeypatch, capsys):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    assert main(["plot_train", "-a", "reinforce", "-e", "Pendulum-v1", "-f", str(logs), "-w", "1"]) == 0
+    for algo in ALGORITHMS:  # rl_zoo3 draws from two runs on
+        for number in (1, 2):
+            shutil.copytree(logs / algo / "Pendulum-v1_1", tmp_path / "logs" / algo / f"Pendulum-v1_{number}")
+    options = ["-e", "Pendulum-v1", "-f", "logs", "-l", "ours", "-o", "results"]
+    assert main(["all_plots", "-a", *ALGORITHMS, *options, "--no-display"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("REINFORCE", "TRPO", "PPO"))
+    assert main(["plot_from_file", "-i", "results.pkl", "-b", "-o", "scores.png", "--format", "png"]) == 0
+    assert (tmp_path / "scores.png").exists()
+    matplotlib.pyplot.close("all")
+
+
+# -------------------------------------------------------------------- optimize
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_optimize_and_train_with_a_trial(algo, construct, tmp_path, capsys):
+    import optuna
+
+    log = str(tmp_path / "study.log")
+    study = ["--storage", log, "--study-name", "s"]
+    options = ["--algo", algo, "--env", "Pendulum-v1", "-f", str(tmp_path), "-n", "200", "--seed", "2", *study]
+    options += ["-optimize", "--n-trials", "2", "--n-evaluations", "1", "--eval-episodes", "1", "--no-optim-plots"]
+    assert main(["train", *options]) == 0
+    assert list((tmp_path / algo).glob("report_*.csv"))
+
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(log))
+    trials = optuna.load_study(study_name="s", storage=storage).trials
+    assert len(trials) == 2 and any(trial.state.name == "COMPLETE" for trial in trials)
+    for number, trial in enumerate(trials):
+        model = construct(algo, "Pendulum-v1", *study, "--trial-id", str(number))
+        assert model.learning_rate == trial.params["learning_rate"]
+        assert model.gamma == 1 - trial.params["one_minus_gamma"]
+        assert model.policy.net_arch["pi"] == {"small": [64, 64], "medium": [256, 256]}[trial.params["net_arch"]]
+        for name in ("batch_size", "n_steps"):
+            if f"{name}_pow" in trial.params:
+                assert getattr(model, name) == 2 ** trial.params[f"{name}_pow"]
+    options = ["--algo", algo, "--env", "Pendulum-v1", "-f", str(tmp_path), *study, "--trial-id", "7"]
+    assert main(["train", *options]) == 2
+    assert "no trial 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n_actions", [0, 6])
+def test_every_suggestion_is_an_argument(n_actions):
+    import optuna
+
+    from sb3_pg.zoo.manager import config_arguments
+    from sb3_pg.zoo.search import CONVERTERS, SAMPLERS
+
+    assert set(SAMPLERS) == set(CONVERTERS) == set(ALGORITHMS)
+    for algo, sample in SAMPLERS.items():
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+        for _ in range(20):
+            trial = study.ask()
+            arguments = sample(trial, n_actions, 1, {})
+            assert CONVERTERS[algo](trial.params) == arguments
+            assert set(arguments) <= set(config_arguments(ALGORITHMS[algo]))
+            ALGORITHMS[algo]("MlpPolicy", None, _init_setup_model=False, **arguments)
+            if algo == "trpo":
+                assert arguments["target_kl"] <= 0.05 * max(n_actions, 1)

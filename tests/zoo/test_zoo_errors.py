@@ -1,0 +1,116 @@
+"""What wrong input to the commands gets."""
+
+from pathlib import Path
+
+import pytest
+from zoo_tools import python
+
+from sb3_pg import PPO
+from sb3_pg.zoo.__main__ import main
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ("fly", "'fly'"),
+        ("train --algo a2cc", "a2cc"),
+        ("train --n-timesteps many", "many"),
+        ("train --colour red", "colour"),
+        ("train --env CartPool-v1", "CartPole-v1"),
+        ("train -params lerning_rate:0.1", "'learning_rate'"),
+        ("train -params n_env:2", "'n_envs'"),
+        ("train -params seed:2", "--seed"),
+        ("train -params tensorboard_log:'a'", "--tensorboard-log"),
+        ("train -params gamma:'much'", "`gamma` must be a number, not 'much'"),
+        ("train --algo trpo -params cg_damping:'lin_0.1'", "`cg_damping` must be a number, not"),
+        ("train -params n_envs:0", "`n_envs`"),
+        ("train -params n_envs:'two'", "`n_envs`"),
+        ("train -params n_timesteps:'lots'", "`n_timesteps`"),
+        ("train -params policy:'MlpPolice'", "MlpPolice"),
+        ("train -params policy_kwargs:dict(net_arc=[8])", "net_arc"),
+        ("train -params env_wrapper:'gymnasium.wrappers.Nosuch'", "Nosuch"),
+        ("train -params normalize:dict(norm_ops=True)", "norm_ops"),
+        ("train --env-kwargs colour:1", "colour"),
+        ("train --device gpuu", "gpuu"),
+        ("train --trial-id 3", "--storage"),
+        ("train --storage nosuch/x.log --study-name s --trial-id 3", "nosuch/x.log"),
+        ("train --gym-packages nosuch", "nosuch"),
+        ("train -params batch_size:-1", "batch_size"),
+        ("train -params ent_coef:lin_0.1", "quoted"),
+        ("train -params ent_coef:'cos_0.1'", "ent_coef"),
+        ("train -params ent_coef:'lin_'", "ent_coef"),
+        ("train -c nosuch.yml", "nosuch.yml"),
+        ("train -c nosuch", "nosuch"),
+        ("train -c broken.yml", "broken.yml"),
+        ("train -c empty.yml", "CartPole-v1"),
+        ("train -c list.yml", "list.yml must hold"),
+        ("train -c void.yml", "void.yml must hold"),
+        ("train -c entry.yml", "entry.yml must hold"),
+        ("train -c broken.py", "broken.py cannot be read"),
+        ("train -c bare.py", "hyperparams"),
+        ("train -c json", "json must hold"),
+        ("train -c bare.yml", "n_timesteps"),
+        ("train -i nosuch.zip", "trained_agent"),
+        ("train --storage nosuch.log --study-name s --trial-id 0", "no trial 0"),
+        ("enjoy --env CartPole-v1 -f nosuch", "nosuch"),
+        ("record_video --env CartPole-v1 -f nosuch", "nosuch"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(arguments, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("broken.yml").write_text("CartPole-v1: [")
+    Path("empty.yml").write_text("Other-v1: {}")
+    Path("list.yml").write_text("[1, 2]")
+    Path("void.yml").write_text("")
+    Path("entry.yml").write_text("CartPole-v1:")
+    Path("broken.py").write_text("hyperparams = lin_3e-4")
+    Path("bare.py").write_text("settings = {}")
+    Path("bare.yml").write_text("CartPole-v1: {policy: MlpPolicy}")
+    try:
+        code = main(arguments.split())
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert says in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_what_is_not_the_users_mistake_keeps_its_traceback(tmp_path, monkeypatch):
+    def learn(self, *args, **kwargs):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(PPO, "learn", learn)
+    with pytest.raises(ValueError, match="a bug"):
+        main(["train", "--algo", "ppo", "-f", str(tmp_path), "--eval-freq", "-1"])
+
+
+@pytest.mark.parametrize("module", ["rl_zoo3", "optuna"])
+def test_missing_extra_is_one_line(module):
+    done = python(
+        f"import sys; sys.modules[{module!r}] = None\nfrom sb3_pg.zoo.__main__ import main; sys.exit(main())", "train"
+    )
+    assert done.returncode == 2
+    assert "pip install 'sb3_pg[zoo]'" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_other_missing_packages_are_not_blamed_on_the_extra(capsys):
+    assert main(["train", "--gym-packages", "nosuch"]) == 2
+    assert "pip install" not in capsys.readouterr().err
+
+
+def test_settings_that_cannot_work_keep_their_traceback_when_asked(tmp_path):
+    with pytest.raises(TypeError, match="norm_ops"):
+        main(["train", "-f", str(tmp_path), "-params", "normalize:dict(norm_ops=True)", "--verbose", "2"])
+
+
+def test_help_needs_nothing_else_installed(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    for command in (["record_training", "--help"], ["all_plots"], ["plot_from_file"]):
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        assert stop.value.code == 0 and "usage:" in capsys.readouterr().out
+
+
+def test_help_lists_the_commands(capsys):
+    assert main(["--help"]) == 0 and main([]) == 0
+    assert "record_training" in capsys.readouterr().out
