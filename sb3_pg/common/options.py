@@ -1,5 +1,6 @@
 """The arguments that all algorithms have: what cannot work."""
 
+import inspect
 import math
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -103,5 +104,14 @@ def check_rollout_size(model: "PolicyGradientAlgorithm", batch_size: int, normal
             f"{rollout_size} samples: after every {whole} untruncated mini-batches, there will be a truncated "
             f"mini-batch of size {rollout_size % batch_size}. We recommend a `batch_size` that divides "
             f"n_steps * n_envs (n_steps={model.n_steps} and n_envs={model.n_envs}).",
-            stacklevel=6,
+            stacklevel=_outside(),
         )
+
+
+def _outside() -> int:
+    """The ``stacklevel`` at which a warning of the caller's names the line outside of this package."""
+    level, frame = 1, inspect.currentframe()
+    frame = frame and frame.f_back
+    while frame is not None and frame.f_globals["__name__"].split(".")[0] == __name__.split(".")[0]:
+        level, frame = level + 1, frame.f_back
+    return level

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,7 +72,7 @@ class Rollout:
         single = checked_observations(self.buffer.observation_space, observation, None, "terminal observation")
         return {key: x[None] for key, x in single.items()} if isinstance(single, dict) else single[None]
 
-    @cached_property
+    @property
     def dones(self) -> np.ndarray:
         """Whether an episode ended with each step of the complete rollout, bool (n_steps, n_envs)."""
         return episode_ends(self.buffer.episode_starts[: self.n_steps], self.last_dones)
@@ -87,7 +86,7 @@ class Rollout:
         """The observations after the last step, and those at which an episode was cut, (n_envs + len(cuts), ...)."""
         return _joined(self.last_observations, [cut.observation for cut in self.cuts])
 
-    @cached_property
+    @property
     def stretches(self) -> np.ndarray:
         """A number for each stretch of an episode within the rollout, one for each sample, (n_steps * n_envs,)."""
         starts = self.buffer.episode_starts[: self.n_steps] > 0

@@ -235,8 +235,8 @@ class TextVecEnv(VecEnv):
     def rest_after(self, n_episodes: int) -> None:
         """From here until the next reset let each environment rest after so many episodes.
 
-        One at rest shows its finished response, whatever the action, and gives neither reward nor end. REINFORCE asks
-        for it, since it learns from the same number of episodes of each and would throw more away.
+        One at rest shows its finished response, whatever the action, and gives neither reward nor end. Algorithms ask
+        for it that learn from the same number of episodes of each (``n_episodes``), and would throw more away.
         """
         self._left[:] = n_episodes
 

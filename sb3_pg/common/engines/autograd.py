@@ -17,12 +17,13 @@ from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_pg.common.arrays import Array, length, namespace, take
 from sb3_pg.common.batch import Batch
-from sb3_pg.common.distributions import Family, Gaussian, Parameters, describe, family_of
+from sb3_pg.common.distributions import Family, Gaussian, Parameters, describe, family_of, masked
 from sb3_pg.common.distributions.family import column
 from sb3_pg.common.distributions.recognition import detached
 from sb3_pg.common.engines.optimizer import use_fused_adam
 from sb3_pg.common.engines.protocol import Acted, Fisher, Look, Seen
 from sb3_pg.common.engines.rows import RowEngine
+from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.threads import choose_threads
 
 #: The methods by which SB3's policy acts and judges. If a subclass changes one of them, its ``forward`` acts,
@@ -61,7 +62,7 @@ class GraphEvaluation:
         inputs, derivatives = None, Derivatives()
         if d_value is not None:
             derivatives.append((self._value, d_value * scale))
-        if d_log_prob is None and d_entropy is None:
+        if d_log_prob is None and not d_entropy:
             held = {id(p) for p in self._engine.actor_parameters(self._batch)}
             inputs = [p for p in policy.parameters() if p.requires_grad and id(p) not in held]
         else:
@@ -145,20 +146,21 @@ class AutogradEngine(RowEngine):
         choose_threads(length(seen.observations) * self._largest_layer)
         with th.no_grad():
             observations: Any = self._arranged(obs_as_tensor(seen.observations, self.policy.device))  # type: ignore[arg-type]
+            self._require_heads(seen.masks)
             if self._forward_acts:
                 actions, values, log_prob = self.policy(observations, deterministic)
                 return Acted(actions.cpu().numpy(), values, log_prob)
             if self._family is not None:
-                return self._act_by_formulas(self._family, observations, deterministic)
+                return self._act_by_formulas(self._family, observations, seen.masks, deterministic)
             actions = self.policy.get_distribution(observations).get_actions(deterministic)
         return Acted(self._in_shape(actions.cpu().numpy()))
 
-    def _act_by_formulas(self, family: Family, observations: Any, deterministic: bool) -> Acted:
+    def _act_by_formulas(self, family: Family, observations: Any, masks: Any, deterministic: bool) -> Acted:
         values = None
         if self._heads_are_cheap:
-            outputs, values = self._outputs(observations)
+            outputs, values = self._outputs(observations, masks)
         else:
-            outputs = self._actor_outputs(observations)
+            outputs = self._actor_outputs(observations, masks)
         parameters = tuple(x.float().cpu().numpy() for x in outputs)
         if deterministic:
             actions: Any = family.mode(parameters)
@@ -169,17 +171,22 @@ class AutogradEngine(RowEngine):
         log_prob: Any = family.log_prob(parameters, actions)
         return Acted(self._in_shape(actions), values, th.from_numpy(log_prob))
 
+    def _require_heads(self, masks: Any) -> None:
+        """Masks go between network and distribution, which a policy's own methods do not let us."""
+        if masks is not None and self._family is None:
+            raise ArgumentError(f"{type(self.policy).__name__} cannot be masked: {self.description}.")
+
     def _in_shape(self, actions: np.ndarray) -> np.ndarray:
         shape: tuple[int, ...] = self.policy.action_space.shape or ()
         return actions.reshape(-1, *shape)
 
-    def _actor_outputs(self, observations: Any) -> tuple[th.Tensor, ...]:
+    def _actor_outputs(self, observations: Any, masks: Any = None) -> tuple[th.Tensor, ...]:
         """What ``policy.get_distribution`` makes a distribution of, which on a few rows takes longer than it does."""
         policy = self.policy
         features = super(ActorCriticPolicy, policy).extract_features(observations, policy.pi_features_extractor)
-        return self._parameters(policy.action_net(policy.mlp_extractor.forward_actor(features)))
+        return self._parameters(policy.action_net(policy.mlp_extractor.forward_actor(features)), masks)
 
-    def _outputs(self, observations: Any) -> tuple[tuple[th.Tensor, ...], th.Tensor]:
+    def _outputs(self, observations: Any, masks: Any = None) -> tuple[tuple[th.Tensor, ...], th.Tensor]:
         """Parameters of each row's distribution, and V."""
         policy = self.policy
         features = policy.extract_features(observations)
@@ -190,11 +197,13 @@ class AutogradEngine(RowEngine):
                 policy.mlp_extractor.forward_actor(features[0]),
                 policy.mlp_extractor.forward_critic(features[1]),
             )
-        return self._parameters(policy.action_net(latent_pi)), policy.value_net(latent_vf).flatten()
+        return self._parameters(policy.action_net(latent_pi), masks), policy.value_net(latent_vf).flatten()
 
-    def _parameters(self, outputs: th.Tensor) -> tuple[th.Tensor, ...]:
+    def _parameters(self, outputs: th.Tensor, masks: Any = None) -> tuple[th.Tensor, ...]:
+        """The head: from ``action_net``'s outputs to the distribution's parameters."""
         if not isinstance(self._family, Gaussian):
-            return (outputs,)
+            allowed: Any = masked(outputs, None if masks is None else self.asarray(masks))
+            return (allowed,)
         log_std = self.policy.log_std.expand_as(outputs)
         if th.is_grad_enabled() and not log_std.requires_grad:
             log_std = log_std + 0.0 * outputs  # frozen, but in the graph like the rest
@@ -245,9 +254,10 @@ class AutogradEngine(RowEngine):
     def evaluate(self, batch: Batch) -> GraphEvaluation:
         choose_threads(len(batch) * self._largest_layer)
         batch = self._arranged_batch(batch)
+        self._require_heads(batch.masks)
         if self._family is None:
             return PolicyEvaluation(self, batch)
-        outputs, values = self._outputs(batch.observations)
+        outputs, values = self._outputs(batch.observations, batch.masks)
         return FamilyEvaluation(self, batch, values, self._family, outputs)
 
     def evaluate_critic(self, batch: Batch) -> GraphEvaluation:
@@ -341,8 +351,11 @@ class GraphActor:
         engine, observations, actions = self._engine, batch.observations, batch.actions
         if engine._family is not None:
             family: Any = engine._family
-            chunks = (engine._arranged(take(observations, chunk)) for chunk in engine._chunks(observations))
-            outputs = tuple(map(th.cat, zip(*map(engine._actor_outputs, chunks), strict=True)))
+            found = []
+            for chunk in engine._chunks(observations):
+                masks = None if batch.masks is None else batch.masks[chunk]
+                found.append(engine._actor_outputs(engine._arranged(take(observations, chunk)), masks))
+            outputs = tuple(map(th.cat, zip(*found, strict=True)))
             return (family, outputs), family.log_prob(outputs, actions), family.entropy(outputs)
         distribution = engine.policy.get_distribution(engine._arranged(observations))
         log_prob = distribution.log_prob(actions)  # type: ignore[arg-type]
@@ -380,7 +393,7 @@ class GraphActor:
         choose_threads(len(batch) * engine._largest_layer)
         observations = engine._arranged(batch.observations)
         if engine._family is not None:
-            family, outputs = engine._family, engine._actor_outputs(observations)
+            family, outputs = engine._family, engine._actor_outputs(observations, batch.masks)
         else:
             distribution = engine.policy.get_distribution(observations)
             described = describe(distribution)

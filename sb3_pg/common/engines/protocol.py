@@ -88,7 +88,7 @@ Fisher = Callable[[Array], Array]
 class Actor(Protocol):
     """The actor's parameters as one vector, and what a trust region needs to know of them on one batch.
 
-    *Old* are the parameters when this was made.
+    *Old* are the parameters when the actor was first asked for anything but ``vector``.
     """
 
     @property
@@ -106,7 +106,7 @@ class Actor(Protocol):
         """Return the gradient of the mean loss at the old parameters, flat; derivatives as in ``backward``."""
 
     def fisher(self, every: int = 1) -> Fisher:
-        """Return the Fisher matrix at the old parameters, averaged over every so-manieth sample."""
+        """Return the Fisher matrix at the old parameters, averaged over every n-th sample."""
 
     def look(self) -> Look:
         """Look at the present parameters."""

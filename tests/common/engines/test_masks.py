@@ -1,4 +1,4 @@
-"""Masks of allowed actions in closed form: what is forbidden has no probability and no gradient."""
+"""Masks of allowed actions on both engines: what is forbidden has no probability and no gradient."""
 
 import itertools
 
@@ -11,20 +11,23 @@ from torch import distributions as td
 from torch_reference import actor_parameters, flat, order_of
 
 from sb3_pg.common.distributions import Categorical, masked
+from sb3_pg.common.engines.autograd import AutogradEngine
 from sb3_pg.common.engines.choice import make_engine
 from sb3_pg.common.engines.closed_form import ClosedFormEngine
 from sb3_pg.common.engines.protocol import Seen
 
+ENGINES = {"auto": ClosedFormEngine, "autograd": AutogradEngine}
 SIZES = {"discrete": [3], "multidiscrete": [2, 4]}
 
 
-@pytest.fixture(params=SIZES)
+@pytest.fixture(params=itertools.product(SIZES, ENGINES), ids="-".join)
 def case(request, double):
     """A float64 policy and its engine, a masked batch of allowed actions, and the sizes of the choices."""
-    policy = double(make_policy(request.param))
-    sizes = SIZES[request.param]
-    engine = make_engine(policy)
-    assert type(engine) is ClosedFormEngine
+    kind, name = request.param
+    policy = double(make_policy(kind))
+    sizes = SIZES[kind]
+    engine = make_engine(policy, name)
+    assert type(engine) is ENGINES[name]
     observations, _ = draw(policy)
     masks, actions = some_masks(sizes)
     return policy, engine, make_batch(engine, observations, actions, masks=masks), sizes
@@ -97,6 +100,7 @@ def test_gradients_are_autograds_among_the_allowed(case):
     policy.zero_grad(set_to_none=True)
     loss.backward()
     expected = gradients(policy)
+    d_log_prob, d_value = engine.asarray(d_log_prob), engine.asarray(d_value)
     engine.evaluate(batch).backward(d_log_prob, -0.3, d_value)
     assert_same_gradients(gradients(policy), expected)
     actor, parameters = engine.actor(batch), actor_parameters(policy)
@@ -118,9 +122,9 @@ def test_kl_and_fisher_matrix_are_those_among_the_allowed(case):
         expected = flat(th.autograd.grad(inner, parameters, retain_graph=True))
         full = np.empty(len(order))
         full[order] = vector
-        close(product(full)[order], expected)
+        close(product(engine.asarray(full))[order], expected)
     assert (actor.look().kl == 0).all()
-    actor.vector = actor.vector + 0.3 * np.random.default_rng(9).normal(size=len(order))
+    actor.vector = actor.vector + engine.asarray(0.3 * np.random.default_rng(9).normal(size=len(order)))
     with th.no_grad():
         moved = allowed_only(logits_of(policy, batch.observations), batch.masks, sizes)
     close(actor.look().kl, kl(old, moved))
@@ -130,7 +134,7 @@ def test_kl_and_fisher_matrix_are_those_among_the_allowed(case):
 
 def test_masks_that_allow_everything_change_nothing(case):
     policy, engine, batch, _ = case
-    d = np.random.default_rng(1).normal(size=N)
+    d = engine.asarray(np.random.default_rng(1).normal(size=N))
     found = []
     for masks in ({}, {"masks": np.ones_like(batch.masks)}):
         evaluation = engine.evaluate(make_batch(engine, batch.observations, batch.actions, **masks))
@@ -138,7 +142,7 @@ def test_masks_that_allow_everything_change_nothing(case):
         found.append(gradients(policy) | {"log_prob": evaluation.log_prob, "entropy": evaluation.entropy})
     for name, x in found[0].items():
         np.testing.assert_array_equal(x, found[1][name])
-    observations = batch.observations
+    observations = np.asarray(batch.observations)
     acted = []
     for masks in (None, np.ones_like(batch.masks)):
         th.manual_seed(3)
