@@ -87,6 +87,7 @@ class RolloutBuffer(sb3_buffers.RolloutBuffer):
             }
         else:
             self.observations = enlarged(old, self.obs_shape, space.dtype)
+            self._row_shape = self.observations.shape[1:]
         for name, (shape, dtype) in shapes.items():
             setattr(self, name, enlarged(self.__dict__.get(name), shape, dtype))
 
@@ -125,7 +126,7 @@ class RolloutBuffer(sb3_buffers.RolloutBuffer):
             for key, stored in self.observations.items():
                 stored[row] = np.reshape(obs[key], stored.shape[1:])
         else:
-            self.observations[row] = obs.reshape(self.observations.shape[1:])
+            self.observations[row] = obs if obs.shape == self._row_shape else obs.reshape(self._row_shape)
         self.actions[row] = action.reshape(self.n_envs, self.action_dim)
         self.rewards[row] = reward
         self.episode_starts[row] = episode_start

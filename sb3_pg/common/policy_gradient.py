@@ -17,7 +17,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common import buffers as sb3_buffers
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -49,7 +49,7 @@ from sb3_pg.common.figures import Figures
 from sb3_pg.common.objectives import squared_error
 from sb3_pg.common.options import check_common, check_learning
 from sb3_pg.common.policies import POLICIES, check_policy, class_of, detach_distribution, own_class, reset_noise
-from sb3_pg.common.returned import checked_observations, checked_step
+from sb3_pg.common.returned import checked_observations, checked_step, is_usual
 from sb3_pg.common.rollout import Rollout
 from sb3_pg.common.spaces import check_spaces, shifted
 from sb3_pg.common.threads import threads_to_choose
@@ -294,7 +294,8 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         self.policy.set_training_mode(False)
         network = self._refreshed_network()
         horizon = self.horizon if self._learns_from_episodes else Steps(n_rollout_steps)
-        rollout = self._start_rollout(env, rollout_buffer, horizon)
+        rollout, env_is_usual = self._start_rollout(env, rollout_buffer, horizon), is_usual(env)
+        is_watched = type(callback) is not ConvertCallback or callback.callback is not None
         if self.use_sde:
             reset_noise(self.policy, env.num_envs)
         callback.on_rollout_start()
@@ -306,13 +307,15 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
             actions, values, log_probs = self._act(network, n_steps)
             clipped_actions = self._to_action_space(actions)
             try:
-                new_obs, rewards, dones, infos = checked_step(env, env.step(clipped_actions))
+                step: Any = env.step(clipped_actions)
+                new_obs, rewards, dones, infos = step if env_is_usual else checked_step(env, step)
             except Exception:
                 self._blame_observations(n_steps)
                 raise
             self.num_timesteps += env.num_envs
-            obs_tensor = as_tensors(self._last_obs)  # SB3's name for what was acted on
-            callback.update_locals(locals())
+            if is_watched:
+                obs_tensor = as_tensors(self._last_obs)  # SB3's name for what was acted on
+                callback.update_locals(locals())
             keep_going = callback.on_step()
             n_steps += 1
 
@@ -393,10 +396,11 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         except Exception:
             self._blame_observations(step)
             raise
-        flat = acted.actions.ravel()
-        if flat.dtype.kind == "f" and not math.isfinite(flat.dot(flat)):  # quicker than looking at each
-            self._blame_observations(step)
-            require_sound_policy(self.policy, "action", acted.actions[None], step)
+        if acted.actions.dtype.kind == "f":
+            flat = acted.actions.ravel()
+            if not math.isfinite(flat.dot(flat)):  # quicker than to look at each
+                self._blame_observations(step)
+                require_sound_policy(self.policy, "action", acted.actions[None], step)
         return acted
 
     def predict(

@@ -6,16 +6,31 @@ bring, keeps matrix products of up to ``MATRIX_LIMIT`` multiplications and produ
 one thread there, as it has while a model learns, and in pieces to NumPy otherwise.
 """
 
+import functools
+from typing import Any
+
 import numpy as np
 import torch as th
+from threadpoolctl import ThreadpoolController
 
 from sb3_pg.common.arrays import Array
 
 MATRIX_LIMIT = 1 << 18
 VECTOR_LIMIT = 9216
 
-#: Numbers of two vectors whose inner product stays on one thread; OpenBLAS shares more than 10,000.
-_INNER_LIMIT = 1 << 13
+#: Numbers of two vectors whose inner product stays on one thread (its kernel/x86_64/ddot.c).
+INNER_LIMIT = 10_000
+
+
+def blas_has_one_thread() -> bool:
+    """Return whether NumPy's BLAS, and any other, is set to one thread, so that no product needs care."""
+    return all(library.num_threads == 1 for library in _blas_libraries())
+
+
+@functools.cache
+def _blas_libraries() -> list[Any]:
+    found: list[Any] = ThreadpoolController().select(user_api="blas").lib_controllers
+    return found
 
 
 def product(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
@@ -57,8 +72,10 @@ def inner(a: Array, b: Array) -> float:
     """Return the inner product of two vectors, of NumPy on one thread, of torch on those that it has."""
     if not isinstance(a, np.ndarray):
         return float(a @ b)
-    pieces = range(0, len(a), _INNER_LIMIT)
-    return sum(float(a[start : start + _INNER_LIMIT].dot(b[start : start + _INNER_LIMIT])) for start in pieces)
+    if len(a) <= INNER_LIMIT:
+        return float(a.dot(b))
+    pieces = range(0, len(a), INNER_LIMIT)
+    return sum(float(a[start : start + INNER_LIMIT].dot(b[start : start + INNER_LIMIT])) for start in pieces)
 
 
 def row_sums(x: Array) -> Array:

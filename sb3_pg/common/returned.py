@@ -7,9 +7,23 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
 from sb3_pg.common.errors import ArgumentError
+
+
+def is_usual(env: VecEnv) -> bool:
+    """Return whether steps return arrays of the usual types in memory of their own, as DummyVecEnv's do.
+
+    So do those of SB3's wrappers, for which the numbers are looked at no more.
+    """
+    while isinstance(env, VecEnvWrapper) and _is_sb3s(env):
+        env = env.venv
+    return isinstance(env, DummyVecEnv) and _is_sb3s(env)
+
+
+def _is_sb3s(env: VecEnv) -> bool:
+    return type(env).__module__.split(".")[0] in ("stable_baselines3", "sb3_pg")
 
 
 def checked_step(env: VecEnv, returned: Any) -> tuple[Any, np.ndarray, np.ndarray, Any]:
@@ -23,6 +37,8 @@ def checked_step(env: VecEnv, returned: Any) -> tuple[Any, np.ndarray, np.ndarra
         rewards = _numbers("rewards", rewards, (n,)).astype(np.float32)
     if type(dones) is not np.ndarray or dones.dtype != np.bool_ or dones.shape != (n,):
         dones = _numbers("dones", dones, (n,)).astype(bool)
+    if isinstance(infos, list) and not infos:  # SB3 asks for those of last steps only, so some environments give none
+        infos = [{} for _ in range(n)]
     if not isinstance(infos, list | tuple) or len(infos) != n:
         found = len(infos) if isinstance(infos, list | tuple) else repr(infos)
         raise ArgumentError(f"The environment's `infos` must be {n} dictionaries, one for each of them, not {found}.")

@@ -12,14 +12,18 @@ ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.Multi
 _FLATTEN = "Flatten it (gymnasium.wrappers.FlattenObservation), or use a Dict of plain spaces."
 
 
+class SpaceError(ArgumentError, NotImplementedError):
+    """A space that cannot be learned on. Also a ``NotImplementedError``, which SB3 raises for some."""
+
+
 def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
     """Refuse spaces that cannot be learned on.
 
-    :raises ArgumentError: naming the space and what to do
+    :raises SpaceError: naming the space and what to do
     """
     if isinstance(observation_space, spaces.Dict):
         if not observation_space.spaces:
-            raise ArgumentError("The observation space Dict() is empty. Give it at least one space.")
+            raise SpaceError("The observation space Dict() is empty. Give it at least one space.")
         for key, part in observation_space.spaces.items():
             _check_observations(f"observation space {key!r}", part)
     else:
@@ -29,28 +33,28 @@ def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Spac
 
 def _check_observations(what: str, space: spaces.Space[Any]) -> None:
     if not isinstance(space, ACTION_SPACES):
-        raise ArgumentError(
+        raise SpaceError(
             f"The {what} {space} is none of Box, Discrete, MultiDiscrete and MultiBinary, or a Dict of them. {_FLATTEN}"
         )
     if np.any(start_of(space)):
-        raise ArgumentError(
+        raise SpaceError(
             f"The {what} {space} has a start other than 0. Shift observations to begin at 0 "
             "(gymnasium.wrappers.TransformObservation)."
         )
     if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim != 1:
-        raise ArgumentError(f"The {what} {space} is MultiDiscrete of {space.nvec.ndim} dimensions. {_FLATTEN}")
+        raise SpaceError(f"The {what} {space} is MultiDiscrete of {space.nvec.ndim} dimensions. {_FLATTEN}")
     if 0 in (space.shape or ()):
-        raise ArgumentError(f"The {what} {space} is empty. Leave it out, or give it at least one number.")
+        raise SpaceError(f"The {what} {space} is empty. Leave it out, or give it at least one number.")
 
 
 def _check_actions(space: spaces.Space[Any]) -> None:
     wrap = "wrap the environment to take a plain one (gymnasium.ActionWrapper)."
     if not isinstance(space, ACTION_SPACES):
-        raise ArgumentError(f"The action space {space} is none of Box, Discrete, MultiDiscrete and MultiBinary: {wrap}")
+        raise SpaceError(f"The action space {space} is none of Box, Discrete, MultiDiscrete and MultiBinary: {wrap}")
     if not isinstance(space, spaces.Box) and len(space.shape or ()) > 1:
-        raise ArgumentError(f"The action space {space} has more than one dimension. Flatten it: {wrap}")
+        raise SpaceError(f"Multi-dimensional {space} action space is not supported. Flatten it: {wrap}")
     if 0 in (space.shape or ()):
-        raise ArgumentError(f"The action space {space} is empty: {wrap}")
+        raise SpaceError(f"The action space {space} is empty: {wrap}")
 
 
 def start_of(space: spaces.Space[Any]) -> Any:

@@ -32,13 +32,15 @@ class DummyVecEnv(sb3.DummyVecEnv):
     def step_wait(self) -> VecEnvStepReturn:
         """Step every environment with the actions given before, resetting those whose episode ended."""
         infos: list[dict[str, Any]] = []
+        own_infos: list[dict[str, Any]] = []
         rewards = np.empty(self.num_envs, dtype=np.float32)
         dones = np.empty(self.num_envs, dtype=bool)
         for i, env in enumerate(self.envs):
             observation, reward, terminated, truncated, info = env.step(self.actions[i])
             rewards[i] = reward
             dones[i] = done = terminated or truncated
-            info = snapshot(info)
+            own_infos.append(info)
+            info = snapshot(info) if info else {}
             info["TimeLimit.truncated"] = truncated and not terminated
             if done:
                 info["terminal_observation"] = copy.deepcopy(observation)
@@ -46,8 +48,8 @@ class DummyVecEnv(sb3.DummyVecEnv):
             self._save_obs(i, observation)
             infos.append(info)
         # The attributes that code outside may read, as SB3 leaves them.
-        self.buf_rews, self.buf_dones, self.buf_infos = rewards, dones, infos
-        return self._obs_from_buf(), rewards.copy(), dones.copy(), [dict(info) for info in infos]
+        self.buf_rews, self.buf_dones, self.buf_infos = rewards, dones, own_infos
+        return self._obs_from_buf(), rewards.copy(), dones.copy(), infos
 
     def _obs_from_buf(self) -> Any:
         if len(self.keys) == 1 and self.keys[0] is None:
@@ -63,7 +65,7 @@ _FIXED = frozenset((bool, int, float, complex, str, bytes, type(None), *np.sctyp
 def snapshot(info: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of an info dictionary that no later change reaches (SB3 issue 618)."""
     if _FIXED.issuperset(map(type, info.values())):
-        return dict(info)
+        return info.copy()
     return copy.deepcopy(info)
 
 

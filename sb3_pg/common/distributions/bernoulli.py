@@ -1,5 +1,7 @@
 """Independent yes/no actions."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch as th
 
@@ -45,9 +47,10 @@ class Bernoulli:
         (p, q) = old[0], new[0]
         return row_sums(self._sigmoid(p) * (p - q) - self._softplus(p) + self._softplus(q))
 
-    def fisher(self, parameters: Parameters, tangent: Parameters) -> Parameters:
+    def fisher(self, parameters: Parameters) -> Callable[[Parameters], Parameters]:
         p = self._sigmoid(parameters[0])
-        return (p * (1.0 - p) * tangent[0],)
+        variance = p * (1.0 - p)
+        return lambda tangent: (variance * tangent[0],)
 
     def noise(self, n_rows: int) -> np.ndarray:
         uniform = th.rand(n_rows, self.n_dims).numpy()

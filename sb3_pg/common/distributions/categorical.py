@@ -1,5 +1,6 @@
 """One or several independent choices."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,10 +54,12 @@ class Categorical:
         def pull(d_log_prob: Array | None, d_entropy: Array | float | None) -> Parameters:
             pieces = []
             for block, action, entropy in zip(softmax, chosen, entropies, strict=True):
-                d: Any = 0.0 * block.p
-                if d_log_prob is not None:
-                    d = block.p * -d_log_prob[:, None]
-                    d[row, action] += d_log_prob
+                d: Any = -block.p
+                if d_log_prob is None:
+                    d = 0.0 * d
+                else:
+                    d[row, action] += 1.0
+                    d *= d_log_prob[:, None]
                 if d_entropy is not None:
                     d = d - column(d_entropy) * block.p * (block.log_p + entropy[:, None])
                 pieces.append(d)
@@ -77,12 +80,17 @@ class Categorical:
         blocks = zip(self._softmax(old[0]), self._softmax(new[0]), strict=True)
         return _sum([(p.p * (p.log_p - q.log_p)).sum(-1) for p, q in blocks])
 
-    def fisher(self, parameters: Parameters, tangent: Parameters) -> Parameters:
-        product = []
-        for (_, p), block in zip(self._softmax(parameters[0]), self.blocks, strict=True):
-            weighted = p * _by_columns(tangent[0][:, block])
-            product.append(weighted - p * weighted.sum(-1)[:, None])
-        return (_side_by_side(product),)
+    def fisher(self, parameters: Parameters) -> Callable[[Parameters], Parameters]:
+        softmax = self._softmax(parameters[0])
+
+        def product(tangent: Parameters) -> Parameters:
+            products = []
+            for (_, p), block in zip(softmax, self.blocks, strict=True):
+                weighted = p * _by_columns(tangent[0][:, block])
+                products.append(weighted - p * weighted.sum(-1)[:, None])
+            return (_side_by_side(products),)
+
+        return product
 
     def noise(self, n_rows: int) -> np.ndarray:
         drawn = []

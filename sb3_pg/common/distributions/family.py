@@ -43,8 +43,8 @@ class Family(Protocol):
     def kl(self, old: Parameters, new: Parameters) -> Array:
         """Return KL(old || new) of each row in nats, (n,)."""
 
-    def fisher(self, parameters: Parameters, tangent: Parameters) -> Parameters:
-        """Return each row's Fisher matrix (with respect to its parameters) times a tangent vector."""
+    def fisher(self, parameters: Parameters) -> Callable[[Parameters], Parameters]:
+        """Return the product of each row's Fisher matrix (with respect to its parameters) with a tangent vector."""
 
     def noise(self, n_rows: int) -> np.ndarray:
         """Return random numbers with which ``sample`` draws ``n_rows`` actions, (n_rows, k).

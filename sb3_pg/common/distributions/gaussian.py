@@ -1,6 +1,7 @@
 """Independent normal actions."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -53,9 +54,10 @@ class Gaussian:
         distance = (old_mean - mean) * xp.exp(-log_std)
         return 0.5 * row_sums(xp.expm1(change) - change + distance * distance)
 
-    def fisher(self, parameters: Parameters, tangent: Parameters) -> Parameters:
+    def fisher(self, parameters: Parameters) -> Callable[[Parameters], Parameters]:
         mean, log_std = parameters
-        return tangent[0] * namespace(mean).exp(-2.0 * log_std), 2.0 * tangent[1]
+        precision = namespace(mean).exp(-2.0 * log_std)
+        return lambda tangent: (tangent[0] * precision, 2.0 * tangent[1])
 
     def noise(self, n_rows: int) -> np.ndarray:
         numbers, view = scratch(n_rows, self.n_dims)

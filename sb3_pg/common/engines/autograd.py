@@ -400,7 +400,7 @@ class GraphActor:
             if described is None:
                 return self._fisher_from_kl(distribution, batch.scale)
             family, outputs = described  # type: ignore[assignment]
-        values = tuple(z.detach() for z in outputs)
+        of_family = family.fisher(tuple(z.detach() for z in outputs))
         # J v without forward-mode differentiation: the gradient g(u) = J^T u is linear in u, so differentiating
         # g . v with respect to u gives J v. One backward pass recorded here serves every product.
         probes = [th.zeros_like(z, requires_grad=True) for z in outputs]
@@ -409,7 +409,7 @@ class GraphActor:
         def product(vector: Any) -> th.Tensor:
             pieces = _split(vector, self._parameters)
             tangent = th.autograd.grad(recorded, probes, pieces, retain_graph=True, materialize_grads=True)
-            weighted: Any = [w * scale for w in family.fisher(values, tangent)]
+            weighted: Any = [w * scale for w in of_family(tangent)]
             back = th.autograd.grad(outputs, self._parameters, weighted, retain_graph=True, materialize_grads=True)
             return _flat(list(back), self._parameters)
 

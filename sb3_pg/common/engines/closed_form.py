@@ -25,11 +25,11 @@ from sb3_pg.common.batch import Batch
 from sb3_pg.common.distributions import Categorical, Likelihood, Parameters, masked
 from sb3_pg.common.distributions.family import column
 from sb3_pg.common.engines.blueprint import DTYPES, Blueprint, Layers, Unsuitable
-from sb3_pg.common.engines.mlp import ACTIVATIONS, Mlp, Pieces, Trace
+from sb3_pg.common.engines.mlp import ACTIVATIONS, Mlp, Pieces, Trace, row_of_ones
 from sb3_pg.common.engines.optimizer import QuickAdam, is_plain_adam, use_fused_adam
 from sb3_pg.common.engines.protocol import Acted, Fisher, Look, Seen
 from sb3_pg.common.engines.rows import RowEngine
-from sb3_pg.common.products import inner, product
+from sb3_pg.common.products import blas_has_one_thread, inner, product
 from sb3_pg.common.threads import choose_threads
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -63,12 +63,12 @@ class Encoder:
         self._offsets = np.cumsum(sizes) - sizes
 
     def __call__(self, x: Any) -> np.ndarray:
-        flat: np.ndarray = x.reshape(len(x), -1)
+        flat: np.ndarray = x if x.ndim == 2 else x.reshape(len(x), -1)
         if self._is_choice:
             encoded = np.zeros((len(x), self._width), self.dtype)
             encoded[np.arange(len(x))[:, None], flat.astype(np.intp) + self._offsets] = 1.0
             return encoded
-        numbers: np.ndarray = flat.astype(self.dtype, copy=False)
+        numbers: np.ndarray = flat if flat.dtype == self.dtype else flat.astype(self.dtype)
         if self._divisor is not None:
             numbers = np.divide(numbers, self._divisor)
         return numbers if numbers.flags.carray else numbers.copy()  # torch takes no other
@@ -121,6 +121,7 @@ class ClosedFormEngine(RowEngine):
             return False
         if blueprint.fingerprint() != self._fingerprint:
             self._build(blueprint)
+        self.actor_mlp.blas_has_one_thread = self.critic_mlp.blas_has_one_thread = blas_has_one_thread()
         optimizer = self.policy.optimizer
         self._adam = QuickAdam(optimizer) if is_plain_adam(optimizer) else None
         return True
@@ -210,7 +211,7 @@ class ClosedFormEngine(RowEngine):
         """Write the actor's gradient, from the derivative by each row's parameters."""
         d_log_std, pieces = gradient
         if d_log_std is not None:
-            product(np.ones((1, len(d[1])), d[1].dtype), d[1], d_log_std[None])
+            product(row_of_ones(len(d[1]), d[1].dtype), d[1], d_log_std[None])
         self.actor_mlp.backward(trace, d[0], pieces)
 
     def split(self, flat: np.ndarray) -> ActorPieces:
@@ -231,17 +232,17 @@ class ClosedFormEngine(RowEngine):
 
     @_quiet
     def step(self, max_grad_norm: float | None) -> float:
-        moves = tuple(offered[0][0].grad is not None for offered in self._offered)
-        if not any(moves):
+        actor_moves, critic_moves = (offered[0][0].grad is not None for offered in self._offered)
+        if not (actor_moves or critic_moves):
             return 0.0
-        moving = self.gradient[0 if moves[0] else self.actor_size : None if moves[1] else self.actor_size]
+        moving = self.gradient[0 if actor_moves else self.actor_size : None if critic_moves else self.actor_size]
         norm = math.sqrt(inner(moving, moving))
         if not math.isfinite(norm):
             return norm
         if max_grad_norm is not None and norm + 1e-6 > max_grad_norm:
             moving *= max_grad_norm / (norm + 1e-6)
         if self._adam is not None:
-            self._adam.step(moves)
+            self._adam.step((actor_moves, critic_moves))
             return norm
         self.policy.optimizer.step()
         if [p.data_ptr() for p in self._trained] != self._memory:  # not torch's own, but some replace ``p.data``
@@ -278,19 +279,21 @@ class ClosedFormEvaluation:
     ) -> None:
         self._engine, self._batch = engine, batch
         self.value: Array = values.reshape(-1)
-        self._critic_trace, self._actor_trace, self._likelihood = critic_trace, actor_trace, likelihood
+        self._passes: tuple[Any, ...] = critic_trace, actor_trace, likelihood
         if likelihood is not None:
             self.log_prob, self.entropy = likelihood.log_prob, likelihood.entropy
 
     @_quiet
     def backward(self, d_log_prob: Any = None, d_entropy: float | None = None, d_value: Any = None) -> None:
+        # What the passes have left is let go of, so that the next evaluation finds its memory in the cache.
+        (critic_trace, actor_trace, likelihood), self._passes = self._passes, ()
         scale, actor, critic = self._batch.scale, None, None
         if d_log_prob is not None or d_entropy:
-            assert self._likelihood is not None and self._actor_trace is not None, "only the critic was evaluated"
+            assert likelihood is not None, "only the critic was evaluated"
             weighted = None if d_log_prob is None else np.asarray(d_log_prob * scale, self._engine.dtype)
-            actor = self._actor_trace, self._likelihood.pull(weighted, d_entropy * scale if d_entropy else None)
+            actor = actor_trace, likelihood.pull(weighted, d_entropy * scale if d_entropy else None)
         if d_value is not None:
-            critic = self._critic_trace, np.asarray(d_value * scale, self._engine.dtype).reshape(-1, 1)
+            critic = critic_trace, np.asarray(d_value * scale, self._engine.dtype).reshape(-1, 1)
         self._engine.write_gradient(actor, critic)
 
 
@@ -354,6 +357,7 @@ class ClosedFormActor:
             trace = Trace([x[::every] for x in trace.inputs], slopes)
             parameters = tuple(x[::every] if x.ndim > 1 else x for x in parameters)
         shape, scale = parameters[0].shape, column(self._batch[::every].normalised().scale)
+        of_family = engine.family.fisher(parameters)
 
         @_quiet
         def times(vector: Any) -> np.ndarray:
@@ -361,7 +365,7 @@ class ClosedFormActor:
             tangent: Parameters = (engine.actor_mlp.tangent(trace, pieces),)
             if d_log_std is not None:
                 tangent = (tangent[0], np.broadcast_to(d_log_std, shape))
-            weighted = tuple(x * scale for x in engine.family.fisher(parameters, tangent))
+            weighted = tuple(x * scale for x in of_family(tangent))
             result = np.empty(engine.actor_size, engine.dtype)
             engine.actor_backward(trace, weighted, engine.split(result))
             return result

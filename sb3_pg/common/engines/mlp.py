@@ -7,6 +7,7 @@ Each layer is ``h_l = f_l(z_l)`` with ``z_l = h_(l-1) W_l^T + b_l``, one row per
 - tangent: from a change of the weights to the change of the outputs, J v.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -112,6 +113,12 @@ Pieces = list[tuple[np.ndarray, np.ndarray]]
 Product = Callable[..., np.ndarray]
 
 
+@functools.lru_cache(maxsize=16)
+def row_of_ones(n: int, dtype: Any) -> np.ndarray:
+    """Return ones, (1, n), not to be written to."""
+    return np.ones((1, n), dtype)
+
+
 class Trace(NamedTuple):
     """What a forward pass leaves for the other two: of each layer, its input and the slope of its activation."""
 
@@ -130,22 +137,25 @@ class Mlp:
         self.pieces = pieces
         self.activations = activations
         self.size = sum(weight.size + bias.size for weight, bias in pieces)
-        self._layers = [(w, b, f and f.function) for (w, b), f in zip(pieces, activations, strict=True)]
+        self._layers = [(w.T, b, f) for (w, b), f in zip(pieces, activations, strict=True)]
+        self._functions = [(w, b, f and f.function) for w, b, f in self._layers]
+        self.blas_has_one_thread = False  # so that its products need no care; to be set where that is looked at
         self._largest = max(weight.size for weight, _ in pieces)
         self._widest = max(max(weight.shape) for weight, _ in pieces)
 
     def _dot(self, n: int) -> Product:
-        """NumPy's product for n rows, if none of the layers takes one of which the BLAS would make two threads."""
+        """The product for n rows: NumPy's own where its BLAS takes one thread for that of every layer."""
         is_small = n * self._largest <= MATRIX_LIMIT and n * self._widest < VECTOR_LIMIT
-        return np.dot if is_small and (n > 1 or self._largest < VECTOR_LIMIT) else product
+        is_small = is_small and (n > 1 or self._largest < VECTOR_LIMIT)
+        return np.ndarray.dot if is_small or self.blas_has_one_thread else product
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """The outputs, (n, outputs)."""
         if len(x) == 1 and self._largest < VECTOR_LIMIT:
             return self._of_one(x[0])[None]
         dot = self._dot(len(x))
-        for weight, bias, function in self._layers:
-            x = dot(x, weight.T)
+        for weight, bias, function in self._functions:
+            x = dot(x, weight)
             x += bias
             if function is not None:
                 x = function(x, x)
@@ -153,8 +163,8 @@ class Mlp:
 
     def _of_one(self, x: np.ndarray) -> np.ndarray:
         """The outputs of a single row (inputs,), which as a vector is faster."""
-        for weight, bias, function in self._layers:
-            x = x.dot(weight.T)
+        for weight, bias, function in self._functions:
+            x = x.dot(weight)
             x += bias
             if function is not None:
                 x = function(x, x)
@@ -163,9 +173,9 @@ class Mlp:
     def forward(self, x: np.ndarray) -> tuple[np.ndarray, Trace]:
         """The outputs and what ``backward`` and ``tangent`` need."""
         trace, dot = Trace([], []), self._dot(len(x))
-        for (weight, bias), activation in zip(self.pieces, self.activations, strict=True):
+        for weight, bias, activation in self._layers:
             trace.inputs.append(x)
-            x = dot(x, weight.T)
+            x = dot(x, weight)
             x += bias
             slope = None
             if activation is not None:
@@ -182,7 +192,7 @@ class Mlp:
 
         :param gradient: where to write it
         """
-        ones, dot = np.ones((1, len(d)), d.dtype), self._dot(len(d))  # a product with ones sums faster than ``sum``
+        ones, dot = row_of_ones(len(d), d.dtype), self._dot(len(d))  # a product with ones sums faster than ``sum``
         last = len(self.pieces) - 1
         for layer in range(last, -1, -1):
             slope = trace.slopes[layer]
