@@ -122,15 +122,12 @@ def batch_of(
     asarray: Callable[[Any], Any],
     actions: Callable[[np.ndarray], Array],
     keep: np.ndarray | None = None,
-    *,
-    sequential: bool = False,
 ) -> Batch:
     """Return a rollout as one batch, in time order.
 
     :param asarray: makes an engine's array of one of NumPy, or of a dictionary of them
     :param actions: makes those in the form that the engine takes
     :param keep: which samples to use, boolean (n_steps, n_envs); None takes all
-    :param sequential: whether minibatches shall be made of whole stretches of episodes
     """
     rows: Any = np.arange(rollout.n_steps * rollout.n_envs) if keep is None or keep.all() else np.flatnonzero(keep)
     index = slice(None) if len(rows) == rollout.n_steps * rollout.n_envs else rows
@@ -142,7 +139,6 @@ def batch_of(
     return Batch(
         observations=asarray(column("observations")),
         actions=actions(column("actions")),
-        sequences=rollout.stretches[rows] if sequential else None,
         rows=rows,
         **numbers,
     )

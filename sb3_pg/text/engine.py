@@ -22,14 +22,13 @@ from sb3_pg.text.sequences import prefix_chains, response_lengths
 class TextEngine(AutogradEngine):
     """Autograd, with what a language model does differently.
 
-    The rows of a minibatch may come in any order; the policy reads each sequence in them once. Minibatches are made
-    of whole responses (``sequential``), so that this is once per response and epoch.
+    The rows of a minibatch may come in any order; the policy reads each sequence in them once. Batches number the
+    responses (``Batch.sequences``), so that minibatches are made of whole ones: once per response and epoch.
 
     :param policy: a language model policy
     """
 
     policy: LanguageModelPolicy
-    sequential = True
 
     def __init__(self, policy: LanguageModelPolicy) -> None:
         self._decoder = Decoder(policy)
@@ -98,6 +97,11 @@ class TextEngine(AutogradEngine):
             self.policy.reference_kl_coef *= 1.0 + 0.1 * min(max(figures["text/kl"] / target - 1.0, -0.2), 0.2)
 
     # Step
+
+    def batch(self, rollout: Rollout, keep: np.ndarray | None = None) -> Batch:
+        batch = super().batch(rollout, keep)
+        batch.sequences = rollout.stretches[batch.rows]
+        return batch
 
     def evaluate_critic(self, batch: Batch) -> GraphEvaluation:
         # The critic alone is fitted while the actor is held, and the actor is all but the value head.

@@ -1,5 +1,7 @@
 """Which engine computes a policy."""
 
+import copyreg
+
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_pg.common.engines.autograd import AutogradEngine
@@ -24,3 +26,7 @@ def make_engine(policy: ActorCriticPolicy, engine: str = "auto") -> Engine:
         return ClosedFormEngine(policy)
     except Unsuitable as reason:
         return AutogradEngine(policy, str(reason))
+
+
+# A copy of views would see the original's memory: a copied or unpickled engine is made anew for its own policy.
+copyreg.pickle(ClosedFormEngine, lambda engine: (make_engine, (engine.policy,)))  # type: ignore[arg-type, return-value]

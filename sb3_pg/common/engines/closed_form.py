@@ -126,12 +126,6 @@ class ClosedFormEngine(RowEngine):
         self._adam = QuickAdam(optimizer) if is_plain_adam(optimizer) else None
         return True
 
-    def __reduce__(self) -> Any:
-        # Copies of views would be of no use: a copied or unpickled engine is made anew for its own policy.
-        from sb3_pg.common.engines.choice import make_engine
-
-        return make_engine, (self.policy,)
-
     # Act
 
     def act(self, seen: Seen, deterministic: bool = False) -> Acted:

@@ -15,9 +15,6 @@ from sb3_pg.common.rollout import Rollout
 class RowEngine(ABC):
     """Judging and batches, from what a subclass finds out of single rows."""
 
-    #: whether minibatches shall be made of whole stretches of episodes
-    sequential = False
-
     @abstractmethod
     def asarray(self, x: np.ndarray) -> Array: ...
 
@@ -45,7 +42,7 @@ class RowEngine(ABC):
         return  # the policy adapts nothing by itself
 
     def batch(self, rollout: Rollout, keep: np.ndarray | None = None) -> Batch:
-        return batch_of(rollout, self._asarrays, self.actions, keep, sequential=self.sequential)
+        return batch_of(rollout, self._asarrays, self.actions, keep)
 
     def _asarrays(self, x: Any) -> Any:
         return {key: self.asarray(value) for key, value in x.items()} if isinstance(x, dict) else self.asarray(x)
