@@ -32,8 +32,8 @@ def test_cartpole(algorithm, options, steps, at_least):
     [
         (PPO, {"n_steps": 512, "batch_size": 64, "learning_rate": 1e-3}, -750),
         (TRPO, {"n_steps": 512, "target_kl": 0.03, "n_critic_updates": 15}, -750),
-        # One plain gradient step per sample only begins to swing the pendulum in this time.
-        (REINFORCE, {"n_steps": 8, "gae_lambda": 0.9, "learning_rate": 1e-3}, -1200),
+        # One plain gradient step per sample only begins to swing the pendulum in this time: seeds 1 to 3 -969 to -837.
+        (REINFORCE, {"n_steps": 16, "gae_lambda": 0.9, "learning_rate": 2e-3, "n_critic_updates": 8}, -1100),
     ],
 )
 def test_pendulum(algorithm, options, at_least):

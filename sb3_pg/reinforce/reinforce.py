@@ -120,7 +120,7 @@ class REINFORCE(PolicyGradientAlgorithm):
             policy,
             env,
             learning_rate=learning_rate,
-            n_steps=n_steps,  # type: ignore[arg-type]
+            n_steps=n_steps,
             gamma=gamma,
             gae_lambda=gae_lambda,
             ent_coef=ent_coef,
