@@ -64,9 +64,11 @@ class Means:
             self._sums[name] += float(x.sum())
             self._counts[name] += len(x)
 
-    def __getitem__(self, name: str) -> float:
-        """The mean over all epochs; NaN if no minibatch contributed to it."""
-        return self._sums[name] / self._counts[name] if self._counts[name] else math.nan
+    def figures(self) -> dict[str, float]:
+        """Return the means over all epochs by their names in the log; NaN where no minibatch contributed."""
+        self._sum_up()
+        means = {name: x / self._counts[name] if self._counts[name] else math.nan for name, x in self._sums.items()}
+        return {"entropy_loss": -means.pop("entropy"), **means}
 
     def _outside(self, log_ratio: Array) -> Array:
         xp = namespace(log_ratio)

@@ -218,25 +218,20 @@ class PPO(PolicyGradientAlgorithm):
             if self.adaptive_lr:
                 self._adapt_learning_rate(means.end_epoch())
         stopping.end(minibatch)
-        means.end_epoch()
 
         last_loss = loss.mean() - ent_coef * evaluation.entropy.mean() + vf_coef * v_loss.mean()
-        self._log_update(
-            PPOFigures(
-                entropy_loss=-means["entropy"],
-                policy_gradient_loss=means["policy_gradient_loss"],
-                value_loss=means["value_loss"],
-                approx_kl=means["approx_kl"],
-                clip_fraction=means["clip_fraction"],
-                loss=float(last_loss),
-                clip_range=self._coefficient("clip_range"),
-                clip_range_vf=None if self.clip_range_vf is None else self._coefficient("clip_range_vf"),
-                kl_coef=kl_coef or None,
-                early_stop=None if self.target_kl is None else float(stopping.stopped),
-            )
+        by_name = means.figures()
+        figures = PPOFigures(
+            **by_name,  # type: ignore[arg-type]
+            loss=float(last_loss),
+            clip_range=self._coefficient("clip_range"),
+            clip_range_vf=None if self.clip_range_vf is None else self._coefficient("clip_range_vf"),
+            kl_coef=kl_coef or None,
+            early_stop=None if self.target_kl is None else float(stopping.stopped),
         )
+        self._log_update(figures)
         if self.adaptive_kl_coef:
-            self.kl_coef = adapted_kl_coef(kl_coef, means["approx_kl"], self.desired_kl)
+            self.kl_coef = adapted_kl_coef(kl_coef, by_name["approx_kl"], self.desired_kl)
 
     # ---------------------------------------------------------------- options
 
