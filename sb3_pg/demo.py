@@ -146,7 +146,7 @@ def check_environment(env_id: str) -> gym.Env[Any, Any]:
 
 
 def is_continuous(env: gym.Env[Any, Any]) -> bool:
-    """Whether actions and observations are plain vectors of numbers, which gain from normalisation."""
+    """Return whether actions and observations are plain vectors of numbers, which gain from normalisation."""
     observation = env.observation_space
     return (
         isinstance(env.action_space, spaces.Box)
@@ -156,14 +156,14 @@ def is_continuous(env: gym.Env[Any, Any]) -> bool:
 
 
 def policy_for(space: spaces.Space[Any]) -> str:
-    """The policy that reads these observations."""
+    """Return the policy that reads these observations."""
     if isinstance(space, spaces.Dict):
         return "MultiInputPolicy"
     return "CnnPolicy" if is_image_space(space) else "MlpPolicy"
 
 
 def evaluation_env(env_id: str, train_env: VecEnv, seed: int) -> VecEnv:
-    """One environment that never trains: true rewards, and the training environment's statistics as they are now."""
+    """Return one environment that never trains: true rewards, and the training environment's present statistics."""
     env = make_vec_env(env_id, n_envs=1, seed=seed)
     if isinstance(train_env, VecNormalize):
         env = VecNormalize(env, training=False, norm_reward=False)
@@ -201,7 +201,7 @@ def load(algorithm: str, env_id: str, files: Files, seed: int) -> tuple[PolicyGr
 
 
 def running_mean(values: list[float], window: int) -> np.ndarray:
-    """The mean of each value and up to ``window - 1`` before it."""
+    """Return the mean of each value and up to ``window - 1`` before it."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     end = np.arange(1, len(values) + 1)
     start = np.maximum(end - window, 0)
@@ -255,7 +255,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def natural(text: str) -> int:
-    """A whole number from 0 on."""
+    """Return a whole number from 0 on."""
     number = int(text) if text.isdecimal() else -1
     if number < 0:
         raise argparse.ArgumentTypeError(f"must be a whole number >= 0, not {text!r}")
@@ -263,7 +263,7 @@ def natural(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """Return a whole number from 1 on."""
     number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number >= 1, not {text!r}")
@@ -287,7 +287,7 @@ def prepare(folder: Path) -> Files:
 
 
 def set_up(options: argparse.Namespace) -> tuple[PolicyGradientAlgorithm, VecEnv]:
-    """The untrained model and its environments; completes ``options.timesteps``."""
+    """Return the untrained model and its environments; completes ``options.timesteps``."""
     probe = check_environment(options.env)
     continuous, policy = is_continuous(probe), policy_for(probe.observation_space)
     probe.close()
@@ -315,7 +315,7 @@ def train(model: PolicyGradientAlgorithm, timesteps: int, folder: Path) -> tuple
 
 
 def run(options: argparse.Namespace) -> bool:
-    """The whole demonstration.
+    """Run the whole demonstration.
 
     :return: whether the loaded model scores what the saved one does
     """

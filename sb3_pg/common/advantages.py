@@ -61,7 +61,7 @@ def generalized_advantage(
 
 
 def reward_to_go(rewards: FloatArray, dones: BoolArray, gamma: float) -> FloatArray:
-    """The discounted sum of an episode's rewards from each step on, (n_steps, n_envs), float64."""
+    """Return the discounted sum of an episode's rewards from each step on, (n_steps, n_envs), float64."""
     return discounted_sum(rewards, gamma * (1.0 - dones))
 
 
@@ -82,7 +82,7 @@ def episode_numbers(dones: BoolArray) -> tuple[NDArray[np.int64], NDArray[np.int
 def leave_one_out(
     returns: FloatArray, episode: NDArray[np.int64], step: NDArray[np.int64]
 ) -> tuple[FloatArray, BoolArray]:
-    """The mean reward-to-go of the *other* episodes that are still running at the same step of theirs.
+    """Return the mean reward-to-go of the *other* episodes that are still running at the same step of theirs.
 
     RLOO's estimator (Kool et al. 2019) applied at each time step; with one-step episodes it is RLOO exactly.
     It does not depend on the step's own action, so it adds no bias. An episode that is the only one left at some
@@ -146,7 +146,7 @@ def within_group(
 def _held_table(
     group: NDArray[np.int64], returns: FloatArray, episode: NDArray[np.int64], step: NDArray[np.int64]
 ) -> tuple[FloatArray, NDArray[np.int64], NDArray[np.int64]]:
-    """Each episode's reward-to-go at each step, held after its end; its group; and the number of episodes in that."""
+    """Return each episode's reward-to-go at each step, held after its end; its group; and the episodes in that."""
     n_episodes, n_steps = int(episode.max()) + 1, int(step.max()) + 1
     table = np.zeros((n_episodes, n_steps))
     table[episode, step] = returns
@@ -158,7 +158,7 @@ def _held_table(
 
 
 def _group_sums(table: FloatArray, group_of: NDArray[np.int64]) -> FloatArray:
-    """The sum over each episode's group, (n_episodes, n_steps)."""
+    """Return the sum over each episode's group, (n_episodes, n_steps)."""
     sums = np.zeros((int(group_of.max()) + 1, table.shape[1]))
     np.add.at(sums, group_of, table)
     found: FloatArray = sums[group_of]
@@ -258,7 +258,7 @@ def require_several(baseline: str, n_episodes: int) -> None:
 
 
 def _own(baseline: Baseline, samples: Samples) -> FloatArray:
-    """What the user's function says."""
+    """Return what the user's function says."""
     given = baseline(samples.observations, samples.returns)
     try:
         found = np.asarray(given, dtype=np.float64)

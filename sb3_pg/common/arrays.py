@@ -108,10 +108,10 @@ class Column:
         self._n = end
 
     def take(self) -> Array:
-        """What has been collected, (n,), until the next ``add``; the column begins anew."""
+        """Return what has been collected, (n,), until the next ``add``; the column begins anew."""
         taken, self._n = self._memory[: self._n], 0
         return taken
 
     def mean(self) -> float:
-        """The mean of what has been collected; NaN if nothing was."""
+        """Return the mean of what has been collected; NaN if nothing was."""
         return float(self._memory[: self._n].mean()) if self._n else float("nan")

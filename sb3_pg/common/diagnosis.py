@@ -65,7 +65,7 @@ def explained(error: Exception, policy: ActorCriticPolicy) -> Exception:
 
 
 def _blame(policy: ActorCriticPolicy) -> str:
-    """What is wrong with a policy's parameters; nothing if they are fine."""
+    """Return what is wrong with a policy's parameters; nothing if they are fine."""
     names = [name for name, p in policy.named_parameters() if not p.isfinite().all()]
     if names:
         return f"its parameters {', '.join(names)} are not finite"

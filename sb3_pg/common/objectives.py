@@ -34,7 +34,7 @@ def clip(x: Array, low: float, high: float) -> Array:
 
 
 def policy_gradient(log_prob: Array, advantage: Array) -> tuple[Array, Array]:
-    """The score-function estimator of Williams (1992): ``-A log pi``.
+    """Return the score-function estimator of Williams (1992): ``-A log pi``.
 
     Its argument is the log-probability itself rather than a log-ratio; the derivative is the same for both.
     """
@@ -42,7 +42,7 @@ def policy_gradient(log_prob: Array, advantage: Array) -> tuple[Array, Array]:
 
 
 def surrogate(log_ratio: Array, advantage: Array) -> tuple[Array, Array]:
-    """The importance-sampled objective of TRPO (Schulman et al. 2015, eq. 14): ``-r A``."""
+    """Return the importance-sampled objective of TRPO (Schulman et al. 2015, eq. 14): ``-r A``."""
     loss = -advantage * namespace(log_ratio).exp(log_ratio)
     return loss, loss
 
@@ -88,7 +88,7 @@ def simple_policy_optimization(log_ratio: Array, advantage: Array, epsilon: floa
 
 
 def kl_penalty(log_ratio: Array) -> tuple[Array, Array]:
-    """The estimator ``(r - 1) - log r`` of KL(old || new) per sample, and its derivative ``r - 1``.
+    """Return the estimator ``(r - 1) - log r`` of KL(old || new) per sample, and its derivative ``r - 1``.
 
     Non-negative and unbiased for actions of the old policy (J. Schulman, "Approximating KL divergence", 2020).
     """

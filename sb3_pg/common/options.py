@@ -109,7 +109,7 @@ def check_rollout_size(model: "PolicyGradientAlgorithm", batch_size: int, normal
 
 
 def _outside() -> int:
-    """The ``stacklevel`` at which a warning of the caller's names the line outside of this package."""
+    """Return the ``stacklevel`` at which a warning of the caller's names the line outside of this package."""
     level, frame = 1, inspect.currentframe()
     frame = frame and frame.f_back
     while frame is not None and frame.f_globals["__name__"].split(".")[0] == __name__.split(".")[0]:

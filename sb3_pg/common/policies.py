@@ -70,7 +70,7 @@ def detach_distribution(policy: ActorCriticPolicy) -> None:
 
 
 def reset_noise(policy: ActorCriticPolicy, n_envs: int) -> None:
-    """Draw new noise for gSDE. Its graph is of no use: nothing is learned through it."""
+    """Draw new noise for gSDE, out of the graph: nothing is learned through it."""
     policy.reset_noise(n_envs)
     detach_distribution(policy)
 

@@ -199,7 +199,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         return self._network
 
     def _refreshed_network(self) -> Engine:
-        """The engine for the next rollout or update, whatever has been done to the policy since the last."""
+        """Return the engine for the next rollout or update, whatever has been done to the policy since the last."""
         if not self.network.refresh():
             self._network = None
         return self.network
@@ -229,7 +229,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         )
 
     def _coefficient(self, name: str) -> float:
-        """The present value of a coefficient that may be a schedule."""
+        """Return the present value of a coefficient that may be a schedule."""
         return evaluate_schedule(name, getattr(self, name), self._current_progress_remaining)
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
@@ -304,7 +304,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         return True
 
     def _start_rollout(self, env: VecEnv, buffer: sb3_buffers.RolloutBuffer, horizon: Horizon) -> Rollout:
-        """An empty rollout, unless a callback interrupted this very one and it can be completed."""
+        """Return an empty rollout, unless a callback interrupted this very one and it can be completed."""
         if self._rollout_is_unfinished and self._rollout is not None and self._rollout.buffer is buffer:
             return self._rollout
         buffer.reset()
@@ -329,7 +329,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         return Rollout(self.rollout_buffer, self._last_obs, starts)  # type: ignore[arg-type]
 
     def _to_action_space(self, actions: np.ndarray) -> np.ndarray:
-        """What the environment is given: Gaussian samples clipped, squashed ones scaled to the bounds."""
+        """Return what the environment is given: Gaussian samples clipped, squashed ones scaled to the bounds."""
         if not isinstance(self.action_space, spaces.Box):
             return shifted(self.action_space, actions)
         if self.policy.squash_output:

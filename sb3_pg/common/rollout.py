@@ -68,7 +68,7 @@ class Rollout:
                 self.cuts.append(Cut(step, int(env), self._as_batch(info["terminal_observation"])))
 
     def _as_batch(self, observation: Any) -> Any:
-        """One observation as a batch of one."""
+        """Return one observation as a batch of one."""
         single = checked_observations(self.buffer.observation_space, observation, None, "terminal observation")
         return {key: x[None] for key, x in single.items()} if isinstance(single, dict) else single[None]
 
@@ -96,7 +96,7 @@ class Rollout:
 
 
 def _joined(observations: Any, more: list[Any]) -> Any:
-    """A batch of observations with batches of one appended."""
+    """Return a batch of observations with batches of one appended."""
     if isinstance(observations, dict):
         return {key: _joined(x, [row[key] for row in more]) for key, x in observations.items()}
     return np.concatenate([observations, *more]) if more else observations

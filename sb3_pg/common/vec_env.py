@@ -97,7 +97,7 @@ def update_statistics(statistics: RunningMeanStd, batch: np.ndarray) -> None:
 
 
 def _sum(numbers: list[float]) -> float:
-    """One after the other, as NumPy adds fewer than eight; the built-in ``sum`` compensates for rounding."""
+    """Add one after the other, as NumPy adds fewer than eight; the built-in ``sum`` compensates for rounding."""
     return functools.reduce(operator.add, numbers)
 
 

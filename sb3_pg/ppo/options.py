@@ -43,7 +43,7 @@ def make_objective(ppo: "PPO", kl_coef: float) -> Objective:
 
 
 def _checked(objective: Callable[..., Any]) -> Objective:
-    """The user's objective, whose answers are looked at."""
+    """Return the user's objective, whose answers are looked at."""
 
     def checked(log_ratio: Array, advantage: Array) -> tuple[Array, Array]:
         found = objective(log_ratio, advantage)

@@ -198,7 +198,7 @@ class REINFORCE(PolicyGradientAlgorithm):
         )
 
     def _policy_batches(self, batch: Batch) -> Iterator[Batch]:
-        """The pieces of the batch on which the policy makes a step each."""
+        """Return the pieces of the batch on which the policy makes a step each."""
         if not has_own_get(type(self.rollout_buffer)):
             order = None if self.batch_size is None else random_order(batch, self.rollout)
             yield from batch.minibatches(self.batch_size, order, even=True)

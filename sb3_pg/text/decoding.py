@@ -26,19 +26,19 @@ class Memory:
         self.lengths = lengths
 
     def mask(self, more: int = 0) -> th.Tensor:
-        """Which columns are in use, (n, columns + more), the added ones included."""
+        """Return which columns are in use, (n, columns + more), the added ones included."""
         width = self.cache.get_seq_length() + more
         columns = th.arange(width, device=self.lengths.device)
         return (columns >= width - more - self.lengths[:, None]).long()
 
     def select(self, rows: th.Tensor) -> "Memory":
-        """The memory of some rows."""
+        """Return the memory of some rows."""
         self.cache.batch_select_indices(rows)
         return Memory(self.cache, self.lengths[rows])
 
 
 def spliced(parts: list[tuple[th.Tensor, Memory]]) -> Memory:
-    """One memory out of several, each given with the places of its rows in the whole."""
+    """Return one memory out of several, each given with the places of its rows in the whole."""
     n = sum(len(rows) for rows, _ in parts)
     lengths = th.zeros(n, dtype=th.long, device=parts[0][1].lengths.device)
     for rows, memory in parts:
@@ -90,7 +90,7 @@ class Decoder:
 
     @th.no_grad()
     def read(self, rows: np.ndarray) -> th.Tensor:
-        """The hidden state at the last token of each row, (n, d); zeros for responses that are over.
+        """Return the hidden state at the last token of each row, (n, d); zeros for responses that are over.
 
         :param rows: observations, (n, prompt_length + response_length)
         """
@@ -112,7 +112,7 @@ class Decoder:
         return self._joined(rows, np.concatenate([old, new]), parts, weights)
 
     def _kept(self, rows: np.ndarray) -> Any:
-        """The state of these rows, which are in its order."""
+        """Return the state of these rows, which are in its order."""
         if len(rows) == (self._places >= 0).sum():
             return self._state
         places = th.as_tensor(self._places[rows], device=self.policy.device)
@@ -139,7 +139,7 @@ class Decoder:
         return whole
 
     def _grown(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which rows are the last ones with one token more, (n,), and the column of that token."""
+        """Return which rows are the last ones with one token more, (n,), and the column of that token."""
         n, width = rows.shape
         last = width - 1 - (rows[:, ::-1] != EMPTY).argmax(axis=1)
         if self._state is None or self._rows.shape != rows.shape:

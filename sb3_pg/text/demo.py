@@ -61,7 +61,7 @@ REFERENCE_KL_COEF = 0.05
 
 
 def make_model(algo: str, task: TextTask, folder: Path, seed: int, **changes: Any) -> PolicyGradientAlgorithm:
-    """The algorithm with the settings above on a pretrained model.
+    """Return the algorithm with the settings above on a pretrained model.
 
     :param changes: of the settings
     """

@@ -103,7 +103,7 @@ class TextTask:
         return rows
 
     def decode(self, responses: np.ndarray) -> list[str]:
-        """The texts of responses, (n, response_length), without their end tokens."""
+        """Return the texts of responses, (n, response_length), without their end tokens."""
         keep = (responses != EMPTY) & (responses != self.end_token)
         tokens = [row[used].tolist() for row, used in zip(responses, keep, strict=True)]
         texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -133,7 +133,7 @@ class TextTask:
         return rewards - self.missing_end_penalty * unended, texts
 
     def info(self, number: int, text: str, row: np.ndarray) -> dict[str, Any]:
-        """What the last step of an episode tells besides its reward."""
+        """Return what the last step of an episode tells besides its reward."""
         return {
             "prompt": self.prompts[number],
             "completion": text,

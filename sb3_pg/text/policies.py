@@ -175,7 +175,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
         return int(self.value_head.in_features)
 
     def is_over(self, rows: np.ndarray) -> np.ndarray:
-        """Whether a response has its end token or the greatest length, so that nothing follows, (n,)."""
+        """Return whether a response has its end token or the greatest length, so that nothing follows, (n,)."""
         response = rows[:, self.prompt_length :]
         over: np.ndarray = (response == self.end_token).any(axis=1) | (response[:, -1] != EMPTY)
         return over
@@ -254,7 +254,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
             )
 
     def portable_kwargs(self, policy_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The policy's arguments with the model's configuration in place of its folder."""
+        """Return the policy's arguments with the model's configuration in place of its folder."""
         config = self.lm.config.to_dict()
         for name in ("quantization_config", "_name_or_path"):
             config.pop(name, None)
@@ -306,10 +306,10 @@ class LanguageModelPolicy(ActorCriticPolicy):
 
     @abstractmethod
     def proceed(self, memories: tuple[Memory, ...], tokens: th.Tensor) -> tuple[th.Tensor, tuple[Memory, ...]]:
-        """The same after one more token in each row."""
+        """Return the same after one more token in each row."""
 
     def hidden_states(self, observations: Any, lm: Any = None) -> th.Tensor:
-        """The hidden state at the last token of each observation, (n, d), in one forward pass per sequence.
+        """Return the hidden state at the last token of each observation, (n, d), in one forward pass per sequence.
 
         :param observations: (n, prompt_length + response_length), in any order
         :param lm: the model that reads; by default the policy's
@@ -345,7 +345,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
         return scaled
 
     def token_statistics(self, hidden: th.Tensor, actions: th.Tensor, lm: Any = None) -> tuple[th.Tensor, th.Tensor]:
-        """Log-probability of each action and entropy at each hidden state, (n,) each, chunk by chunk."""
+        """Return log-probability of each action and entropy at each hidden state, (n,) each, chunk by chunk."""
 
         def statistics(some: th.Tensor, chosen: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
             log_probs = th.log_softmax(self.logits(some, lm), dim=-1)
@@ -386,7 +386,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
         return self.choose(self._decoder.read(to_rows(observation)), deterministic)
 
     def choose(self, hidden: th.Tensor, deterministic: bool = False) -> th.Tensor:
-        """A token for each hidden state, (n,): drawn, or the most likely one."""
+        """Return a token for each hidden state, (n,): drawn, or the most likely one."""
         logits = self.logits(hidden)
         if deterministic:
             return logits.argmax(dim=-1)
@@ -397,7 +397,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
 
     @th.no_grad()
     def reference_log_prob(self, observations: Any, actions: Any) -> np.ndarray:
-        """Log-probability of each action under the reference, float32 (n,)."""
+        """Return log-probability of each action under the reference, float32 (n,)."""
         chosen = th.as_tensor(actions, device=self.device).long().flatten()
         with self._the_reference() as lm:
             log_prob, _ = self.token_statistics(self.hidden_states(observations, lm), chosen, lm)
@@ -441,7 +441,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
         return self._responses(out.cpu().numpy(), tokens.shape[1], end, longest)
 
     def _responses(self, out: np.ndarray, n_prompt: int, end: int, longest: int) -> np.ndarray:
-        """The new tokens up to the end token, in rows of the environment's width."""
+        """Return the new tokens up to the end token, in rows of the environment's width."""
         new = out[:, self._skipped(n_prompt) :][:, :longest]
         ended = np.cumsum(new == end, axis=1) - (new == end) > 0  # after the end token
         rows = np.full((len(new), longest), EMPTY)
@@ -534,7 +534,7 @@ class Seq2SeqLMPolicy(LanguageModelPolicy):
         return states[index], mask[index], used[index]
 
     def _decoder_input(self, lm: Any, rows: np.ndarray) -> np.ndarray:
-        """The start token and the response, as rows of tokens."""
+        """Return the start token and the response, as rows of tokens."""
         start = np.full((len(rows), 1), lm.config.decoder_start_token_id)
         return np.concatenate([start, rows[:, self.prompt_length :]], axis=1)
 
@@ -618,7 +618,7 @@ def _is_layer(module: th.nn.Module) -> bool:
 
 
 def with_adapter(lm: Any, lora: Mapping[str, Any]) -> Any:
-    """The model with low-rank adapters in it, the only part that is trained."""
+    """Return the model with low-rank adapters in it, the only part that is trained."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:

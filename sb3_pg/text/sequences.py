@@ -38,7 +38,7 @@ def response_lengths(rows: np.ndarray, prompt_length: int) -> np.ndarray:
 
 
 def flush_left(rows: np.ndarray, fill: int) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of each row from the first column on.
+    """Return the tokens of each row from the first column on.
 
     :param rows: (n, width), the tokens of each in one stretch anywhere, at least one
     :param fill: what to write behind them
@@ -53,6 +53,6 @@ def flush_left(rows: np.ndarray, fill: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def flush_right(rows: np.ndarray, fill: int) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of each row up to the last column; otherwise as :func:`flush_left`."""
+    """Return the tokens of each row up to the last column; otherwise as :func:`flush_left`."""
     tokens, lengths = flush_left(rows[:, ::-1], fill)
     return tokens[:, ::-1].copy(), lengths

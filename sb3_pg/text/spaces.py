@@ -12,7 +12,7 @@ EMPTY = -1
 
 
 class Vocabulary(spaces.Discrete):
-    """The tokens, one of which ends a response.
+    """The tokens; one of them ends a response.
 
     :param n: number of tokens
     :param end_token: number of the token that ends a response
@@ -32,7 +32,7 @@ class Vocabulary(spaces.Discrete):
 
 
 def text_space(prompt_length: int, response_length: int, n_tokens: int) -> spaces.Box:
-    """One row of token numbers: the prompt at the right end of the first columns, the response in the rest.
+    """Return one row of token numbers: the prompt at the right end of the first columns, the response in the rest.
 
     Any column may be empty but the last of the prompt, and that is how :func:`prompt_length_of` finds it.
     """
@@ -42,7 +42,7 @@ def text_space(prompt_length: int, response_length: int, n_tokens: int) -> space
 
 
 def prompt_length_of(space: spaces.Space[Any]) -> int:
-    """How many columns of an observation belong to the prompt.
+    """Return how many columns of an observation belong to the prompt.
 
     :raises ArgumentError: the space is not one of :func:`text_space`
     """

@@ -37,7 +37,7 @@ def examples(task: TextTask) -> np.ndarray:
 
 
 def steps_of(rows: np.ndarray, prompt_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The observations and actions of whole rows, as if they had been acted: (n, width) and (n,)."""
+    """Return the observations and actions of whole rows, as if they had been acted: (n, width) and (n,)."""
     responses = rows[:, prompt_length:]
     row, step = np.nonzero(responses != EMPTY)
     observations = rows[row]

@@ -44,7 +44,7 @@ class Example:
 
 
 def _split(examples: list[Example], split: str, **task: Any) -> TextTask:
-    """The training or the held-out part, with lengths and words of both."""
+    """Return the training or the held-out part, with lengths and words of both."""
     check_choice("split", split, ("train", "test"))
     tokenizer = word_tokenizer(words_of(text for example in examples for text in (example.prompt, *example.found)))
     part = [example for i, example in enumerate(examples) if (i % HELD_OUT == 0) == (split == "test")]
@@ -185,7 +185,7 @@ def translation(split: str = "train", seed: int = 0) -> TextTask:
 
 
 def _flawed(text: str, rng: np.random.Generator) -> str:
-    """The text without one or two of its words."""
+    """Return the text without one or two of its words."""
     words = text.split()
     missing = rng.choice(len(words), size=int(rng.integers(1, 3)), replace=False)
     return " ".join(word for i, word in enumerate(words) if i not in missing)
@@ -246,7 +246,7 @@ def _analyzer() -> Any:
 
 
 def sentiment_of(prompts: list[str], completions: list[str], references: list[Any]) -> list[float]:
-    """The compound score of each completion, -1 (bad) to 1 (good)."""
+    """Return the compound score of each completion, -1 (bad) to 1 (good)."""
     return [_analyzer().polarity_scores(text)["compound"] for text in completions]
 
 
@@ -263,5 +263,5 @@ def _task(name: str, split: str) -> TextTask:
 
 
 def make_env(task: str, split: str = "train", **options: Any) -> TextEnv:
-    """The environment behind the registered ids; all of one process share the task's data."""
+    """Return the environment behind the registered ids; all of one process share the task's data."""
     return TextEnv(_task(task, split), **options)

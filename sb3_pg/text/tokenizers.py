@@ -11,7 +11,7 @@ SPECIAL = ("<pad>", "<end>", "<unknown>")
 
 
 def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are these words, separated by spaces in a text.
+    """Return a tokenizer whose tokens are these words, separated by spaces in a text.
 
     :param words: each becomes a token; in sorted order, without repetition
     """
@@ -26,5 +26,5 @@ def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def words_of(texts: Iterable[str]) -> set[str]:
-    """The words that occur in some texts."""
+    """Return the words that occur in some texts."""
     return {word for text in texts for word in text.split()}

@@ -58,7 +58,7 @@ class TRPO(PolicyGradientAlgorithm):
     :param normalize_advantage: whether advantages get mean 0 and deviation 1 over the rollout
     :param target_kl: radius of the trust region in nats, the largest mean KL between policies of successive
         updates. Higher learns faster until it breaks; usual values are 0.005 to 0.05
-    :param sub_sampling_factor: use every so-manieth observation for the curvature only. Higher is cheaper and noisier
+    :param sub_sampling_factor: use every n-th observation for the curvature only. Higher is cheaper and noisier
     :param ent_coef: weight of the entropy bonus in the surrogate, a number or schedule. Higher explores more
     :param stats_window_size: episodes over which the logged return and length are averaged
     :param tensorboard_log: folder for TensorBoard; None writes none
@@ -181,7 +181,7 @@ class TRPO(PolicyGradientAlgorithm):
         actor, ent_coef = self.network.actor(batch), self._coefficient("ent_coef")
 
         def objective(look: Look) -> float:
-            """The surrogate ``E[r A]`` plus the entropy bonus."""
+            """Return the surrogate ``E[r A]`` plus the entropy bonus."""
             loss, _ = surrogate(look.log_prob - batch.old_log_prob, advantages)
             return batch.mean(ent_coef * look.entropy - loss)
 

@@ -19,7 +19,7 @@ class Solution(NamedTuple):
 def conjugate_gradient(
     product: Callable[[Array], Array], b: Array, max_steps: int, tolerance: float = 1e-5
 ) -> Solution:
-    """Solve ``A x = b`` for a positive definite ``A`` of which only products ``A v`` are known.
+    """Solve ``A x = b`` for a positive definite ``A`` by products ``A v`` alone.
 
     Starts from zero, so that after k steps x is the best solution within the span of b, A b, ..., A^(k-1) b
     (Hestenes and Stiefel 1952). The residual is orthogonal to that span, so that ``x.A x = x.b`` however soon it stops.

@@ -61,7 +61,7 @@ def one_line_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 
 def our_command(command: Any) -> Any:
-    """What rl_zoo3's scripts start as children (``python -m rl_zoo3.x`` or ``python x.py``) with our algorithms."""
+    """Return what rl_zoo3's scripts start as children (``python -m rl_zoo3.x``, ``x.py``), with our algorithms."""
     match command:
         case ["python", "-m", str(module), *options] if module.startswith("rl_zoo3."):
             return [sys.executable, "-m", "sb3_pg.zoo", module.removeprefix("rl_zoo3."), *options]
@@ -93,7 +93,7 @@ def run(command: str, options: list[str]) -> None:
 
 
 def package_that_raised(traceback: TracebackType | None) -> str:
-    """The package whose lines raised an error."""
+    """Return the package whose lines raised an error."""
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     package = traceback.tb_frame.f_globals.get("__package__") if traceback else None
@@ -101,14 +101,14 @@ def package_that_raised(traceback: TracebackType | None) -> str:
 
 
 def missing_package(error: ImportError | gym.error.DependencyNotInstalled) -> str:
-    """What to install, if an extra of ours has it."""
+    """Return what to install, if an extra of ours has it."""
     names = [error.name or ""] if isinstance(error, ImportError) else re.findall(r"\w+", str(error))
     extras = [EXTRAS[name.split(".")[0].lower()] for name in names if name.split(".")[0].lower() in EXTRAS]
     return f" Install it with: pip install 'sb3_pg[{extras[0]}]'" if extras else ""
 
 
 def explain(error: Exception) -> str | None:
-    """The line that tells the user what to change; None for an error that only its traceback explains."""
+    """Return the line that tells the user what to change; None for an error that only its traceback explains."""
     message = " ".join(str(error).split())
     if isinstance(error, (ImportError, gym.error.DependencyNotInstalled)):
         return f"{message.rstrip('.')}.{missing_package(error)}"

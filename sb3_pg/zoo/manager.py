@@ -44,19 +44,19 @@ MISTAKES = (AssertionError, AttributeError, KeyError, OSError, RuntimeError, Typ
 
 
 def config_arguments(algorithm: type[BaseAlgorithm]) -> list[str]:
-    """The arguments of an algorithm that a configuration may set."""
+    """Return the arguments of an algorithm that a configuration may set."""
     not_set = {*COMMAND_LINE_ARGUMENTS, "_init_setup_model"}
     return [name for name in inspect.signature(algorithm).parameters if name not in not_set]
 
 
 def schedule_arguments(algorithm: type[BaseAlgorithm]) -> list[str]:
-    """The arguments of an algorithm that may be schedules, by its annotations."""
+    """Return the arguments of an algorithm that may be schedules, by its annotations."""
     parameters = inspect.signature(algorithm).parameters.values()
     return [parameter.name for parameter in parameters if Schedule in typing.get_args(parameter.annotation)]
 
 
 def read_number(value: Any) -> Any:
-    """A text that is a number as that number: YAML 1.1 takes 1e-3 for a text, for it wants 1.0e-3."""
+    """Return a text that is a number as that number: YAML 1.1 takes 1e-3 for a text, for it wants 1.0e-3."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -64,7 +64,7 @@ def read_number(value: Any) -> Any:
 
 
 def multiplied(value: Any, factor: int) -> str:
-    """A setting times a factor, as ``-params`` takes it."""
+    """Return a setting times a factor, as ``-params`` takes it."""
     if isinstance(value, str):
         return f"\"'lin_{float(value.removeprefix('lin_')) * factor:g}'\""
     return f"{value * factor:g}"
@@ -89,7 +89,7 @@ class ExperimentManager(exp_manager.ExperimentManager):
     # --------------------------------------------------------------- settings
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The settings as they are in the file."""
+        """Return the settings as they are in the file."""
         if self.trial_id is not None and not (self.storage and self.study_name):
             raise ArgumentError(f"--trial-id {self.trial_id} needs --storage and --study-name: the study it is from.")
         if self.trial_id == 0 and self.storage and self.study_name:  # rl_zoo3 takes 0 for none given
@@ -108,7 +108,7 @@ class ExperimentManager(exp_manager.ExperimentManager):
             ) from None
 
     def load_trial(self, storage: str, study_name: str, trial_id: int | None = None, convert: bool = True) -> Any:
-        """The settings of one trial of an Optuna study."""
+        """Return the settings of one trial of an Optuna study."""
         try:
             return super().load_trial(storage, study_name, trial_id, convert)
         except (KeyError, IndexError):

@@ -18,7 +18,7 @@ def suggest_common(trial: optuna.Trial) -> None:
 
 
 def arguments_of(trial: optuna.Trial) -> dict[str, Any]:
-    """The arguments that the suggested values stand for; those under another name are noted in the study."""
+    """Return the arguments that the suggested values stand for; those under another name are noted in the study."""
     arguments: dict[str, Any] = convert_onpolicy_params(trial.params)
     for name, value in arguments.items():
         if name not in trial.params and name != "policy_kwargs":
@@ -39,7 +39,7 @@ def sample_reinforce(trial: optuna.Trial, n_actions: int, n_envs: int, more: dic
 
 
 def sample_trpo(trial: optuna.Trial, n_actions: int, n_envs: int, more: dict[str, Any]) -> dict[str, Any]:
-    """The trust region grows with the number of action dimensions, over which the KL is summed."""
+    """Suggest arguments of TRPO. The trust region grows with the action dimensions, over which the KL is summed."""
     suggest_common(trial)
     dimensions = max(n_actions, 1)  # 0 stands for discrete actions
     trial.suggest_float("target_kl", 1e-3 * dimensions, 0.05 * dimensions, log=True)

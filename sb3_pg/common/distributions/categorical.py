@@ -113,12 +113,12 @@ class Categorical:
 
 
 def _by_columns(x: Array) -> Array:
-    """An array of NumPy column by column in memory, where sums over a few columns are faster."""
+    """Return an array of NumPy column by column in memory, where sums over a few columns are faster."""
     return np.asfortranarray(x) if isinstance(x, np.ndarray) else x
 
 
 def _largest(x: Array) -> Array:
-    """The largest number of each row, (n, 1)."""
+    """Return the largest number of each row, (n, 1)."""
     return x.max(axis=-1, keepdims=True) if isinstance(x, np.ndarray) else x.amax(dim=-1, keepdim=True)
 
 

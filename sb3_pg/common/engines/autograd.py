@@ -181,7 +181,7 @@ class AutogradEngine(RowEngine):
         return actions.reshape(-1, *shape)
 
     def _actor_outputs(self, observations: Any, masks: Any = None) -> tuple[th.Tensor, ...]:
-        """What ``policy.get_distribution`` makes a distribution of, which on a few rows takes longer than it does."""
+        """Return what ``policy.get_distribution`` makes a distribution of; on a few rows that takes longer."""
         policy = self.policy
         features = super(ActorCriticPolicy, policy).extract_features(observations, policy.pi_features_extractor)
         return self._parameters(policy.action_net(policy.mlp_extractor.forward_actor(features)), masks)
@@ -200,7 +200,7 @@ class AutogradEngine(RowEngine):
         return self._parameters(policy.action_net(latent_pi), masks), policy.value_net(latent_vf).flatten()
 
     def _parameters(self, outputs: th.Tensor, masks: Any = None) -> tuple[th.Tensor, ...]:
-        """The head: from ``action_net``'s outputs to the distribution's parameters."""
+        """Turn ``action_net``'s outputs into the distribution's parameters."""
         if not isinstance(self._family, Gaussian):
             allowed: Any = masked(outputs, None if masks is None else self.asarray(masks))
             return (allowed,)
@@ -347,7 +347,7 @@ class GraphActor:
 
     @th.no_grad()
     def _distribution(self, batch: Batch) -> tuple[Described, th.Tensor, th.Tensor]:
-        """The distribution of each row, log pi(a|s) and entropy, at the present parameters."""
+        """Return the distribution of each row, log pi(a|s) and entropy, at the present parameters."""
         engine, observations, actions = self._engine, batch.observations, batch.actions
         if engine._family is not None:
             family: Any = engine._family
@@ -451,7 +451,7 @@ def largest_layer(policy: th.nn.Module) -> float:
 
 
 def _family_of_outputs(policy: ActorCriticPolicy) -> Family | None:
-    """The formulas of the policy's distribution, if they are known and it is made of ``action_net`` alone."""
+    """Return the formulas of the policy's distribution, if they are known and it is made of ``action_net`` alone."""
     method = "_get_action_dist_from_latent"
     if getattr(type(policy), method) is not getattr(ActorCriticPolicy, method) or method in policy.__dict__:
         return None
@@ -479,11 +479,11 @@ def _torch_kl(old: Distribution, new: Distribution) -> th.Tensor:
 
 
 def _flat(pieces: list[Any], parameters: list[th.nn.Parameter]) -> th.Tensor:
-    """One vector of gradients, zero where a parameter has none."""
+    """Return one vector of gradients, zero where a parameter has none."""
     return th.cat([(th.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(pieces, parameters, strict=True)])
 
 
 def _split(vector: th.Tensor, parameters: list[th.nn.Parameter]) -> list[th.Tensor]:
-    """A flat vector in pieces of the parameters' shapes."""
+    """Return a flat vector in pieces of the parameters' shapes."""
     pieces = th.split(vector, [p.numel() for p in parameters])
     return [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]

@@ -91,7 +91,7 @@ def _check_space(space: spaces.Space[Any]) -> None:
 
 
 def _layers(net: nn.Module) -> Layers:
-    """The hidden layers of an actor or critic."""
+    """Return the hidden layers of an actor or critic."""
     if type(net) is not nn.Sequential:
         raise Unsuitable(f"the layers are in a {type(net).__name__}")
     layers: Layers = []

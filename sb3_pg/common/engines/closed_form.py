@@ -145,7 +145,7 @@ class ClosedFormEngine(RowEngine):
     _act_quietly = _quiet(_act)  # takes as much longer as one of the layers
 
     def parameters(self, outputs: np.ndarray, masks: Any = None) -> Parameters:
-        """The head: from the actor's outputs to its distribution's parameters."""
+        """Turn the actor's outputs into its distribution's parameters."""
         return (masked(outputs, masks),) if self.log_std is None else (outputs, self.log_std)
 
     # Judge

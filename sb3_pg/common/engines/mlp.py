@@ -144,13 +144,13 @@ class Mlp:
         self._widest = max(max(weight.shape) for weight, _ in pieces)
 
     def _dot(self, n: int) -> Product:
-        """The product for n rows: NumPy's own where its BLAS takes one thread for that of every layer."""
+        """Return the product for n rows: NumPy's own where its BLAS takes one thread for that of every layer."""
         is_small = n * self._largest <= MATRIX_LIMIT and n * self._widest < VECTOR_LIMIT
         is_small = is_small and (n > 1 or self._largest < VECTOR_LIMIT)
         return np.ndarray.dot if is_small or self.blas_has_one_thread else product
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """The outputs, (n, outputs)."""
+        """Return the outputs, (n, outputs)."""
         if len(x) == 1 and self._largest < VECTOR_LIMIT:
             return self._of_one(x[0])[None]
         dot = self._dot(len(x))
@@ -162,7 +162,7 @@ class Mlp:
         return x
 
     def _of_one(self, x: np.ndarray) -> np.ndarray:
-        """The outputs of a single row (inputs,), which as a vector is faster."""
+        """Return the outputs of a single row (inputs,), which as a vector is faster."""
         for weight, bias, function in self._functions:
             x = x.dot(weight)
             x += bias
@@ -171,7 +171,7 @@ class Mlp:
         return x
 
     def forward(self, x: np.ndarray) -> tuple[np.ndarray, Trace]:
-        """The outputs and what ``backward`` and ``tangent`` need."""
+        """Return the outputs and what ``backward`` and ``tangent`` need."""
         trace, dot = Trace([], []), self._dot(len(x))
         for weight, bias, activation in self._layers:
             trace.inputs.append(x)

@@ -22,7 +22,7 @@ def use_fused_adam(optimizer: th.optim.Optimizer) -> None:
 
 
 def is_plain_adam(optimizer: Any) -> bool:
-    """Whether ``QuickAdam`` makes the same step: Adam or AdamW with one group, no variants, hooks or schedulers."""
+    """Return whether ``QuickAdam`` makes the same step: Adam or AdamW of one group, no variants, hooks, schedulers."""
     if type(optimizer) not in (th.optim.Adam, th.optim.AdamW) or len(optimizer.param_groups) != 1:
         return False
     group = optimizer.param_groups[0]
