@@ -8,6 +8,7 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
+from torch.nn.modules import module as global_hooks
 
 from sb3_pg.common.distributions import Family, Gaussian, family_of
 from sb3_pg.common.engines.mlp import ACTIVATIONS
@@ -75,6 +76,8 @@ def _check_code(policy: ActorCriticPolicy) -> None:
         raise Unsuitable(f"the MLP extractor is {type(policy.mlp_extractor).__name__}")
     if not _METHODS.isdisjoint(policy.__dict__):
         raise Unsuitable(f"the policy's {min(_METHODS & policy.__dict__.keys())} is replaced")
+    if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+        raise Unsuitable("all modules have a hook")
     for module in policy.modules():
         own = module.__dict__
         if any(own.get(name) for name in _HOOKS):

@@ -29,6 +29,7 @@ from sb3_pg.common.engines.mlp import ACTIVATIONS, Mlp, Pieces, Trace, row_of_on
 from sb3_pg.common.engines.optimizer import QuickAdam, is_plain_adam, use_fused_adam
 from sb3_pg.common.engines.protocol import Acted, Fisher, Look, Seen
 from sb3_pg.common.engines.rows import RowEngine
+from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.products import blas_has_one_thread, inner, product
 from sb3_pg.common.threads import choose_threads
 
@@ -58,6 +59,7 @@ class Encoder:
         self.dtype = dtype
         self._divisor = 255.0 if normalize_images and is_image_space(space) else None
         sizes = np.atleast_1d(getattr(space, "nvec", getattr(space, "n", 0)))
+        self._space, self._sizes = space, sizes
         self._is_choice = isinstance(space, spaces.Discrete | spaces.MultiDiscrete)
         self._width = int(sizes.sum())
         self._offsets = np.cumsum(sizes) - sizes
@@ -65,6 +67,8 @@ class Encoder:
     def __call__(self, x: Any) -> np.ndarray:
         flat: np.ndarray = x if x.ndim == 2 else x.reshape(len(x), -1)
         if self._is_choice:
+            if ((flat < 0) | (flat >= self._sizes)).any():
+                raise ArgumentError(f"An observation of {self._space} is outside of it: {x[:1]}.")
             encoded = np.zeros((len(x), self._width), self.dtype)
             encoded[np.arange(len(x))[:, None], flat.astype(np.intp) + self._offsets] = 1.0
             return encoded

@@ -1,11 +1,14 @@
 """Actions of an MlpPolicy in closed form, one call at a time, whoever calls in between."""
 
+import math
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
+from torch import nn
+from torch.nn.modules import module as global_hooks
 
 from sb3_pg.common.engines.blueprint import DTYPES, Blueprint, Unsuitable
 from sb3_pg.common.engines.closed_form import Encoder, mlp_of, view
@@ -30,15 +33,19 @@ class Predictor:
         self._action_shape: tuple[int, ...] = policy.action_space.shape  # type: ignore[assignment]
         box = policy.action_space if isinstance(policy.action_space, spaces.Box) else None
         self._bounds = None if box is None else (box.low, box.high)
-        self._policy, self._n_attributes = policy, len(policy.__dict__)
         modules = [policy, policy.mlp_extractor, policy.action_net]
         modules += [*policy.pi_features_extractor.modules(), *policy.mlp_extractor.policy_net.modules()]
-        #: the modules' own attributes, and who is whose part: (parts by name, name, part)
-        self._attributes = [module.__dict__ for module in modules]
-        parts = [table for own in self._attributes for table in (own["_modules"], own["_parameters"])]
-        self._parts = [(table, name, part) for table in parts for name, part in table.items()]
-        its = [p for own in self._attributes for p in own["_parameters"].values() if p is not None]
-        self._memory = [(p, p.data_ptr()) for p in its]
+        its = [module.__dict__ for module in modules]
+        tables = [*its, *(own[kind] for own in its for kind in ("_modules", "_parameters"))]
+        parts = [(table, name, part) for table in tables[len(its) :] for name, part in table.items()]
+        names = ("action_dist", "action_space", "observation_space", "negative_slope", "alpha", "approximate")
+        #: how many there are of each, so that a layer or a replaced method that is added shows
+        self._sizes = [(table, len(table)) for table in tables]
+        self._parts = parts + [(own, name, own[name]) for own in its for name in names if name in own]
+        self._hooks = [own[kind] for own in its for kind in ("_forward_hooks", "_forward_pre_hooks")]
+        self._hooks += [global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks]
+        parameters = [part for _, _, part in parts if isinstance(part, nn.Parameter)]
+        self._memory = [(p, p.data_ptr(), p.stride()) for p in parameters]
 
     @classmethod
     def of(cls, policy: ActorCriticPolicy) -> "Predictor | None":
@@ -50,18 +57,16 @@ class Predictor:
 
     def is_current(self) -> bool:
         """Return whether the policy is still made of the same parts, in the same memory."""
-        if len(self._policy.__dict__) != self._n_attributes:  # a method may be replaced
-            return False
+        for table, size in self._sizes:
+            if len(table) != size:
+                return False
         for table, name, part in self._parts:
             if table.get(name) is not part:
                 return False
-        for parameter, address in self._memory:
-            if parameter.data_ptr() != address:
+        for parameter, address, stride in self._memory:
+            if parameter.data_ptr() != address or parameter.stride() != stride:
                 return False
-        for own in self._attributes:
-            if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
-                return False
-        return True
+        return not any(self._hooks)
 
     def predict(self, observation: Any, deterministic: bool) -> np.ndarray | None:
         """Return what SB3's ``predict`` does; None for observations that are not plainly one or a batch of them."""
@@ -73,6 +78,9 @@ class Predictor:
         x = self._encode(observation[None] if is_single else observation)
         with np.errstate(all="ignore"):
             outputs = self._mlp(x)
+            flat = outputs.ravel()
+            if not math.isfinite(flat.dot(flat)):
+                return None  # SB3 says what is wrong
             parameters = (outputs,) if self._log_std is None else (outputs, self._log_std)
             if deterministic:
                 actions: Any = self._family.mode(parameters)
