@@ -257,13 +257,13 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         if self._last_obs is None:
             raise ArgumentError("There are no observations to act on (None): call learn(), and look at env.reset().")
         self.policy.set_training_mode(False)
-        network = self._refreshed_network()
         horizon = self.horizon if self._learns_from_episodes else Steps(n_rollout_steps)
         rollout, env_is_usual = self._start_rollout(env, rollout_buffer, horizon), is_usual(env)
         is_watched = type(callback) is not ConvertCallback or callback.callback is not None
         if self.use_sde:
             reset_noise(self.policy, env.num_envs)
         callback.on_rollout_start()
+        network = self._refreshed_network()
 
         while not horizon.is_complete(rollout):
             n_steps = rollout_buffer.pos
@@ -282,6 +282,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
                 obs_tensor = as_tensors(self._last_obs)  # SB3's name for what was acted on
                 callback.update_locals(locals())
             keep_going = callback.on_step()
+            network = self.network  # the callback may have replaced the policy
             n_steps += 1
 
             # Recorded before the callback is obeyed, so that stopping here loses neither this step nor the next.

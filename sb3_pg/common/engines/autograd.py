@@ -120,6 +120,11 @@ class AutogradEngine(RowEngine):
         self.policy = policy
         self.description = "autograd" + (f" ({why})" if why else "")
         self._device = policy.device
+        use_fused_adam(policy.optimizer)
+        self.refresh()
+
+    def refresh(self) -> bool:
+        policy = self.policy
         self._forward_acts = any(
             getattr(type(policy), name) is not getattr(ActorCriticPolicy, name) or name in policy.__dict__
             for name in _ACTING
@@ -128,14 +133,10 @@ class AutogradEngine(RowEngine):
         # Where actor and critic share a convolution, what else acting could compute costs next to nothing.
         self._heads_are_cheap = policy.share_features_extractor and extractors != {FlattenExtractor}
         self._likes_channels_last = extractors <= {NatureCNN, CombinedExtractor}
-        use_fused_adam(policy.optimizer)
-        self.refresh()
-
-    def refresh(self) -> bool:
         self._actor_parameters: list[th.nn.Parameter] | None = None  # until they are asked for
-        self._largest_layer = largest_layer(self.policy)
-        self._family = None if self._forward_acts else _family_of_outputs(self.policy)
-        return self.policy.device == self._device
+        self._largest_layer = largest_layer(policy)
+        self._family = None if self._forward_acts else _family_of_outputs(policy)
+        return policy.device == self._device
 
     def _arranged(self, observations: Any) -> Any:
         return channels_last(observations) if self._likes_channels_last else observations
