@@ -84,28 +84,33 @@ class LastGood:
     _KEPT_NUMBERS = 1 << 24
 
     def __init__(self, policy: ActorCriticPolicy) -> None:
-        trained = [p for p in policy.parameters() if p.requires_grad] + list(policy.buffers())
-        self._present = trained if sum(p.numel() for p in trained) <= self._KEPT_NUMBERS else []
-        self._policy, self._kept = policy, [] if _blame(policy) else self._copies()
-
-    def _copies(self) -> list[th.Tensor]:
-        return [p.detach().clone() for p in self._present]
+        self._policy: ActorCriticPolicy | None = None
+        self._kept: list[th.Tensor] = []
+        if not _blame(policy):
+            self.keep(policy)
 
     @th.no_grad()
-    def keep(self) -> None:
-        """Take the present parameters for good."""
-        if not self._kept:
-            self._kept = self._copies()
-        elif self._kept[0].dtype == self._present[0].dtype:
-            th._foreach_copy_(self._kept, self._present)
+    def keep(self, policy: ActorCriticPolicy) -> None:
+        """Remember the present parameters as good."""
+        present = self._numbers_of(policy)
+        if policy is self._policy and [x.shape for x in self._kept] == [x.shape for x in present]:
+            th._foreach_copy_(self._kept, present)
+        else:
+            self._policy, self._kept = policy, [x.detach().clone() for x in present]
 
     @th.no_grad()
-    def restore(self) -> str:
+    def restore(self, policy: ActorCriticPolicy) -> str:
         """Return to the good ones, and say so, or say what to do."""
-        for p, kept in zip(self._present, self._kept, strict=bool(self._kept)):
-            p.copy_(kept)
-        if _blame(self._policy):
+        present = self._numbers_of(policy)
+        fits = policy is self._policy and [x.shape for x in self._kept] == [x.shape for x in present]
+        if fits and present:
+            th._foreach_copy_(present, self._kept)
+        if _blame(policy):
             return "There are no earlier good ones: load an archive, or mend the policy before learning goes on."
-        if not self._kept:
+        if not (fits and present):
             return "The policy's parameters are finite and can be saved."
         return "The policy keeps its last good parameters and can be saved."
+
+    def _numbers_of(self, policy: ActorCriticPolicy) -> list[th.Tensor]:
+        numbers = [*(p for p in policy.parameters() if p.requires_grad), *policy.buffers()]
+        return numbers if sum(x.numel() for x in numbers) <= self._KEPT_NUMBERS else []

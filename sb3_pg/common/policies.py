@@ -29,6 +29,10 @@ POLICIES: dict[str, type[BasePolicy]] = {
 }
 
 
+#: A policy that is not computed in closed form is asked again after so many predictions.
+_ASKED_EVERY = 1000
+
+
 class MlpPolicy(ActorCriticPolicy):
     """SB3's MlpPolicy whose ``predict`` takes the closed form where that computes the same.
 
@@ -38,6 +42,7 @@ class MlpPolicy(ActorCriticPolicy):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._predictor: Predictor | None = None
+        self._n_refused = 0
 
     def predict(
         self,
@@ -47,8 +52,12 @@ class MlpPolicy(ActorCriticPolicy):
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """Return actions as SB3's ``predict`` does, and ``state`` as it is."""
-        if self._predictor is None or not self._predictor.is_current():
-            self._predictor = Predictor.of(self)
+        if self._predictor is not None and not self._predictor.is_current():
+            self._predictor, self._n_refused = None, 0
+        if self._predictor is None:
+            # To ask takes half as long as SB3's prediction, so not each time.
+            self._predictor = Predictor.of(self) if self._n_refused % _ASKED_EVERY == 0 else None
+            self._n_refused += 1
         if self._predictor is not None:
             actions = self._predictor.predict(observation, deterministic)
             if actions is not None:

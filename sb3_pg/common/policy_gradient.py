@@ -289,7 +289,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
             self._update_info_buffer(infos, dones)
             if np.count_nonzero(dones):  # quicker than ``any`` on a few
                 rollout.note(dones, infos)
-            rollout.is_judged = values is not None
+            rollout.is_judged = values is not None and (rollout.is_judged or rollout.n_steps == 0)
             self._record(rollout_buffer, actions, rewards, values, log_probs)
             self._last_obs, self._last_episode_starts = new_obs, dones
             if not keep_going:
@@ -456,8 +456,12 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
     def _log_update(self, figures: Figures) -> None:
         """Complete the figures of an update by what all algorithms log, and log them."""
         n = self.rollout_buffer.pos
-        values, returns = self.rollout_buffer.values[:n], self.rollout_buffer.returns[:n]
-        figures.explained_variance = explained_variance(values.flatten(), returns.flatten())
+        values, returns = (
+            self.rollout_buffer.values,
+            self.rollout_buffer.returns,
+        )  # flat already if SB3's ``get`` was asked
+        values, returns = (x.reshape(-1)[: n * self.n_envs] for x in (values, returns))
+        figures.explained_variance = explained_variance(values, returns)
         log_std = getattr(self.policy, "log_std", None)
         if log_std is not None:
             figures.std = th.exp(log_std).mean().item()
@@ -507,7 +511,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
                     break
                 iteration += 1
                 self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-                good.keep()
+                good.keep(self.policy)
                 self.train()
                 detach_distribution(self.policy)
                 is_last = self.num_timesteps >= total_timesteps
@@ -519,7 +523,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
             if isinstance(error, NonFiniteError):
                 self._last_obs = None  # the environments may be broken: reset them before learning goes on
             if isinstance(error, PolicyError):
-                raise PolicyError(f"{error} {good.restore()}") from failure
+                raise PolicyError(f"{error} {good.restore(self.policy)}") from failure
             raise
         if log_interval is not None and last_logged < iteration:  # stopped by a callback between two log lines
             self._write_log(iteration)

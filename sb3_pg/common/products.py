@@ -46,6 +46,9 @@ def product(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.n
         return np.dot(a, b, out)
     if out is None:
         out = np.empty((n, m), a.dtype)
+    if n == m == 1:
+        out[0, 0] = inner(a[0], b[:, 0])
+        return out
     if is_thin and 2 * size <= MATRIX_LIMIT:  # as a matrix product the limit is higher, and it is as fast
         out[...] = np.dot(a.repeat(2, axis=0), b)[:1] if n == 1 else np.dot(a, b.repeat(2, axis=1))[:, :1]
     elif th.get_num_threads() == 1:

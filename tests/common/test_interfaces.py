@@ -7,6 +7,7 @@ import sb3_contrib
 import stable_baselines3
 import torch as th
 from stable_baselines3.common.callbacks import (
+    BaseCallback,
     CheckpointCallback,
     EvalCallback,
     EveryNTimesteps,
@@ -188,7 +189,17 @@ def test_every_coefficient_may_be_a_schedule(algorithm):
 
 
 @pytest.mark.parametrize("algorithm", [PPO, TRPO, REINFORCE])
-@pytest.mark.parametrize("frozen", ["log_std", "action_net", "value_net"])
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        "log_std",
+        "action_net",
+        "value_net",
+        ("mlp_extractor.policy_net", "action_net"),
+        ("log_std", "mlp_extractor.policy_net", "action_net"),
+    ],
+    ids=str,
+)
 def test_frozen_parameters_stay(algorithm, frozen):
     model = algorithm("MlpPolicy", "Pendulum-v1", n_steps=64, batch_size=32, seed=0)
     frozen_ones = [p for name, p in model.policy.named_parameters() if name.startswith(frozen)]
@@ -199,3 +210,46 @@ def test_frozen_parameters_stay(algorithm, frozen):
     moved = {name for name, p in model.policy.named_parameters() if not p.equal(before[name])}
     assert moved and not any(name.startswith(frozen) for name in moved)
     assert "autograd" in model.network.description
+
+
+class Independent(ActorCriticPolicy):
+    """Its distribution is one that torch makes of others."""
+
+    def _get_action_dist_from_latent(self, latent_pi):
+        distribution = super()._get_action_dist_from_latent(latent_pi)
+        distribution.distribution = th.distributions.Independent(distribution.distribution, 0)
+        return distribution
+
+
+@ALL
+def test_distributions_made_of_others(algorithm):
+    model = algorithm(Independent, "Pendulum-v1", n_steps=64, batch_size=32, seed=0)
+    before = model.policy.parameters_to_vector()
+    model.learn(128)
+    assert not np.array_equal(model.policy.parameters_to_vector(), before)
+
+
+class OwnForward(ActorCriticPolicy):
+    """Its values and log-probabilities are known while acting."""
+
+    def forward(self, obs, deterministic=False):
+        return super().forward(obs, deterministic)
+
+
+@pytest.mark.parametrize("first, second", [(ActorCriticPolicy, OwnForward), (OwnForward, ActorCriticPolicy)])
+def test_a_rollout_that_two_kinds_of_policies_have_acted_is_judged_whole(first, second):
+    class Replacing(BaseCallback):
+        def _on_step(self):
+            if self.num_timesteps == 20:
+                old = self.model.policy
+                self.model.policy = second(old.observation_space, old.action_space, self.model.lr_schedule)
+                self.model.policy.load_state_dict(old.state_dict())
+            return True
+
+    model = PPO(first, "Pendulum-v1", n_steps=64, batch_size=64, n_epochs=1, learning_rate=0.0, seed=0)
+    model.learn(64, Replacing())
+    buffer, policy = model.rollout_buffer, model.policy
+    with th.no_grad():
+        found = policy.evaluate_actions(th.as_tensor(buffer.observations[:, 0]), th.as_tensor(buffer.actions[:, 0]))
+    np.testing.assert_allclose(buffer.values[:, 0], found[0].flatten(), atol=1e-5)
+    np.testing.assert_allclose(buffer.log_probs[:, 0], found[1], atol=1e-5)

@@ -45,24 +45,14 @@ def describe(distribution: sb3.Distribution) -> tuple[Family, Parameters] | None
     return None
 
 
-def detached(distribution: sb3.Distribution) -> sb3.Distribution:
-    """Return a copy of an SB3 distribution that is out of the graph."""
-    twin = copy.copy(distribution)
-    for name, value in vars(distribution).items():
-        setattr(twin, name, _out_of_graph(value))
-    return twin
-
-
-def _out_of_graph(x: Any) -> Any:
-    if isinstance(x, th.Tensor) and not isinstance(x, th.nn.Parameter):
-        return x.detach()
-    if isinstance(x, list):
-        return [_out_of_graph(part) for part in x]
-    if not isinstance(x, td.Distribution):
+def detached(x: Any) -> Any:
+    """Return a copy of a distribution of SB3 or torch that is out of the graph; of what it is made of likewise."""
+    if isinstance(x, th.Tensor):
+        return x if isinstance(x, th.nn.Parameter) else x.detach()
+    if isinstance(x, list | tuple):
+        return type(x)(map(detached, x))
+    if not isinstance(x, sb3.Distribution | td.Distribution):
         return x
-    # Of two ways to say the same (logits or probs) a distribution holds one; the other is computed on demand.
-    said = {name for name in x.arg_constraints if name in x.__dict__} or set(x.arg_constraints)
-    if {"logits", "probs"} <= said:
-        said.remove("probs")
-    arguments: dict[str, Any] = {name: getattr(x, name).detach() for name in said}
-    return type(x)(**arguments)
+    twin = copy.copy(x)
+    twin.__dict__.update({name: detached(value) for name, value in vars(x).items()})
+    return twin

@@ -206,8 +206,9 @@ class AutogradEngine(RowEngine):
             allowed: Any = masked(outputs, None if masks is None else self.asarray(masks))
             return (allowed,)
         log_std = self.policy.log_std.expand_as(outputs)
-        if th.is_grad_enabled() and not log_std.requires_grad:
-            log_std = log_std + 0.0 * outputs  # frozen, but in the graph like the rest
+        if th.is_grad_enabled() and log_std.requires_grad != outputs.requires_grad:
+            # One of them is frozen, but in the graph like the other.
+            outputs, log_std = outputs + 0.0 * log_std, log_std + 0.0 * outputs
         return outputs, log_std
 
     # Judge
@@ -285,7 +286,8 @@ class AutogradEngine(RowEngine):
                     outputs = self._actor_outputs(row.observations)
                 else:
                     outputs = (self.policy.evaluate_actions(row.observations, row.actions)[1],)  # type: ignore[arg-type]
-            gradients = th.autograd.grad([x.sum() for x in outputs], trained, allow_unused=True)
+            known = [x.sum() for x in outputs if x.requires_grad]  # all or some may be frozen
+            gradients = th.autograd.grad(known, trained, allow_unused=True) if known else [None] * len(trained)
             self._actor_parameters = [p for p, g in zip(trained, gradients, strict=True) if g is not None]
         return self._actor_parameters
 
@@ -324,7 +326,7 @@ class GraphActor:
     @property
     def vector(self) -> Array:
         """The present parameters, flat."""
-        return th.cat([p.detach().reshape(-1) for p in self._parameters])
+        return _flat([p.detach() for p in self._parameters], self._parameters)
 
     @vector.setter
     def vector(self, vector: Any) -> None:
@@ -387,6 +389,8 @@ class GraphActor:
         return total
 
     def fisher(self, every: int = 1) -> Fisher:
+        if not self._parameters:  # all of the actor is frozen
+            return lambda vector: vector
         return self._fisher(self._batch[::every].normalised())
 
     def _fisher(self, batch: Batch) -> Fisher:
@@ -481,6 +485,8 @@ def _torch_kl(old: Distribution, new: Distribution) -> th.Tensor:
 
 def _flat(pieces: list[Any], parameters: list[th.nn.Parameter]) -> th.Tensor:
     """Return one vector of gradients, zero where a parameter has none."""
+    if not parameters:
+        return th.zeros(0)
     return th.cat([(th.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(pieces, parameters, strict=True)])
 
 

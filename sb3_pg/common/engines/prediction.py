@@ -12,6 +12,7 @@ from torch.nn.modules import module as global_hooks
 
 from sb3_pg.common.engines.blueprint import DTYPES, Blueprint, Unsuitable
 from sb3_pg.common.engines.closed_form import Encoder, mlp_of, view
+from sb3_pg.common.products import inner
 
 
 class Predictor:
@@ -31,8 +32,7 @@ class Predictor:
         self._encode = Encoder(policy.observation_space, policy.normalize_images, dtype)
         self._shape: tuple[int, ...] = policy.observation_space.shape  # type: ignore[assignment]
         self._action_shape: tuple[int, ...] = policy.action_space.shape  # type: ignore[assignment]
-        box = policy.action_space if isinstance(policy.action_space, spaces.Box) else None
-        self._bounds = None if box is None else (box.low, box.high)
+        self._box = policy.action_space if isinstance(policy.action_space, spaces.Box) else None
         modules = [policy, policy.mlp_extractor, policy.action_net]
         modules += [*policy.pi_features_extractor.modules(), *policy.mlp_extractor.policy_net.modules()]
         its = [module.__dict__ for module in modules]
@@ -78,16 +78,17 @@ class Predictor:
         x = self._encode(observation[None] if is_single else observation)
         with np.errstate(all="ignore"):
             outputs = self._mlp(x)
-            flat = outputs.ravel()
-            if not math.isfinite(flat.dot(flat)):
+            if not math.isfinite(inner(flat := outputs.ravel(), flat)):
                 return None  # SB3 says what is wrong
+            if self._log_std is not None and not math.isfinite(self._log_std.dot(self._log_std)):
+                return None
             parameters = (outputs,) if self._log_std is None else (outputs, self._log_std)
             if deterministic:
                 actions: Any = self._family.mode(parameters)
             else:
                 actions = self._family.sample(parameters, self._family.noise(len(x)))
         actions = actions.reshape(-1, *self._action_shape)
-        if self._bounds is not None:
-            actions = np.minimum(np.maximum(actions, self._bounds[0]), self._bounds[1])
+        if self._box is not None:
+            actions = np.minimum(np.maximum(actions, self._box.low), self._box.high)
         predicted: np.ndarray = actions[0, ...] if is_single else actions
         return predicted
