@@ -45,7 +45,7 @@ class Predictor:
         self._hooks = [own[kind] for own in its for kind in ("_forward_hooks", "_forward_pre_hooks")]
         self._hooks += [global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks]
         parameters = [part for _, _, part in parts if isinstance(part, nn.Parameter)]
-        self._memory = [(p, p.data_ptr(), p.stride()) for p in parameters]
+        self._memory = [(p, p.data_ptr()) for p in parameters]
 
     @classmethod
     def of(cls, policy: ActorCriticPolicy) -> "Predictor | None":
@@ -63,8 +63,8 @@ class Predictor:
         for table, name, part in self._parts:
             if table.get(name) is not part:
                 return False
-        for parameter, address, stride in self._memory:
-            if parameter.data_ptr() != address or parameter.stride() != stride:
+        for parameter, address in self._memory:
+            if parameter.data_ptr() != address or not parameter.is_contiguous():
                 return False
         return not any(self._hooks)
 
@@ -76,17 +76,18 @@ class Predictor:
         if not is_single and (observation.ndim != len(self._shape) + 1 or observation.shape[1:] != self._shape):
             return None
         x = self._encode(observation[None] if is_single else observation)
-        with np.errstate(all="ignore"):
+        try:
             outputs = self._mlp(x)
-            if not math.isfinite(inner(flat := outputs.ravel(), flat)):
-                return None  # SB3 says what is wrong
-            if self._log_std is not None and not math.isfinite(self._log_std.dot(self._log_std)):
-                return None
-            parameters = (outputs,) if self._log_std is None else (outputs, self._log_std)
-            if deterministic:
-                actions: Any = self._family.mode(parameters)
-            else:
-                actions = self._family.sample(parameters, self._family.noise(len(x)))
+        except FloatingPointError:  # by ``np.seterr``; torch does not raise
+            return None
+        numbers, log_std = outputs.ravel(), self._log_std
+        if not math.isfinite(inner(numbers, numbers)) or not (log_std is None or math.isfinite(log_std.dot(log_std))):
+            return None  # SB3 says what is wrong
+        parameters = (outputs,) if log_std is None else (outputs, log_std)
+        if deterministic:
+            actions: Any = self._family.mode(parameters)
+        else:
+            actions = self._family.sample(parameters, self._family.noise(len(x)))
         actions = actions.reshape(-1, *self._action_shape)
         if self._box is not None:
             actions = np.minimum(np.maximum(actions, self._box.low), self._box.high)
