@@ -282,7 +282,8 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
                 obs_tensor = as_tensors(self._last_obs)  # SB3's name for what was acted on
                 callback.update_locals(locals())
             keep_going = callback.on_step()
-            network = self.network  # the callback may have replaced the policy
+            if is_watched:
+                network = self.network  # the callback may have replaced the policy
             n_steps += 1
 
             # Recorded before the callback is obeyed, so that stopping here loses neither this step nor the next.
