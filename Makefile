@@ -45,7 +45,7 @@ lint: $(STAMP)  ## ruff: rules and format
 type: $(STAMP)  ## mypy, strict
 	$(BIN)/mypy
 
-benchmark-speed: $(STAMP)  ## time ours against the peers (half an hour on a quiet machine); installs sbx
+benchmark-speed: $(STAMP)  ## time ours against the peers (an hour on a quiet machine); installs sbx
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt sbx-rl
 	$(BIN)/python benchmarks/speed.py
 

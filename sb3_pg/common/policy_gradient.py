@@ -504,7 +504,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         )
         iteration, last_logged = 0, 0
         callback.on_training_start(locals(), globals())
-        self._refreshed_network()
+        self._refreshed_network()  # chooses the threads that the copies below take, too
         good = LastGood(self.policy)
         try:
             while self.num_timesteps < total_timesteps:
