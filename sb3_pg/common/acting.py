@@ -25,8 +25,11 @@ class Resting(Protocol):
         """Let each environment rest after so many episodes, from here until the next reset."""
 
 
-class Horizon(Protocol):
-    """The length of a rollout."""
+@dataclass
+class Steps:
+    """A fixed number of steps of each environment, wherever their episodes are then."""
+
+    n_steps: int
 
     def prepare(self, env: VecEnv, observations: Any, episode_starts: np.ndarray) -> tuple[Any, np.ndarray]:
         """Get the environments ready for a new rollout.
@@ -35,30 +38,17 @@ class Horizon(Protocol):
         :param episode_starts: which of them are at the start of an episode, (n_envs,)
         :return: the same two after that
         """
+        return observations, episode_starts
 
     def is_complete(self, rollout: Rollout) -> bool:
         """Return whether the rollout has all that it needs.
 
         :raises ArgumentError: it never will
         """
-
-    def keep(self, rollout: Rollout) -> np.ndarray | None:
-        """Return which samples count, bool (n_steps, n_envs); None for all."""
-
-
-@dataclass
-class Steps:
-    """A fixed number of steps of each environment, wherever their episodes are then."""
-
-    n_steps: int
-
-    def prepare(self, env: VecEnv, observations: Any, episode_starts: np.ndarray) -> tuple[Any, np.ndarray]:
-        return observations, episode_starts
-
-    def is_complete(self, rollout: Rollout) -> bool:
         return rollout.n_steps >= self.n_steps
 
     def keep(self, rollout: Rollout) -> np.ndarray | None:
+        """Return which samples count, bool (n_steps, n_envs); None for all."""
         return None
 
 
@@ -119,6 +109,10 @@ class WholeEpisodes:
                 f"from whole episodes. Wrap it in gymnasium.wrappers.TimeLimit, {self.instead}, or raise "
                 f"`max_episode_steps` (now {self.longest}) if they are that long."
             )
+
+
+#: How long a rollout is, and which of its samples count.
+Horizon = Steps | WholeEpisodes
 
 
 def longest_episode(max_episode_steps: int | None, total_timesteps: int) -> int:

@@ -156,7 +156,9 @@ class RolloutBuffer(sb3_buffers.RolloutBuffer):
         kind: Any = DictRolloutBufferSamples if isinstance(self.observations, dict) else RolloutBufferSamples
         for start in range(0, n, batch_size or n):
             index = rows[start : start + (batch_size or n)]
-            observations, actions, *numbers = (take(flat(getattr(self, name), self.pos), index) for name in _COLUMNS)
+            observations, actions, *numbers = (
+                take(flat(getattr(self, name), slice(self.pos)), index) for name in _COLUMNS
+            )
             tensors = [self.to_torch(x) for x in (actions.astype(np.float32, copy=False), *numbers)]
             if isinstance(observations, dict):
                 observations = {key: self.to_torch(value) for key, value in observations.items()}
@@ -178,11 +180,11 @@ def episode_ends(episode_starts: np.ndarray, last_dones: np.ndarray) -> np.ndarr
     return np.concatenate([episode_starts[1:], np.asarray(last_dones)[None]]).astype(bool)
 
 
-def flat(x: Any, n_steps: int) -> Any:
-    """Return a view of the first steps of a column, or dictionary of columns, with one row per sample."""
+def flat(x: Any, steps: slice) -> Any:
+    """Return a view of some steps of a column, or dictionary of columns, with one row per sample."""
     if isinstance(x, dict):
-        return {key: flat(value, n_steps) for key, value in x.items()}
-    used = x[:n_steps]
+        return {key: flat(value, steps) for key, value in x.items()}
+    used = x[steps]
     return used.reshape(used.shape[0] * used.shape[1], *used.shape[2:])
 
 

@@ -1,5 +1,7 @@
 """From a judged rollout to returns and advantages, written into its buffer."""
 
+from typing import Any
+
 import numpy as np
 import torch as th
 
@@ -28,15 +30,14 @@ def estimate_by_values(rollout: Rollout, final_values: np.ndarray, gamma: float)
 
 
 def estimate_by_comparison(
-    rollout: Rollout, keep: np.ndarray, baseline: str | Baseline | None, gamma: float, average: float | None
-) -> np.ndarray:
+    rollout: Rollout, keep: Any, baseline: str | Baseline | None, gamma: float, average: float | None
+) -> None:
     """Write reward-to-go, and as advantages its difference from a baseline; 0 where samples do not count.
 
     Without a value network an episode that a time limit cuts ends there.
 
     :param keep: which samples count, bool (n_steps, n_envs)
     :param average: of the returns of earlier rollouts, for "ema"
-    :return: the returns that count, (n,)
     :raises ArgumentError: the baseline cannot be had from these episodes
     """
     buffer, n, dones = rollout.buffer, rollout.n_steps, rollout.dones
@@ -48,5 +49,3 @@ def estimate_by_comparison(
     advantages = np.zeros(keep.shape)
     advantages[keep] = compared(baseline, Samples(observations, returns[keep], episode, step[keep]), average)
     buffer.returns[:n], buffer.advantages[:n] = returns, advantages
-    counted: np.ndarray = returns[keep]
-    return counted

@@ -10,7 +10,8 @@ import io
 import math
 import pathlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -109,7 +110,6 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         self._return_ema: float | None = None  # of baseline="ema"; saved and restored like any attribute
         self._network: Engine | None = None
         self._rollout: Rollout | None = None
-        self._rollout_is_unfinished = False
 
     # ------------------------------------------------------------------ setup
 
@@ -148,14 +148,13 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         self.policy = self.policy.to(self.device)
         detach_distribution(self.policy)
         self._maybe_recommend_cpu()
-        self._applied = {name: getattr(self, name) for name in ("learning_rate", "gamma", "gae_lambda")}
+        self._applied = {name: getattr(self, name) for name in ("learning_rate", "gamma", "gae_lambda", "engine")}
         self._network = self._rollout = None
-        self._rollout_is_unfinished = False
         if self.verbose >= 1:
             print(f"Using the {self.network.description} network")
 
     def _apply_changes(self) -> None:
-        """Pass on what has been set since ``_setup_model`` passed it on; who sets it where it goes, as in SB3, may."""
+        """Pass on what has been set since ``_setup_model``. What was set on the schedule or buffer itself stays."""
         for name, applied in self._applied.items():
             value = getattr(self, name)
             if value is applied or (not callable(value) and value == applied):
@@ -163,6 +162,8 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
             self._applied[name] = value
             if name == "learning_rate":
                 self._setup_lr_schedule()
+            elif name == "engine":
+                self._network = None
             else:
                 setattr(self.rollout_buffer, name, value)
 
@@ -282,33 +283,35 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
                 obs_tensor = as_tensors(self._last_obs)  # SB3's name for what was acted on
                 callback.update_locals(locals())
             keep_going = callback.on_step()
-            if is_watched:
-                network = self.network  # the callback may have replaced the policy
             n_steps += 1
 
             # Recorded before the callback is obeyed, so that stopping here loses neither this step nor the next.
             self._update_info_buffer(infos, dones)
             if np.count_nonzero(dones):  # quicker than ``any`` on a few
                 rollout.note(dones, infos)
-            rollout.is_judged = values is not None and (rollout.is_judged or rollout.n_steps == 0)
+            rollout.n_known += values is not None and rollout.n_known == rollout_buffer.pos
             self._record(rollout_buffer, actions, rewards, values, log_probs)
-            self._last_obs, self._last_episode_starts = new_obs, dones
+            self._last_obs, self._last_episode_starts = rollout.last_observations, rollout.last_dones = new_obs, dones
+            if is_watched and self.network is not network:  # the callback has replaced the policy
+                self._write_judgement(rollout, network.judge(rollout))
+                rollout.n_known, network = rollout.n_steps, self.network
             if not keep_going:
-                self._rollout_is_unfinished = True
+                rollout.is_paused = True
                 return False
 
-        self._rollout_is_unfinished = False
-        rollout.last_observations, rollout.last_dones = self._last_obs, self._last_episode_starts  # type: ignore[assignment]
-        last_values = self.judge(rollout).final_values[: env.num_envs]
-        values, log_probs = th.as_tensor(last_values), th.as_tensor(rollout_buffer.log_probs)
+        judged = self.judge(rollout)
+        self.network.adapt(judged.figures)
+        values, log_probs = th.as_tensor(judged.final_values[: env.num_envs]), th.as_tensor(rollout_buffer.log_probs)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
 
     def _start_rollout(self, env: VecEnv, buffer: sb3_buffers.RolloutBuffer, horizon: Horizon) -> Rollout:
         """Return an empty rollout, unless a callback interrupted this very one and it can be completed."""
-        if self._rollout_is_unfinished and self._rollout is not None and self._rollout.buffer is buffer:
-            return self._rollout
+        rollout = self._rollout
+        if rollout is not None and rollout.is_paused and rollout.buffer is buffer:
+            rollout.is_paused = False
+            return rollout
         buffer.reset()
         starts: Any = self._last_episode_starts
         self._last_obs, self._last_episode_starts = horizon.prepare(env, self._last_obs, starts)
@@ -322,13 +325,15 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
 
         :raises ArgumentError: there is none
         """
-        if self._rollout_is_unfinished or self.rollout_buffer.pos == 0:
+        rollout, buffer = self._rollout, self.rollout_buffer
+        n_judged = None if rollout is None or rollout.buffer is not buffer else rollout.n_judged
+        if buffer.pos == 0 or n_judged == 0:
             raise ArgumentError("There is no complete rollout to learn from: call learn() or collect_rollouts().")
-        if self._rollout is not None and self._rollout.buffer is self.rollout_buffer:
-            return self._rollout
+        if rollout is not None and n_judged == buffer.pos:
+            return rollout
         starts: Any = self._last_episode_starts
         starts = np.ones(self.n_envs, dtype=bool) if starts is None else starts
-        return Rollout(self.rollout_buffer, self._last_obs, starts)  # type: ignore[arg-type]
+        return Rollout(buffer, self._last_obs, starts)  # type: ignore[arg-type]
 
     def _to_action_space(self, actions: np.ndarray) -> np.ndarray:
         """Return what the environment is given: Gaussian samples clipped, squashed ones scaled to the bounds."""
@@ -400,24 +405,25 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         for name in ("observation", "reward"):
             require_finite(name, take(getattr(buffer, f"{name}s"), slice(0, n)))
         require_sound_policy(self.policy, "action", buffer.actions[:n])
-        judged = self.network.judge(rollout)
+        with rollout.changing_rewards():
+            judged = self.network.judge(rollout)
+            self._write_judgement(rollout, judged)
+            if judged.rewards is not None:
+                buffer.rewards[:n] = judged.rewards
+            if self.baseline == "value":
+                estimate_by_values(rollout, judged.final_values, self.gamma)
+            else:
+                estimate_by_comparison(rollout, self.horizon.keep(rollout), self.baseline, self.gamma, self._return_ema)
+        rollout.n_judged, rollout.figures, self._rollout = n, judged.figures, rollout
+        for name, value in judged.figures.items():
+            self.logger.record(name, value)
+        return judged
+
+    def _write_judgement(self, rollout: Rollout, judged: Judged) -> None:
+        n, buffer = rollout.n_steps, rollout.buffer
         require_sound_policy(self.policy, "value", judged.values)
         require_sound_policy(self.policy, "log-probability", judged.log_probs)
         buffer.values[:n], buffer.log_probs[:n] = judged.values, judged.log_probs
-        if judged.rewards is not None:
-            buffer.rewards[:n] = judged.rewards
-        if self.baseline == "value":
-            estimate_by_values(rollout, judged.final_values, self.gamma)
-        else:
-            keep: Any = self.horizon.keep(rollout)
-            returns = estimate_by_comparison(rollout, keep, self.baseline, self.gamma, self._return_ema)
-            if self.baseline == "ema":
-                self._return_ema = moving_average(self._return_ema, returns, self.ema_decay)
-        rollout.figures = judged.figures
-        for name, value in judged.figures.items():
-            self.logger.record(name, value)
-        self.network.adapt(judged.figures)
-        return judged
 
     # ------------------------------------------------------------------- step
 
@@ -454,14 +460,14 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         if not np.isfinite(norm):
             raise explain_bad_gradient(self.network, self.rollout, batch, norm)
 
-    def _log_update(self, figures: Figures) -> None:
+    def _end_update(self, rollout: Rollout, figures: Figures) -> None:
         """Complete the figures of an update by what all algorithms log, and log them."""
-        n = self.rollout_buffer.pos
-        values, returns = (
-            self.rollout_buffer.values,
-            self.rollout_buffer.returns,
-        )  # flat already if SB3's ``get`` was asked
-        values, returns = (x.reshape(-1)[: n * self.n_envs] for x in (values, returns))
+        n, buffer = rollout.n_steps, rollout.buffer
+        if self.baseline == "ema":  # for the next rollout
+            returns = buffer.returns[:n][self.horizon.keep(rollout)]
+            self._return_ema = moving_average(self._return_ema, returns, self.ema_decay)
+        # flat already if SB3's ``get`` was asked
+        values, returns = (x.reshape(-1)[: n * self.n_envs] for x in (buffer.values, buffer.returns))
         figures.explained_variance = explained_variance(values, returns)
         log_std = getattr(self.policy, "log_std", None)
         if log_std is not None:
@@ -483,6 +489,8 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
     ) -> SelfAlgorithm:
         """Act, judge and step until ``total_timesteps`` environment steps are made.
 
+        Until it returns, torch uses a single thread where that is faster, also in callbacks and environments.
+
         :param total_timesteps: steps over all environments; whole rollouts are made, so it may be a few more
         :param callback: SB3 callback(s), called at every step
         :param log_interval: updates between two log lines; the last update is always logged
@@ -498,15 +506,14 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
             raise ArgumentError("The model has no environment to learn from: call set_env(env) or load(path, env=env).")
         self._apply_changes()
         if reset_num_timesteps or self._last_obs is None:
-            self._rollout_is_unfinished = False
+            self._rollout = None
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
         iteration, last_logged = 0, 0
         callback.on_training_start(locals(), globals())
-        self._refreshed_network()  # chooses the threads that the copies below take, too
-        good = LastGood(self.policy)
-        try:
+        self._refreshed_network()  # chooses the threads that copies of the parameters take, too
+        with self._last_good() as good:
             while self.num_timesteps < total_timesteps:
                 if not self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps):
                     break
@@ -519,6 +526,17 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
                 if log_interval is not None and (is_last or iteration % log_interval == 0):
                     last_logged = iteration
                     self._write_log(iteration)
+        if log_interval is not None and last_logged < iteration:  # stopped by a callback between two log lines
+            self._write_log(iteration)
+        callback.on_training_end()
+        return self
+
+    @contextmanager
+    def _last_good(self) -> Iterator[LastGood]:
+        """Return to the last good parameters, and say so, if the policy or its gradient fails in the block."""
+        good = LastGood(self.policy)
+        try:
+            yield good
         except Exception as failure:
             error = explained(failure, self.policy)
             if isinstance(error, NonFiniteError):
@@ -526,10 +544,6 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
             if isinstance(error, PolicyError):
                 raise PolicyError(f"{error} {good.restore(self.policy)}") from failure
             raise
-        if log_interval is not None and last_logged < iteration:  # stopped by a callback between two log lines
-            self._write_log(iteration)
-        callback.on_training_end()
-        return self
 
     def _write_log(self, iteration: int) -> None:
         """Write the log, but leave the update's figures in the logger, where SB3 has them until the next rollout's end.
@@ -547,7 +561,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
     # ------------------------------------------------------------ save and load
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_network", "_rollout", "_rollout_is_unfinished", "_applied"]
+        return [*super()._excluded_save_params(), "_network", "_rollout", "_applied"]
 
     def save(
         self,
@@ -569,7 +583,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
     ) -> None:
         """SB3's, and an interrupted rollout is forgotten: it was acted by the parameters before."""
         super().set_parameters(load_path_or_dict, exact_match, device)
-        self._rollout_is_unfinished = False
+        self._rollout = None
 
     @classmethod
     def load(
@@ -602,3 +616,17 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
             for name in ("ep_info_buffer", "ep_success_buffer"):
                 setattr(model, name, deque(getattr(model, name) or (), maxlen=model._stats_window_size))
         return model
+
+
+#: The arguments of SB3's constructor and those added to them.
+_SHARED = [
+    name
+    for kind in (OnPolicyAlgorithm, PolicyGradientAlgorithm)
+    for name, its in inspect.signature(kind).parameters.items()
+    if its.kind is not inspect.Parameter.VAR_KEYWORD and name != "_init_setup_model"
+]
+
+
+def shared(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return those arguments of an algorithm's constructor, given as its ``locals()``, that all algorithms have."""
+    return {name: arguments[name] for name in _SHARED if name in arguments}

@@ -1,6 +1,7 @@
 """A rollout: what acting has recorded, and what judging and stepping ask of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,7 +29,9 @@ class Rollout:
     :param last_observations: after the last step, (n_envs, ...)
     :param last_dones: whether the last step ended an episode, (n_envs,)
     :param cuts: the episodes that ended by a time limit
-    :param is_judged: whether acting gave values and log-probabilities, which then are in the buffer
+    :param n_known: of so many first steps values and log-probabilities are in the buffer, by the policy that acted
+    :param n_judged: steps when it was judged; 0 before
+    :param is_paused: whether a callback has stopped acting between two steps, from where it can go on
     :param figures: what judging has found to log
     :param n_finished: episodes that each environment has ended, (n_envs,)
     :param last_end: the step with which each environment last ended one, (n_envs,); -1 before
@@ -38,7 +41,9 @@ class Rollout:
     last_observations: Observations
     last_dones: np.ndarray
     cuts: list[Cut] = field(default_factory=list)
-    is_judged: bool = False
+    n_known: int = 0
+    n_judged: int = 0
+    is_paused: bool = False
     figures: Mapping[str, float] = field(default_factory=dict)
     n_finished: np.ndarray = field(init=False)
     last_end: np.ndarray = field(init=False)
@@ -46,6 +51,7 @@ class Rollout:
     def __post_init__(self) -> None:
         self.n_finished = np.zeros(self.n_envs, dtype=int)
         self.last_end = np.full(self.n_envs, -1)
+        self._rewards: tuple[np.ndarray, np.ndarray] | None = None  # before and after judging
 
     @property
     def n_steps(self) -> int:
@@ -72,14 +78,25 @@ class Rollout:
         single = checked_observations(self.buffer.observation_space, observation, None, "terminal observation")
         return {key: x[None] for key, x in single.items()} if isinstance(single, dict) else single[None]
 
+    @contextmanager
+    def changing_rewards(self) -> Iterator[None]:
+        """Let judging change the rewards in the block; what an earlier judging has changed is taken back before."""
+        rewards = self.buffer.rewards[: self.n_steps]
+        if self._rewards is not None:
+            before, after = self._rewards
+            rewards[...] = np.where(rewards == after, before, rewards)
+        before = rewards.copy()
+        yield
+        self._rewards = before, rewards.copy()
+
     @property
     def dones(self) -> np.ndarray:
         """Whether an episode ended with each step of the complete rollout, bool (n_steps, n_envs)."""
         return episode_ends(self.buffer.episode_starts[: self.n_steps], self.last_dones)
 
-    def column(self, name: str) -> Any:
+    def column(self, name: str, first_step: int = 0) -> Any:
         """Return a column of the buffer with one row per sample, (n_steps * n_envs, ...)."""
-        return flat(getattr(self.buffer, name), self.n_steps)
+        return flat(getattr(self.buffer, name), slice(first_step, self.n_steps))
 
     @property
     def final_observations(self) -> Any:

@@ -66,5 +66,6 @@ def shifted(space: spaces.Space[Any], actions: np.ndarray) -> np.ndarray:
     """Return actions numbered from 0 as the space numbers them (SB3 issue 1295)."""
     if isinstance(space, spaces.Box | spaces.MultiBinary) or (isinstance(space, spaces.Discrete) and space.start == 0):
         return actions  # quicker than to add
-    moved: np.ndarray = actions + np.asarray(start_of(space), actions.dtype)
+    moved = np.empty_like(actions)  # an array for a single choice, too
+    np.add(actions, start_of(space), out=moved, casting="unsafe")
     return moved

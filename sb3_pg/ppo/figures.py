@@ -18,7 +18,9 @@ class PPOFigures(Figures):
     entropy_loss: float | None = logged("minus the policy's entropy in nats; rises to 0 as it becomes certain")
     policy_gradient_loss: float | None = logged("the objective's loss; near 0, below it where the policy improves")
     value_loss: float | None = logged("squared error of the values, in squared units of the return")
-    approx_kl: float | None = logged("KL(old || new) in nats, estimated from the samples; how far the policy has moved")
+    approx_kl: float = logged(
+        "KL(old || new) in nats, estimated from the samples; how far the policy has moved", default=math.nan
+    )
     clip_fraction: float | None = logged("share of the samples whose probability ratio has left the clip range")
     loss: float | None = logged("the whole loss of the last minibatch")
     clip_range: float | None = logged("the present clip range")
@@ -64,11 +66,12 @@ class Means:
             self._sums[name] += float(x.sum())
             self._counts[name] += len(x)
 
-    def figures(self) -> dict[str, float]:
-        """Return the means over all epochs by their names in the log; NaN where no minibatch contributed."""
+    def figures(self) -> PPOFigures:
+        """Return the means over all epochs; NaN where no minibatch contributed."""
         self._sum_up()
         means = {name: x / self._counts[name] if self._counts[name] else math.nan for name, x in self._sums.items()}
-        return {"entropy_loss": -means.pop("entropy"), **means}
+        entropy = means.pop("entropy")
+        return PPOFigures(entropy_loss=-entropy, **means)  # type: ignore[arg-type]
 
     def _outside(self, log_ratio: Array) -> Array:
         xp = namespace(log_ratio)

@@ -14,8 +14,8 @@ from sb3_pg.common.advantages import Baseline, normalized
 from sb3_pg.common.arrays import Array
 from sb3_pg.common.batch import Batch, epoch
 from sb3_pg.common.objectives import clipped_squared_error, squared_error
-from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
-from sb3_pg.ppo.figures import Means, PPOFigures
+from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm, shared
+from sb3_pg.ppo.figures import Means
 from sb3_pg.ppo.options import Objective, check_arguments, make_objective
 from sb3_pg.ppo.stopping import EarlyStopping, adapted_kl_coef, adapted_learning_rate
 
@@ -127,32 +127,7 @@ class PPO(PolicyGradientAlgorithm):
         max_episode_steps: int | None = None,
         engine: str = "auto",
     ) -> None:
-        super().__init__(
-            policy,
-            env,
-            learning_rate=learning_rate,
-            n_steps=n_steps,
-            gamma=gamma,
-            gae_lambda=gae_lambda,
-            ent_coef=ent_coef,
-            vf_coef=vf_coef,
-            max_grad_norm=max_grad_norm,
-            use_sde=use_sde,
-            sde_sample_freq=sde_sample_freq,
-            rollout_buffer_class=rollout_buffer_class,
-            rollout_buffer_kwargs=rollout_buffer_kwargs,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            baseline=baseline,
-            ema_decay=ema_decay,
-            n_episodes=n_episodes,
-            max_episode_steps=max_episode_steps,
-            engine=engine,
-        )
+        super().__init__(**shared(locals()))
         self.batch_size = batch_size
         self.n_epochs = n_epochs
         self.clip_range = clip_range
@@ -219,19 +194,15 @@ class PPO(PolicyGradientAlgorithm):
                 self._adapt_learning_rate(means.end_epoch())
         stopping.end(minibatch)
 
-        last_loss = loss.mean() - ent_coef * evaluation.entropy.mean() + vf_coef * v_loss.mean()
-        by_name = means.figures()
-        figures = PPOFigures(
-            **by_name,  # type: ignore[arg-type]
-            loss=float(last_loss),
-            clip_range=self._coefficient("clip_range"),
-            clip_range_vf=None if self.clip_range_vf is None else self._coefficient("clip_range_vf"),
-            kl_coef=kl_coef or None,
-            early_stop=None if self.target_kl is None else float(stopping.stopped),
-        )
-        self._log_update(figures)
+        figures = means.figures()
+        figures.loss = float(loss.mean() - ent_coef * evaluation.entropy.mean() + vf_coef * v_loss.mean())
+        figures.clip_range = self._coefficient("clip_range")
+        figures.clip_range_vf = None if self.clip_range_vf is None else self._coefficient("clip_range_vf")
+        figures.kl_coef = kl_coef or None
+        figures.early_stop = None if self.target_kl is None else float(stopping.stopped)
+        self._end_update(rollout, figures)
         if self.adaptive_kl_coef:
-            self.kl_coef = adapted_kl_coef(kl_coef, by_name["approx_kl"], self.desired_kl)
+            self.kl_coef = adapted_kl_coef(kl_coef, figures.approx_kl, self.desired_kl)
 
     # ---------------------------------------------------------------- options
 

@@ -12,7 +12,7 @@ from sb3_pg.common.advantages import Baseline, normalized
 from sb3_pg.common.arrays import Column
 from sb3_pg.common.batch import Batch, has_own_get, own_samples, random_order
 from sb3_pg.common.objectives import policy_gradient, squared_error
-from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
+from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm, shared
 from sb3_pg.reinforce.figures import REINFORCEFigures
 from sb3_pg.reinforce.options import check_arguments
 
@@ -116,32 +116,7 @@ class REINFORCE(PolicyGradientAlgorithm):
         max_episode_steps: int | None = None,
         engine: str = "auto",
     ) -> None:
-        super().__init__(
-            policy,
-            env,
-            learning_rate=learning_rate,
-            n_steps=n_steps,
-            gamma=gamma,
-            gae_lambda=gae_lambda,
-            ent_coef=ent_coef,
-            vf_coef=vf_coef,
-            max_grad_norm=max_grad_norm,
-            use_sde=use_sde,
-            sde_sample_freq=sde_sample_freq,
-            rollout_buffer_class=rollout_buffer_class,
-            rollout_buffer_kwargs=rollout_buffer_kwargs,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            baseline=baseline,
-            ema_decay=ema_decay,
-            n_episodes=n_episodes,
-            max_episode_steps=max_episode_steps,
-            engine=engine,
-        )
+        super().__init__(**shared(locals()))
         self.batch_size = batch_size
         self.n_critic_updates = n_critic_updates
         self.critic_batch_size = critic_batch_size
@@ -188,13 +163,14 @@ class REINFORCE(PolicyGradientAlgorithm):
             self._fit_critic(batch, value_losses, epochs, batch_size, self.max_grad_norm, even=True)
 
         self._n_updates += 1
-        self._log_update(
+        self._end_update(
+            rollout,
             REINFORCEFigures(
                 entropy_loss=-entropies.mean(),
                 policy_loss=policy_losses.mean(),
                 value_loss=value_losses.mean(),
                 samples_used=len(batch) / (rollout.n_steps * rollout.n_envs),
-            )
+            ),
         )
 
     def _policy_batches(self, batch: Batch) -> Iterator[Batch]:

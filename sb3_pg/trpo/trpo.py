@@ -1,6 +1,7 @@
 """TRPO: the largest step of the natural gradient that stays in a trust region."""
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch as th
@@ -11,9 +12,9 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from sb3_pg.common.advantages import Baseline, normalized
 from sb3_pg.common.arrays import Array, Column
 from sb3_pg.common.batch import Batch, has_own_get, joined, own_samples
-from sb3_pg.common.engines.protocol import Look
+from sb3_pg.common.engines.protocol import Actor, Look
 from sb3_pg.common.objectives import surrogate
-from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
+from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm, shared
 from sb3_pg.common.products import inner
 from sb3_pg.trpo.figures import TRPOFigures
 from sb3_pg.trpo.options import check_arguments
@@ -117,32 +118,8 @@ class TRPO(PolicyGradientAlgorithm):
         max_episode_steps: int | None = None,
         engine: str = "auto",
     ) -> None:
-        super().__init__(
-            policy,
-            env,
-            learning_rate=learning_rate,
-            n_steps=n_steps,
-            gamma=gamma,
-            gae_lambda=gae_lambda,
-            ent_coef=ent_coef,
-            vf_coef=0.0,  # the critic is fitted separately
-            max_grad_norm=0.0,  # and its gradients are not clipped, as in sb3-contrib
-            use_sde=use_sde,
-            sde_sample_freq=sde_sample_freq,
-            rollout_buffer_class=rollout_buffer_class,
-            rollout_buffer_kwargs=rollout_buffer_kwargs,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            baseline=baseline,
-            ema_decay=ema_decay,
-            n_episodes=n_episodes,
-            max_episode_steps=max_episode_steps,
-            engine=engine,
-        )
+        # The critic is fitted separately, and its gradients are not clipped, as in sb3-contrib.
+        super().__init__(**shared(locals()), vf_coef=0.0, max_grad_norm=0.0)
         self.batch_size = batch_size
         self.cg_max_steps = cg_max_steps
         self.cg_damping = cg_damping
@@ -174,7 +151,7 @@ class TRPO(PolicyGradientAlgorithm):
             self._fit_critic(batch, losses, self.n_critic_updates, self.batch_size, max_grad_norm=None)
             figures.value_loss = losses.mean()
         self._n_updates += 1
-        self._log_update(figures)
+        self._end_update(rollout, figures)
 
     def _improve_policy(self, batch: Batch, advantages: Any) -> TRPOFigures:
         """Maximise ``g.x`` subject to ``x.F x / 2 <= target_kl``, then search along x (section 6, appendix C)."""
@@ -187,7 +164,6 @@ class TRPO(PolicyGradientAlgorithm):
 
         # g: the gradient of the surrogate (and entropy bonus), at ratio one.
         old = actor.old
-        old_objective = objective(old)
         _, d_log_prob = surrogate(old.log_prob - batch.old_log_prob, advantages)
         gradient: Any = -actor.gradient(d_log_prob, -ent_coef)
 
@@ -199,30 +175,19 @@ class TRPO(PolicyGradientAlgorithm):
 
         direction, iterations, residual = conjugate_gradient(damped, gradient, self.cg_max_steps)
         curvature = inner(direction, gradient)  # x.F x, without another product
-        outcome, step, accepted = _why_no_step(inner(gradient, gradient), curvature), 0.0 * gradient, None
+        outcome, accepted = _why_no_step(inner(gradient, gradient), curvature), None
         if outcome is None:
             # The longest step in the quadratic model of the KL: x.F x / 2 = target_kl.
             target_kl = self._coefficient("target_kl")
             step = math.sqrt(2.0 * target_kl / curvature) * direction
-            start: Any = actor.vector
-
-            def attempt(fraction: float) -> tuple[float, float]:
-                actor.vector = start + fraction * step
-                look = actor.look()
-                return objective(look) - old_objective, batch.mean(look.kl)
-
-            accepted = backtracking_line_search(
-                attempt, target_kl, self.line_search_shrinking_factor, self.line_search_max_iter
-            )
-            outcome = "accepted"
-            if accepted is None:
-                actor.vector, outcome = start, "line search failed"
+            accepted = self._search(batch, actor, step, target_kl, objective)
+            outcome = "accepted" if accepted else "line search failed"
 
         taken = accepted or Accepted(0.0, self.line_search_max_iter, 0.0, 0.0)
         return TRPOFigures(
             policy_step=outcome,
             is_line_search_success=float(accepted is not None),
-            policy_objective=old_objective + taken.improvement,
+            policy_objective=objective(old) + taken.improvement,
             kl_divergence_loss=taken.kl,
             surrogate_improvement=taken.improvement,
             surrogate_predicted=taken.fraction * inner(gradient, step) if accepted else 0.0,
@@ -232,6 +197,24 @@ class TRPO(PolicyGradientAlgorithm):
             cg_residual=residual,
             entropy_loss=-batch.mean(old.entropy),
         )
+
+    def _search(
+        self, batch: Batch, actor: Actor, step: Any, target_kl: float, objective: Callable[[Look], float]
+    ) -> Accepted | None:
+        """Move the actor along a step as far as the objective improves inside the trust region; else not at all."""
+        start, old_objective = actor.vector, objective(actor.old)
+
+        def attempt(fraction: float) -> tuple[float, float]:
+            actor.vector = start + fraction * step
+            look = actor.look()
+            return objective(look) - old_objective, batch.mean(look.kl)
+
+        accepted = backtracking_line_search(
+            attempt, target_kl, self.line_search_shrinking_factor, self.line_search_max_iter
+        )
+        if accepted is None:
+            actor.vector = start
+        return accepted
 
     def learn(
         self: SelfTRPO,

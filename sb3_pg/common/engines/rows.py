@@ -30,12 +30,11 @@ class RowEngine(ABC):
         """Return V and log pi(a|s) of each row of a recorded rollout, float32 (n,) each, without gradients."""
 
     def judge(self, rollout: Rollout) -> Judged:
-        n, buffer = rollout.n_steps, rollout.buffer
-        if rollout.is_judged:
-            values, log_probs = buffer.values[:n], buffer.log_probs[:n]
-        else:
-            found = self.judge_rows(rollout.column("observations"), rollout.column("actions"))
-            values, log_probs = (x.reshape(n, -1) for x in found)
+        n, first, buffer = rollout.n_steps, rollout.n_known, rollout.buffer
+        values, log_probs = buffer.values[:n].copy(), buffer.log_probs[:n].copy()
+        if first < n:
+            found = self.judge_rows(rollout.column("observations", first), rollout.column("actions", first))
+            values[first:], log_probs[first:] = (x.reshape(n - first, -1) for x in found)
         return Judged(values, log_probs, self.row_values(rollout.final_observations))
 
     def adapt(self, figures: Mapping[str, float]) -> None:
