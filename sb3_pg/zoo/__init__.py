@@ -5,12 +5,9 @@ Needs the extra ``zoo``; importing this package does not.
 """
 
 import sys
-from pathlib import Path
 
 import sb3_pg
-
-#: Where the default settings lie, one file for each algorithm: next to this package, in a checkout and when installed.
-CONFIGS = Path(sb3_pg.__file__).parents[1] / "zoo_configs"
+from sb3_pg.zoo.configs import CONFIGS
 
 __all__ = ["CONFIGS", "register"]
 

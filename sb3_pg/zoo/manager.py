@@ -20,7 +20,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from sb3_pg.common.errors import ArgumentError, NonFiniteError, check_count, check_number
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
 from sb3_pg.common.vec_env import DummyVecEnv, VecNormalize
-from sb3_pg.zoo import CONFIGS
+from sb3_pg.zoo.configs import CONFIGS
 
 #: Keys of a configuration that rl_zoo3 takes for itself; all others are arguments of the algorithm.
 ZOO_KEYS = (
