@@ -1,12 +1,19 @@
 """What an archive holds."""
 
 import difflib
+import importlib.util
 import inspect
 import json
 import zipfile
 from collections.abc import Collection
 from typing import Any, Protocol, runtime_checkable
 
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    BasePolicy,
+    MultiInputActorCriticPolicy,
+)
 from stable_baselines3.common.save_util import open_path
 
 from sb3_pg.common.errors import ArgumentError
@@ -30,6 +37,52 @@ class Portable(Protocol):
 
     def portable_kwargs(self, policy_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the policy's arguments with what is in the files in place of where they are."""
+
+
+#: sb3-contrib's policies that take masks, and those of SB3 with the same networks, which ours mask without more ado.
+_UNMASKED: dict[str, type[BasePolicy]] = {
+    "MaskableActorCriticPolicy": ActorCriticPolicy,
+    "MaskableActorCriticCnnPolicy": ActorCriticCnnPolicy,
+    "MaskableMultiInputActorCriticPolicy": MultiInputActorCriticPolicy,
+}
+
+
+def unmasked(kind: Any) -> Any:
+    """Return SB3's policy in place of one of sb3-contrib's that take masks; any other class as it is."""
+    is_contribs = inspect.isclass(kind) and kind.__module__ == "sb3_contrib.common.maskable.policies"
+    return _UNMASKED.get(kind.__name__, kind) if is_contribs else kind
+
+
+def maskable(kind: Any) -> Any:
+    """Return sb3-contrib's policy with the same networks that takes masks, if it is installed and has one."""
+    name = next((name for name, plain in _UNMASKED.items() if plain is kind), None)
+    if name is None or importlib.util.find_spec("sb3_contrib") is None:
+        return kind
+    return getattr(importlib.import_module("sb3_contrib.common.maskable.policies"), name)
+
+
+def with_one_output(parameters: dict[str, Any], n: int) -> dict[str, Any]:
+    """Return parameters of sb3-contrib's masked MultiBinary actions for SB3's policy.
+
+    That has one output for each number, the logit of on, where sb3-contrib's has two, whose difference it is. The
+    optimizer's moments are those of on: that the difference grows is that its output does.
+
+    :param parameters: as in an archive; others are returned as they are
+    :param n: numbers of the action space
+    """
+    policy = dict(parameters.get("policy", {}))
+    if "action_net.bias" not in policy or len(policy["action_net.bias"]) != 2 * n:
+        return parameters
+    index = [list(policy).index(name) for name in ("action_net.weight", "action_net.bias")]
+    for name in ("action_net.weight", "action_net.bias"):
+        policy[name] = policy[name][1::2] - policy[name][::2]
+    optimizer = dict(parameters.get("policy.optimizer", {}))
+    if optimizer.get("state"):
+        optimizer["state"] = {
+            i: {key: x[1::2] if i in index and x.ndim else x for key, x in state.items()}
+            for i, state in optimizer["state"].items()
+        }
+    return {**parameters, "policy": policy, "policy.optimizer": optimizer}
 
 
 #: Arguments that only a new model can have: what they make is in the archive.

@@ -136,9 +136,11 @@ def batch_of(
         return take(rollout.column(name), index)
 
     numbers = {name: asarray(column(source)) for name, source in _NUMBERS.items()}
+    masks = rollout.mask_rows()
     return Batch(
         observations=asarray(column("observations")),
         actions=actions(column("actions")),
+        masks=None if masks is None else asarray(masks[index]),
         rows=rows,
         **numbers,
     )
@@ -184,12 +186,17 @@ def epoch(
 def own_samples(rollout: Rollout, engine: Engine, batch_size: int | None) -> Generator[Batch, None, None]:
     """Yield what the user's buffer gives out; which samples of the rollout these are is not known.
 
-    :raises ArgumentError: it gives out nothing
+    :raises ArgumentError: it gives out nothing, or actions were masked
     """
 
     def asarray(x: th.Tensor) -> Array:
         return engine.asarray(x.cpu().numpy())
 
+    if rollout.masks:
+        raise ArgumentError(
+            f"`rollout_buffer_class={type(rollout.buffer).__name__}` has a `get` of its own, which does not know which "
+            "actions were allowed. Pass use_masking=False."
+        )
     n_batches = 0
     for data in rollout.buffer.get(batch_size):
         seen: Any = data.observations

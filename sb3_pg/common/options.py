@@ -36,6 +36,7 @@ def check_common(model: "PolicyGradientAlgorithm") -> None:
     check_number("gae_lambda", model.gae_lambda, high=1.0)
     if model.max_grad_norm is not None:
         check_number("max_grad_norm", model.max_grad_norm)
+    check_choice("use_masking", model.use_masking, (True, False))
     check_choice("engine", model.engine, ("auto", "autograd"))
     _check_baseline(model)
     if model._learns_from_episodes:

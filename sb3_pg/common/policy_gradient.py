@@ -23,6 +23,7 @@ from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
 from stable_baselines3.common.utils import explained_variance, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
@@ -30,11 +31,12 @@ from stable_baselines3.common.vec_env.patch_gym import _patch_env
 
 from sb3_pg.common.acting import Horizon, Steps, WholeEpisodes, longest_episode
 from sb3_pg.common.advantages import Baseline, moving_average
-from sb3_pg.common.archive import Portable, algorithm_in, check_overrides
+from sb3_pg.common.archive import Portable, algorithm_in, check_overrides, maskable, unmasked, with_one_output
 from sb3_pg.common.arrays import Column, as_tensors, take
 from sb3_pg.common.batch import Batch, epoch
 from sb3_pg.common.buffers import RolloutBuffer
 from sb3_pg.common.diagnosis import LastGood, explain_bad_gradient, explained, require_sound_policy
+from sb3_pg.common.distributions import masking
 from sb3_pg.common.engines.choice import make_engine
 from sb3_pg.common.engines.protocol import Acted, Engine, Judged, Seen
 from sb3_pg.common.errors import (
@@ -47,6 +49,7 @@ from sb3_pg.common.errors import (
 )
 from sb3_pg.common.estimation import estimate_by_comparison, estimate_by_values
 from sb3_pg.common.figures import Figures
+from sb3_pg.common.masks import checked_masks, masks_of, masks_of_caller, n_rows
 from sb3_pg.common.objectives import squared_error
 from sb3_pg.common.options import check_common, check_learning
 from sb3_pg.common.policies import POLICIES, check_policy, class_of, detach_distribution, own_class, reset_noise
@@ -95,9 +98,11 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         ema_decay: float,
         n_episodes: int | None,
         max_episode_steps: int | None,
+        use_masking: bool,
         engine: str,
         **arguments: Any,
     ) -> None:
+        policy = unmasked(policy)
         check_policy(policy, getattr(env, "observation_space", None), policy_kwargs)
         # SB3 writes into nested dictionaries of policy_kwargs, so the caller's are copied first.
         policy_kwargs = {k: dict(v) if isinstance(v, dict) else v for k, v in (policy_kwargs or {}).items()}
@@ -106,7 +111,9 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         self.ema_decay = ema_decay
         self.n_episodes = n_episodes
         self.max_episode_steps = max_episode_steps
+        self.use_masking = use_masking
         self.engine = engine
+        self._is_masked = False  # in the last rollout
         self._return_ema: float | None = None  # of baseline="ema"; saved and restored like any attribute
         self._network: Engine | None = None
         self._rollout: Rollout | None = None
@@ -141,6 +148,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         self.rollout_buffer = self._make_rollout_buffer()
+        self.policy_class = unmasked(self.policy_class)
         check_policy(self.policy_class, self.observation_space, self.policy_kwargs)
         self.policy = own_class(self.policy_class)(  # type: ignore[assignment]
             self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
@@ -176,6 +184,8 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
 
     def _make_rollout_buffer(self) -> sb3_buffers.RolloutBuffer:
         """Our buffer in place of SB3's own two, any other class as it was given."""
+        if self.rollout_buffer_class and self.rollout_buffer_class.__module__ == "sb3_contrib.common.maskable.buffers":
+            self.rollout_buffer_class = None  # of an archive of MaskablePPO
         kind: Any = self.rollout_buffer_class
         is_dict = isinstance(self.observation_space, spaces.Dict)
         if kind in (None, sb3_buffers.RolloutBuffer) or (kind is sb3_buffers.DictRolloutBuffer and is_dict):
@@ -260,6 +270,8 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         self.policy.set_training_mode(False)
         horizon = self.horizon if self._learns_from_episodes else Steps(n_rollout_steps)
         rollout, env_is_usual = self._start_rollout(env, rollout_buffer, horizon), is_usual(env)
+        ask_masks = masks_of(env) if self.use_masking else None
+        self._is_masked = ask_masks is not None
         is_watched = type(callback) is not ConvertCallback or callback.callback is not None
         if self.use_sde:
             reset_noise(self.policy, env.num_envs)
@@ -270,7 +282,8 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
             n_steps = rollout_buffer.pos
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 reset_noise(self.policy, env.num_envs)
-            actions, values, log_probs = self._act(network, n_steps)
+            action_masks = ask_masks and checked_masks(self.action_space, ask_masks(), env.num_envs, n_steps)
+            actions, values, log_probs = self._act(network, Seen(self._last_obs, action_masks), n_steps)  # type: ignore[arg-type]
             clipped_actions = self._to_action_space(actions)
             try:
                 step: Any = env.step(clipped_actions)
@@ -291,6 +304,8 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
                 rollout.note(dones, infos)
             rollout.n_known += values is not None and rollout.n_known == rollout_buffer.pos
             self._record(rollout_buffer, actions, rewards, values, log_probs)
+            if action_masks is not None:
+                rollout.masks.append(action_masks)
             self._last_obs, self._last_episode_starts = rollout.last_observations, rollout.last_dones = new_obs, dones
             if is_watched and self.network is not network:  # the callback has replaced the policy
                 self._write_judgement(rollout, network.judge(rollout))
@@ -358,13 +373,13 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         starts: Any = self._last_episode_starts
         buffer.add(self._last_obs, actions, rewards, starts, values, log_probs)  # type: ignore[arg-type]
 
-    def _act(self, network: Engine, step: int) -> Acted:
+    def _act(self, network: Engine, seen: Seen, step: int) -> Acted:
         """Choose actions for the last observations.
 
         :raises NonFiniteError: these, or the policy's parameters or actions, are not finite
         """
         try:
-            acted = network.act(Seen(self._last_obs))  # type: ignore[arg-type]
+            acted = network.act(seen)
         except Exception:
             self._blame_observations(step)
             raise
@@ -381,9 +396,25 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         state: tuple[np.ndarray, ...] | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """See SB3's. Actions are elements of the action space also if that has a start other than 0."""
-        actions, state = super().predict(observation, state, episode_start, deterministic)
+        """Return actions for one or several observations. Arguments are SB3's and sb3-contrib's.
+
+        They are elements of the action space also if that has a start other than 0.
+
+        :param action_masks: True for what is allowed, (n, options), see :mod:`sb3_pg.common.masks`. None allows all,
+            unless SB3's ``evaluate_policy`` asks, whose environment then tells
+        :raises ArgumentError: the masks are of the wrong shape, or allow nothing
+        """
+        if action_masks is None and self.use_masking:
+            action_masks = masks_of_caller()
+        if action_masks is None:
+            actions, state = self.policy.predict(observation, state, episode_start, deterministic)
+        else:
+            n = n_rows(self.observation_space, observation)
+            allowed = th.as_tensor(checked_masks(self.action_space, action_masks, n), device=self.device)
+            with masking(self.policy, allowed):
+                actions, state = self.policy.predict(observation, state, episode_start, deterministic)
         return shifted(self.action_space, actions), state
 
     def _blame_observations(self, step: int) -> None:
@@ -569,19 +600,26 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         exclude: Iterable[str] | None = None,
         include: Iterable[str] | None = None,
     ) -> None:
-        """SB3's. A policy made from files is saved so that it can be loaded without them."""
-        given = self.policy_kwargs
+        """SB3's. A policy made from files is saved so that it can be loaded without them.
+
+        A PPO that learned with masks is saved so that MaskablePPO can load it, if that is installed.
+        """
+        given = self.policy_class, self.policy_kwargs
         if isinstance(self.policy, Portable):
-            self.policy_kwargs = self.policy.portable_kwargs(given)
+            self.policy_kwargs = self.policy.portable_kwargs(self.policy_kwargs)
+        if self._is_masked and self.archive_name == "PPO" and not isinstance(self.action_space, spaces.MultiBinary):
+            self.policy_class = maskable(self.policy_class)
         try:
             super().save(path, exclude, include)
         finally:
-            self.policy_kwargs = given
+            self.policy_class, self.policy_kwargs = given
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
         """SB3's, and an interrupted rollout is forgotten: it was acted by the parameters before."""
+        if isinstance(load_path_or_dict, dict) and isinstance(self.action_space, spaces.MultiBinary):
+            load_path_or_dict = with_one_output(load_path_or_dict, get_action_dim(self.action_space))
         super().set_parameters(load_path_or_dict, exact_match, device)
         self._rollout = None
 

@@ -29,6 +29,7 @@ class Rollout:
     :param last_observations: after the last step, (n_envs, ...)
     :param last_dones: whether the last step ended an episode, (n_envs,)
     :param cuts: the episodes that ended by a time limit
+    :param masks: of allowed actions at each step, bool (n_envs, options) each; empty if all were
     :param n_known: of so many first steps values and log-probabilities are in the buffer, by the policy that acted
     :param n_judged: steps when it was judged; 0 before
     :param is_paused: whether a callback has stopped acting between two steps, from where it can go on
@@ -41,6 +42,7 @@ class Rollout:
     last_observations: Observations
     last_dones: np.ndarray
     cuts: list[Cut] = field(default_factory=list)
+    masks: list[np.ndarray] = field(default_factory=list)
     n_known: int = 0
     n_judged: int = 0
     is_paused: bool = False
@@ -97,6 +99,10 @@ class Rollout:
     def column(self, name: str, first_step: int = 0) -> Any:
         """Return a column of the buffer with one row per sample, (n_steps * n_envs, ...)."""
         return flat(getattr(self.buffer, name), slice(first_step, self.n_steps))
+
+    def mask_rows(self, first_step: int = 0) -> np.ndarray | None:
+        """Return which actions were allowed, one row per sample, (n_steps * n_envs, options); None if all were."""
+        return np.concatenate(self.masks[first_step:]) if self.masks else None
 
     @property
     def final_observations(self) -> Any:

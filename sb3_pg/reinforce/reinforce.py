@@ -73,6 +73,8 @@ class REINFORCE(PolicyGradientAlgorithm):
     :param critic_batch_size: minibatch of those passes
     :param max_episode_steps: raise an error when an episode is longer. None takes the length of ``learn``, at least
         10,000 and at most 200,000
+    :param use_masking: choose and learn among allowed actions only, where the environment has a method
+        ``action_masks()``, see :mod:`sb3_pg.common.masks`. False ignores it
     :param engine: "auto" takes the fastest engine that computes the same; "autograd" always takes torch's
     :raises ArgumentError: an argument that cannot work, or two that contradict each other
     """
@@ -114,6 +116,7 @@ class REINFORCE(PolicyGradientAlgorithm):
         n_critic_updates: int = 4,
         critic_batch_size: int = 64,
         max_episode_steps: int | None = None,
+        use_masking: bool = True,
         engine: str = "auto",
     ) -> None:
         super().__init__(**shared(locals()))

@@ -54,7 +54,9 @@ class TextEngine(AutogradEngine):
 
     # Judge
 
-    def judge_rows(self, observations: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def judge_rows(
+        self, observations: Any, actions: np.ndarray, masks: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         going = ~self.policy.is_over(observations)
         if going.all():
             return super().judge_rows(observations, actions)

@@ -75,6 +75,8 @@ class TRPO(PolicyGradientAlgorithm):
         that begin within ``n_steps``
     :param max_episode_steps: raise an error when an episode is longer, where whole ones are learned from. None takes
         the length of ``learn``, at least 10,000 and at most 200,000
+    :param use_masking: choose and learn among allowed actions only, where the environment has a method
+        ``action_masks()``, see :mod:`sb3_pg.common.masks`. False ignores it
     :param engine: "auto" takes the fastest engine that computes the same; "autograd" always takes torch's
     :param _init_setup_model: False leaves the networks to be made by ``load``
     :raises ArgumentError: an argument that cannot work, with its name and value
@@ -116,6 +118,7 @@ class TRPO(PolicyGradientAlgorithm):
         ema_decay: float = 0.9,
         n_episodes: int | None = None,
         max_episode_steps: int | None = None,
+        use_masking: bool = True,
         engine: str = "auto",
     ) -> None:
         # The critic is fitted separately, and its gradients are not clipped, as in sb3-contrib.

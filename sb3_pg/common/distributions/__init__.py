@@ -4,7 +4,7 @@ from sb3_pg.common.distributions.bernoulli import Bernoulli
 from sb3_pg.common.distributions.categorical import Categorical
 from sb3_pg.common.distributions.family import Family, Likelihood, Parameters
 from sb3_pg.common.distributions.gaussian import Gaussian
-from sb3_pg.common.distributions.masks import masked
+from sb3_pg.common.distributions.masks import masked, masking
 from sb3_pg.common.distributions.recognition import describe, family_of
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "describe",
     "family_of",
     "masked",
+    "masking",
 ]

@@ -1,19 +1,63 @@
 """Masks of allowed actions, which change logits before any formula sees them."""
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from stable_baselines3.common import distributions as sb3
+from stable_baselines3.common.policies import ActorCriticPolicy
+
 from sb3_pg.common.arrays import Array, namespace
+from sb3_pg.common.errors import ArgumentError
 
 #: Logits of what is not allowed: every formula stays finite, and the derivative there is zero. Minus infinity gives
 #: NaN in entropy and KL.
 FORBIDDEN = -1e8
 
+_OF_LOGITS = (sb3.CategoricalDistribution, sb3.MultiCategoricalDistribution, sb3.BernoulliDistribution)
+
 
 def masked(logits: Array, masks: Array | None) -> Array:
-    """Return the logits with those of forbidden actions far below all others.
+    """Return the logits with those of forbidden actions far from all others.
 
     :param logits: (n, k)
-    :param masks: True for what is allowed, (n, k); None allows all
+    :param masks: True for what is allowed; (n, k) for choices, (n, 2 k) for yes/no actions, off before on; None allows
+        all
     """
     if masks is None:
         return logits
     xp = namespace(logits)
-    return xp.where(masks, logits, xp.full_like(logits, FORBIDDEN))
+    forbidden = xp.full_like(logits, FORBIDDEN)
+    if masks.shape == logits.shape:
+        return xp.where(masks, logits, forbidden)
+    return xp.where(masks[:, 1::2], xp.where(masks[:, ::2], logits, -forbidden), forbidden)
+
+
+@contextmanager
+def masking(policy: ActorCriticPolicy, masks: Array | None) -> Iterator[None]:
+    """Let a policy's own methods allow only some actions within the block.
+
+    :param masks: of the rows that the policy will be given, see :func:`masked`, on its device
+    :raises ArgumentError: the policy's actions are no choices, or not chosen by ``policy.action_dist``
+    """
+    if masks is None:
+        yield
+        return
+    before: Any = policy.action_dist
+    make, allowed, made = type(before).proba_distribution, masks, []
+    if not isinstance(before, _OF_LOGITS):
+        raise ArgumentError(f"{type(policy).__name__} cannot be masked: its distribution is {type(before).__name__}.")
+
+    def proba_distribution(action_logits: Any) -> Any:
+        made.append(True)
+        return make(policy.action_dist, masked(action_logits, allowed))
+
+    policy.action_dist = copy.copy(before)
+    policy.action_dist.proba_distribution = proba_distribution  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        policy.action_dist = before
+    if not made:
+        raise ArgumentError(f"{type(policy).__name__} cannot be masked: it does not choose by `policy.action_dist`.")

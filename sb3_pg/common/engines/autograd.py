@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -17,13 +17,12 @@ from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_pg.common.arrays import Array, length, namespace, take
 from sb3_pg.common.batch import Batch
-from sb3_pg.common.distributions import Family, Gaussian, Parameters, describe, family_of, masked
+from sb3_pg.common.distributions import Family, Gaussian, Parameters, describe, family_of, masked, masking
 from sb3_pg.common.distributions.family import column
 from sb3_pg.common.distributions.recognition import detached
 from sb3_pg.common.engines.optimizer import use_fused_adam
 from sb3_pg.common.engines.protocol import Acted, Fisher, Look, Seen
 from sb3_pg.common.engines.rows import RowEngine
-from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.threads import choose_threads
 
 #: The methods by which SB3's policy acts and judges. If a subclass changes one of them, its ``forward`` acts,
@@ -147,13 +146,13 @@ class AutogradEngine(RowEngine):
         choose_threads(length(seen.observations) * self._largest_layer)
         with th.no_grad():
             observations: Any = self._arranged(obs_as_tensor(seen.observations, self.policy.device))  # type: ignore[arg-type]
-            self._require_heads(seen.masks)
-            if self._forward_acts:
-                actions, values, log_prob = self.policy(observations, deterministic)
-                return Acted(actions.cpu().numpy(), values, log_prob)
             if self._family is not None:
                 return self._act_by_formulas(self._family, observations, seen.masks, deterministic)
-            actions = self.policy.get_distribution(observations).get_actions(deterministic)
+            with self._masking(seen.masks):
+                if self._forward_acts:
+                    actions, values, log_prob = self.policy(observations, deterministic)
+                    return Acted(actions.cpu().numpy(), values, log_prob)
+                actions = self.policy.get_distribution(observations).get_actions(deterministic)
         return Acted(self._in_shape(actions.cpu().numpy()))
 
     def _act_by_formulas(self, family: Family, observations: Any, masks: Any, deterministic: bool) -> Acted:
@@ -172,10 +171,8 @@ class AutogradEngine(RowEngine):
         log_prob: Any = family.log_prob(parameters, actions)
         return Acted(self._in_shape(actions), values, th.from_numpy(log_prob))
 
-    def _require_heads(self, masks: Any) -> None:
-        """Masks go between network and distribution, which a policy's own methods do not let us."""
-        if masks is not None and self._family is None:
-            raise ArgumentError(f"{type(self.policy).__name__} cannot be masked: {self.description}.")
+    def _masking(self, masks: Any) -> AbstractContextManager[None]:
+        return masking(self.policy, None if masks is None else self.asarray(masks))
 
     def _in_shape(self, actions: np.ndarray) -> np.ndarray:
         shape: tuple[int, ...] = self.policy.action_space.shape or ()
@@ -231,14 +228,16 @@ class AutogradEngine(RowEngine):
                 values[chunk] = found.flatten().cpu().numpy()
         return values
 
-    def judge_rows(self, observations: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def judge_rows(
+        self, observations: Any, actions: np.ndarray, masks: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         # Into memory made before: see Column about small arrays that stay.
         values, log_probs = (np.empty(length(observations), np.float32) for _ in range(2))
         with th.no_grad():
             for chunk in self._chunks(observations):
-                v, log_prob, _ = self.policy.evaluate_actions(
-                    self._arranged(self._asarrays(take(observations, chunk))), self.actions(actions[chunk])
-                )
+                seen = self._arranged(self._asarrays(take(observations, chunk)))
+                with self._masking(None if masks is None else masks[chunk]):
+                    v, log_prob, _ = self.policy.evaluate_actions(seen, self.actions(actions[chunk]))
                 values[chunk] = v.flatten().cpu().numpy()
                 log_probs[chunk] = log_prob.cpu().numpy()
         return values, log_probs
@@ -256,9 +255,9 @@ class AutogradEngine(RowEngine):
     def evaluate(self, batch: Batch) -> GraphEvaluation:
         choose_threads(len(batch) * self._largest_layer)
         batch = self._arranged_batch(batch)
-        self._require_heads(batch.masks)
         if self._family is None:
-            return PolicyEvaluation(self, batch)
+            with self._masking(batch.masks):
+                return PolicyEvaluation(self, batch)
         outputs, values = self._outputs(batch.observations, batch.masks)
         return FamilyEvaluation(self, batch, values, self._family, outputs)
 
@@ -360,7 +359,8 @@ class GraphActor:
                 found.append(engine._actor_outputs(engine._arranged(take(observations, chunk)), masks))
             outputs = tuple(map(th.cat, zip(*found, strict=True)))
             return (family, outputs), family.log_prob(outputs, actions), family.entropy(outputs)
-        distribution = engine.policy.get_distribution(engine._arranged(observations))
+        with engine._masking(batch.masks):
+            distribution = engine.policy.get_distribution(engine._arranged(observations))
         log_prob = distribution.log_prob(actions)  # type: ignore[arg-type]
         entropy = distribution.entropy()
         # SB3's policies keep one distribution object and overwrite its inside; the inside is what to remember.
@@ -400,7 +400,8 @@ class GraphActor:
         if engine._family is not None:
             family, outputs = engine._family, engine._actor_outputs(observations, batch.masks)
         else:
-            distribution = engine.policy.get_distribution(observations)
+            with engine._masking(batch.masks):
+                distribution = engine.policy.get_distribution(observations)
             described = describe(distribution)
             if described is None:
                 return self._fisher_from_kl(distribution, batch.scale)

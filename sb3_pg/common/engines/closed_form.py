@@ -169,10 +169,13 @@ class ClosedFormEngine(RowEngine):
         return np.concatenate(found, dtype=np.float32).reshape(-1)
 
     @_quiet
-    def judge_rows(self, observations: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def judge_rows(
+        self, observations: Any, actions: np.ndarray, masks: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         log_probs: list[Any] = []
         for chunk in _chunks(len(observations)):
-            parameters = self.parameters(self.actor_mlp(self.encode(observations[chunk])))
+            allowed = None if masks is None else masks[chunk]
+            parameters = self.parameters(self.actor_mlp(self.encode(observations[chunk])), allowed)
             log_probs.append(self.family.log_prob(parameters, self.actions(actions[chunk])))
         return self.row_values(observations), np.concatenate(log_probs, dtype=np.float32)
 

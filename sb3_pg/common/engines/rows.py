@@ -26,14 +26,17 @@ class RowEngine(ABC):
         """Return V of each row of recorded observations, float32 (n,), without gradients."""
 
     @abstractmethod
-    def judge_rows(self, observations: Any, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def judge_rows(
+        self, observations: Any, actions: np.ndarray, masks: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return V and log pi(a|s) of each row of a recorded rollout, float32 (n,) each, without gradients."""
 
     def judge(self, rollout: Rollout) -> Judged:
         n, first, buffer = rollout.n_steps, rollout.n_known, rollout.buffer
         values, log_probs = buffer.values[:n].copy(), buffer.log_probs[:n].copy()
         if first < n:
-            found = self.judge_rows(rollout.column("observations", first), rollout.column("actions", first))
+            columns = rollout.column("observations", first), rollout.column("actions", first), rollout.mask_rows(first)
+            found = self.judge_rows(*columns)
             values[first:], log_probs[first:] = (x.reshape(n - first, -1) for x in found)
         return Judged(values, log_probs, self.row_values(rollout.final_observations))
 
