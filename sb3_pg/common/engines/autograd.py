@@ -17,7 +17,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_pg.common.arrays import Array, length, namespace, take
 from sb3_pg.common.batch import Batch
-from sb3_pg.common.distributions import Family, Gaussian, Parameters, describe, family_of, masked
+from sb3_pg.common.distributions import Family, Gaussian, Parameters, describe, draw, family_of, masked
 from sb3_pg.common.distributions.family import column
 from sb3_pg.common.distributions.recognition import detached
 from sb3_pg.common.engines.optimizer import use_fused_adam
@@ -163,10 +163,7 @@ class AutogradEngine(RowEngine):
         else:
             outputs = self._actor_outputs(observations, masks)
         parameters = tuple(x.float().cpu().numpy() for x in outputs)
-        if deterministic:
-            actions: Any = family.mode(parameters)
-        else:
-            actions = family.sample(parameters, family.noise(len(parameters[0])))
+        actions = draw(family, parameters, deterministic)
         if values is None:
             return Acted(self._in_shape(actions))
         log_prob: Any = family.log_prob(parameters, actions)
