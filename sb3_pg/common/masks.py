@@ -69,14 +69,14 @@ def checked_masks(space: spaces.Space[Any], masks: Any, n: int, step: int | None
             f"`action_masks`{when} must be true or false for each of the {sum(sizes)} options of {space}, of shape "
             f"{(n, sum(sizes))}, but are of shape {array.shape} and type {array.dtype}."
         )
-    allowed: np.ndarray = array.reshape(n, sum(sizes)) != 0
+    allowed: Any = array.reshape(n, sum(sizes)) != 0
     starts = np.cumsum([0, *sizes[:-1]])
     some: Any = allowed.any(axis=1)[:, None] if len(sizes) == 1 else np.logical_or.reduceat(allowed, starts, axis=1)
     if not some.all():
         env, choice = np.argwhere(~some)[0]
         which = "no action" if len(sizes) == 1 else f"no option of choice {choice}"
         raise ArgumentError(f"`action_masks` of environment {env}{when} allow {which}. One must be true.")
-    return allowed
+    return allowed  # type: ignore[no-any-return]
 
 
 def n_rows(space: spaces.Space[Any], observation: Any) -> int:

@@ -1,6 +1,5 @@
 """SB3's policies under their names, with a faster ``predict``, and checks of what they are given."""
 
-import difflib
 import inspect
 from typing import Any
 
@@ -18,8 +17,8 @@ from stable_baselines3.common.preprocessing import is_image_space
 from sb3_pg.common.distributions.recognition import detached
 from sb3_pg.common.engines.blueprint import PLAIN
 from sb3_pg.common.engines.prediction import Predictor
-from sb3_pg.common.errors import ArgumentError
-from sb3_pg.common.registry import policy_class, policy_names
+from sb3_pg.common.errors import ArgumentError, did_you_mean
+from sb3_pg.common.registry import POLICY_PLACES, at
 
 #: By the names that SB3 has for them.
 POLICIES: dict[str, type[BasePolicy]] = {
@@ -94,17 +93,14 @@ def class_of(name: str) -> type[BasePolicy]:
 
     :raises ArgumentError: there is none; names those that there are
     """
-    found: type[BasePolicy] | None = POLICIES.get(name) or policy_class(name)
-    if found is None:
-        known = [*POLICIES, *policy_names()]
-        lower = {x.lower(): x for x in known} | {x.lower().removesuffix("policy"): x for x in known}
-        near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.7)
-        hint = f" Did you mean {lower[near[0]]!r}?" if near else ""
-        raise ArgumentError(
-            f"`policy` is {name!r}, but must be a subclass of ActorCriticPolicy or one of "
-            f"{', '.join(map(repr, known))}.{hint}"
-        )
-    return found
+    found: type[BasePolicy] | None = at(POLICY_PLACES[name]) if name in POLICY_PLACES else POLICIES.get(name)
+    if found is not None:
+        return found
+    known = [*POLICIES, *sorted(POLICY_PLACES)]
+    raise ArgumentError(
+        f"`policy` is {name!r}, but must be a subclass of ActorCriticPolicy or one of "
+        f"{', '.join(map(repr, known))}.{did_you_mean(name, known, suffix='policy')}"
+    )
 
 
 def check_policy(policy: Any, observation_space: spaces.Space[Any] | None, policy_kwargs: Any) -> None:
@@ -141,8 +137,7 @@ def _check_names(where: str, function: Any, kwargs: dict[str, Any]) -> None:
         return
     for name in kwargs:
         if name not in parameters:
-            near = difflib.get_close_matches(name, parameters, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, parameters)
             raise ArgumentError(f"`{where}` has {name!r}, which {function.__name__} does not take.{hint}")
 
 

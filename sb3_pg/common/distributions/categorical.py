@@ -29,7 +29,6 @@ class Categorical:
 
     def __init__(self, sizes: list[int]) -> None:
         ends = np.cumsum(sizes)
-        self.n_logits = int(ends[-1])
         self.blocks = [slice(int(end - size), int(end)) for end, size in zip(ends, sizes, strict=True)]
 
     def _softmax(self, logits: Array) -> list[Softmax]:

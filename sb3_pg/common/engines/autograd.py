@@ -15,9 +15,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.utils import obs_as_tensor
 
-from sb3_pg.common.arrays import Array, length, namespace, take
+from sb3_pg.common.arrays import Array, length, mapped, namespace, take
 from sb3_pg.common.batch import Batch
-from sb3_pg.common.distributions import Family, Gaussian, Parameters, describe, family_of, masked, masking
+from sb3_pg.common.distributions import Family, Gaussian, Parameters, describe, draw, family_of, masked, masking
 from sb3_pg.common.distributions.family import column
 from sb3_pg.common.distributions.recognition import detached
 from sb3_pg.common.engines.optimizer import use_fused_adam
@@ -138,7 +138,7 @@ class AutogradEngine(RowEngine):
         return policy.device == self._device
 
     def _arranged(self, observations: Any) -> Any:
-        return channels_last(observations) if self._likes_channels_last else observations
+        return mapped(channels_last, observations) if self._likes_channels_last else observations
 
     # Act
 
@@ -162,10 +162,7 @@ class AutogradEngine(RowEngine):
         else:
             outputs = self._actor_outputs(observations, masks)
         parameters = tuple(x.float().cpu().numpy() for x in outputs)
-        if deterministic:
-            actions: Any = family.mode(parameters)
-        else:
-            actions = family.sample(parameters, family.noise(len(parameters[0])))
+        actions = draw(family, parameters, deterministic)
         if values is None:
             return Acted(self._in_shape(actions))
         log_prob: Any = family.log_prob(parameters, actions)
@@ -244,8 +241,8 @@ class AutogradEngine(RowEngine):
 
     def _chunks(self, observations: Any) -> list[slice]:
         """Pieces of a pass over many observations."""
-        first = observations.values() if isinstance(observations, dict) else [observations]
-        numbers = sum(int(np.prod(x.shape[1:])) for x in first)
+        arrays = observations.values() if isinstance(observations, dict) else [observations]
+        numbers = sum(int(np.prod(x.shape[1:])) for x in arrays)
         n, size = length(observations), max(1, _CHUNK_NUMBERS // max(numbers, 1))
         choose_threads(min(n, size) * self._largest_layer)
         return [slice(start, start + size) for start in range(0, n, size)]
@@ -267,10 +264,8 @@ class AutogradEngine(RowEngine):
         return GraphEvaluation(self, batch, self.policy.predict_values(batch.observations).flatten())  # type: ignore[arg-type]
 
     def _arranged_batch(self, batch: Batch) -> Batch:
-        if not self._likes_channels_last:
-            return batch
         arranged = copy.copy(batch)
-        arranged.observations = channels_last(batch.observations)
+        arranged.observations = self._arranged(batch.observations)
         return arranged
 
     def actor_parameters(self, batch: Batch) -> list[th.nn.Parameter]:
@@ -469,8 +464,6 @@ def channels_last(x: Any) -> Any:
 
     Only for SB3's own convolutions, since it spreads to their outputs, and ``view`` does not take every shape of it.
     """
-    if isinstance(x, dict):
-        return {key: channels_last(value) for key, value in x.items()}
     if x.ndim != 4:
         return x
     if x.shape[1] == 1 and x.is_contiguous():  # both layouts at once; torch takes the one that the strides spell

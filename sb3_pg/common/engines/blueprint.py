@@ -12,6 +12,7 @@ from torch.nn.modules import module as global_hooks
 
 from sb3_pg.common.distributions import Family, Gaussian, family_of
 from sb3_pg.common.engines.mlp import ACTIVATIONS
+from sb3_pg.common.spaces import PLAIN_SPACES, start_of
 
 
 class Unsuitable(Exception):  # noqa: N818  # an answer, not an error
@@ -24,7 +25,6 @@ Layers = list[tuple[nn.Linear, nn.Module | None]]
 _METHODS = frozenset(name for name in dir(ActorCriticPolicy) if callable(getattr(ActorCriticPolicy, name)))
 _OWN_CODE = frozenset(("forward", "forward_actor", "forward_critic"))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 DTYPES = {th.float32: np.float32, th.float64: np.float64}
 
 
@@ -88,8 +88,8 @@ def _check_code(policy: ActorCriticPolicy) -> None:
 
 def _check_space(space: spaces.Space[Any]) -> None:
     """Whether observations of it can be encoded."""
-    starts_elsewhere = np.any(getattr(space, "start", 0))  # SB3 one-hot encodes from 0 and refuses such observations
-    if not isinstance(space, _SPACES) or starts_elsewhere:
+    # SB3 one-hot encodes from 0 and refuses observations that start elsewhere
+    if not isinstance(space, PLAIN_SPACES) or np.any(start_of(space)):
         raise Unsuitable(f"observations are of {space}")
 
 

@@ -22,7 +22,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 
 from sb3_pg.common.arrays import Array
 from sb3_pg.common.batch import Batch
-from sb3_pg.common.distributions import Categorical, Likelihood, Parameters, masked
+from sb3_pg.common.distributions import Categorical, Likelihood, Parameters, draw, masked
 from sb3_pg.common.distributions.family import column
 from sb3_pg.common.engines.blueprint import DTYPES, Blueprint, Layers, Unsuitable
 from sb3_pg.common.engines.mlp import ACTIVATIONS, Mlp, Pieces, Trace, row_of_ones
@@ -138,10 +138,7 @@ class ClosedFormEngine(RowEngine):
     def _act(self, seen: Seen, deterministic: bool) -> Acted:
         x = self.encode(seen.observations)
         parameters = self.parameters(self.actor_mlp(x), seen.masks)
-        if deterministic:
-            actions: Any = self.family.mode(parameters)
-        else:
-            actions = self.family.sample(parameters, self.family.noise(len(x)))
+        actions = draw(self.family, parameters, deterministic)
         if actions.dtype == np.float64:
             actions = actions.astype(np.float32)
         return Acted(actions.reshape(len(x), *self._action_shape))

@@ -10,6 +10,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from torch import nn
 from torch.nn.modules import module as global_hooks
 
+from sb3_pg.common.distributions import draw
 from sb3_pg.common.engines.blueprint import DTYPES, Blueprint, Unsuitable
 from sb3_pg.common.engines.closed_form import Encoder, mlp_of, view
 from sb3_pg.common.products import inner
@@ -84,10 +85,7 @@ class Predictor:
         if not math.isfinite(inner(numbers, numbers)) or not (log_std is None or math.isfinite(log_std.dot(log_std))):
             return None  # SB3 says what is wrong
         parameters = (outputs,) if log_std is None else (outputs, log_std)
-        if deterministic:
-            actions: Any = self._family.mode(parameters)
-        else:
-            actions = self._family.sample(parameters, self._family.noise(len(x)))
+        actions = draw(self._family, parameters, deterministic)
         actions = actions.reshape(-1, *self._action_shape)
         if self._box is not None:
             actions = np.minimum(np.maximum(actions, self._box.low), self._box.high)

@@ -11,10 +11,10 @@ from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticP
 from torch import nn
 
 from sb3_pg import PPO
-from sb3_pg.common import registry
 from sb3_pg.common.engines.autograd import AutogradEngine
 from sb3_pg.common.engines.choice import make_engine
 from sb3_pg.common.engines.closed_form import ClosedFormEngine
+from sb3_pg.common.registry import ENGINE_PLACES, POLICY_PLACES
 
 
 class OwnPolicy(ActorCriticPolicy):
@@ -163,9 +163,8 @@ class SubPolicy(OwnPolicy):
 
 
 def test_a_registered_engine_is_chosen_for_its_policy_and_subclasses(monkeypatch):
-    monkeypatch.setattr(registry, "_engines", dict(registry._engines))
-    places = (f"{kind.__module__}:{kind.__qualname__}" for kind in (OwnPolicy, OwnEngine))
-    registry.register_engine(*places)
+    policy_place, engine_place = (f"{kind.__module__}:{kind.__qualname__}" for kind in (OwnPolicy, OwnEngine))
+    monkeypatch.setitem(ENGINE_PLACES, policy_place, engine_place)
     for kind, engine in [(OwnPolicy, OwnEngine), (SubPolicy, OwnEngine), (ActorCriticPolicy, ClosedFormEngine)]:
         policy = kind(OBSERVATION_SPACES["box"], ACTION_SPACES["box"], lambda _: 0.01)
         assert type(make_engine(policy)) is engine
@@ -173,10 +172,6 @@ def test_a_registered_engine_is_chosen_for_its_policy_and_subclasses(monkeypatch
 
 
 def test_a_registered_policy_goes_by_its_name(monkeypatch):
-    monkeypatch.setattr(registry, "_policies", dict(registry._policies))
-    registry.register_policy("OwnPolicy", f"{OwnPolicy.__module__}:OwnPolicy")
-    assert "OwnPolicy" in registry.policy_names()
-    assert registry.policy_class("OwnPolicy") is OwnPolicy
-    assert registry.policy_class("MlpPolicy") is None
+    monkeypatch.setitem(POLICY_PLACES, "OwnPolicy", f"{OwnPolicy.__module__}:OwnPolicy")
     model = PPO("OwnPolicy", make_envs(), n_steps=8, batch_size=8, n_epochs=1).learn(8)
     assert isinstance(model.policy, OwnPolicy)
