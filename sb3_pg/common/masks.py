@@ -19,8 +19,8 @@ from sb3_pg.common.errors import ArgumentError
 
 METHOD = "action_masks"
 
-#: Asks all environments, (n_envs, options).
-Masks = Callable[[], Any]
+#: Asks all environments at a step of the rollout, and returns booleans, (n_envs, options).
+AskMasks = Callable[[int], np.ndarray]
 
 
 def options_of(space: spaces.Space[Any]) -> list[int]:
@@ -32,15 +32,21 @@ def options_of(space: spaces.Space[Any]) -> list[int]:
     return [2] * int(np.prod(space.n)) if isinstance(space, spaces.MultiBinary) else []
 
 
-def masks_of(env: VecEnv) -> Masks | None:
-    """Return what asks the environments for their masks; None if they have none."""
-    if not options_of(env.action_space):
+def masks_of(env: VecEnv) -> AskMasks | None:
+    """Return what asks the environments for their masks and checks them; None if they have none."""
+    space, n, ask = env.action_space, env.num_envs, _asking(env)
+    sizes = options_of(space)
+    if ask is None or not sizes:
         return None
+    return lambda step: _checked(space, sizes, ask(), n, f" at step {step} of this rollout")
+
+
+def _asking(env: VecEnv) -> Callable[[], list[Any]] | None:
     inside = env.unwrapped
     try:
         if not env.has_attr(METHOD):
             return None
-        if isinstance(inside, DummyVecEnv):  # ask each one directly, in half the time
+        if isinstance(inside, DummyVecEnv):  # each one directly takes half the time
             asked = [single.get_wrapper_attr(METHOD) for single in inside.envs]
             return lambda: [ask() for ask in asked]
     except (AttributeError, NotImplementedError):
@@ -48,31 +54,34 @@ def masks_of(env: VecEnv) -> Masks | None:
     return lambda: env.env_method(METHOD)
 
 
-def checked_masks(space: spaces.Space[Any], masks: Any, n: int, step: int | None = None) -> np.ndarray:
+def checked_masks(space: spaces.Space[Any], masks: Any, n: int) -> np.ndarray:
     """Return masks as booleans, (n, options).
 
     :param masks: (n, options), or anything that reshapes to that
     :param n: rows of observations
-    :param step: of the rollout, for the message
     :raises ArgumentError: they are of another shape, not true or false, or allow nothing
     """
     sizes = options_of(space)
     if not sizes:
         raise ArgumentError(f"`action_masks` are for choices, not for actions of {space}. Leave them out.")
-    when = "" if step is None else f" at step {step} of this rollout"
+    return _checked(space, sizes, masks, n, "")
+
+
+def _checked(space: spaces.Space[Any], sizes: list[int], masks: Any, n: int, when: str) -> np.ndarray:
+    width = sum(sizes)
     try:
         array = np.asarray(masks)
     except ValueError:  # rows of several lengths
         array = np.empty(0, object)
-    if array.dtype.kind not in "biuf" or array.size != n * sum(sizes) or (array.ndim > 1 and len(array) != n):
+    if array.dtype.kind not in "biuf" or array.size != n * width or (array.ndim > 1 and len(array) != n):
         raise ArgumentError(
-            f"`action_masks`{when} must be true or false for each of the {sum(sizes)} options of {space}, of shape "
-            f"{(n, sum(sizes))}, but are of shape {array.shape} and type {array.dtype}."
+            f"`action_masks`{when} must be true or false for each of the {width} options of {space}, of shape "
+            f"{(n, width)}, but are of shape {array.shape} and type {array.dtype}."
         )
-    allowed: Any = array.reshape(n, sum(sizes)) != 0
-    starts = np.cumsum([0, *sizes[:-1]])
-    some: Any = allowed.any(axis=1)[:, None] if len(sizes) == 1 else np.logical_or.reduceat(allowed, starts, axis=1)
-    if not some.all():
+    allowed: Any = (array if array.dtype == bool else array != 0).reshape(n, width)
+    starts = [0] if len(sizes) == 1 else np.cumsum([0, *sizes[:-1]])
+    some = np.logical_or.reduceat(allowed, starts, axis=1)
+    if np.count_nonzero(some) < some.size:
         env, choice = np.argwhere(~some)[0]
         which = "no action" if len(sizes) == 1 else f"no option of choice {choice}"
         raise ArgumentError(f"`action_masks` of environment {env}{when} allow {which}. One must be true.")
@@ -91,7 +100,7 @@ def n_rows(space: spaces.Space[Any], observation: Any) -> int:
 #: Functions that step the environment named ``env`` by ``model.predict``, without telling it the masks.
 STEPPERS = {evaluate_policy.__code__}
 
-_known: WeakKeyDictionary[VecEnv, Masks | None] = WeakKeyDictionary()
+_known: WeakKeyDictionary[VecEnv, AskMasks | None] = WeakKeyDictionary()
 
 
 def masks_of_caller() -> Any:
@@ -107,7 +116,7 @@ def masks_of_caller() -> Any:
             if env not in _known:
                 _known[env] = masks_of(env)
             ask = _known[env]
-            return None if ask is None else ask()
+            return None if ask is None else ask(0)
         if frame.f_back is None:
             break
         frame = frame.f_back

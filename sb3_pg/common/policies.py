@@ -14,10 +14,12 @@ from stable_baselines3.common.policies import (
 )
 from stable_baselines3.common.preprocessing import is_image_space
 
+from sb3_pg.common.distributions import masking
 from sb3_pg.common.distributions.recognition import detached
 from sb3_pg.common.engines.blueprint import PLAIN
 from sb3_pg.common.engines.prediction import Predictor
 from sb3_pg.common.errors import ArgumentError, did_you_mean
+from sb3_pg.common.masks import checked_masks, n_rows
 from sb3_pg.common.registry import POLICY_PLACES, at
 
 #: By the names that SB3 has for them.
@@ -49,8 +51,12 @@ class MlpPolicy(ActorCriticPolicy):
         state: tuple[np.ndarray, ...] | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """Return actions as SB3's ``predict`` does, and ``state`` as it is."""
+        """Return actions as SB3's ``predict`` does, among those that masks allow, and ``state`` as it is."""
+        masks = None
+        if action_masks is not None:
+            masks = checked_masks(self.action_space, action_masks, n_rows(self.observation_space, observation))
         if self._predictor is not None and not self._predictor.is_current():
             self._predictor, self._n_refused = None, 0
         if self._predictor is None:
@@ -58,18 +64,42 @@ class MlpPolicy(ActorCriticPolicy):
             self._predictor = Predictor.of(self) if self._n_refused % _ASKED_EVERY == 0 else None
             self._n_refused += 1
         if self._predictor is not None:
-            actions = self._predictor.predict(observation, deterministic)
+            actions = self._predictor.predict(observation, deterministic, masks)
             if actions is not None:
                 if self.training:
                     self.set_training_mode(False)
                 return actions, state
-        return super().predict(observation, state, episode_start, deterministic)
+        with masking(self, None if masks is None else th.as_tensor(masks, device=self.device)):
+            return super().predict(observation, state, episode_start, deterministic)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_predictor": None}
 
 
 PLAIN.add(MlpPolicy)
+
+
+def predict(
+    policy: ActorCriticPolicy,
+    observation: Any,
+    state: tuple[np.ndarray, ...] | None,
+    episode_start: np.ndarray | None,
+    deterministic: bool,
+    action_masks: Any,
+) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+    """Return what any policy's ``predict`` does if it may choose only among allowed actions.
+
+    :param action_masks: (n, options); None allows all
+    :raises ArgumentError: the masks are of the wrong shape, or allow nothing, or the policy cannot be masked
+    """
+    if isinstance(policy, MlpPolicy):
+        return policy.predict(observation, state, episode_start, deterministic, action_masks)
+    masks = None
+    if action_masks is not None:
+        n = n_rows(policy.observation_space, observation)
+        masks = th.as_tensor(checked_masks(policy.action_space, action_masks, n), device=policy.device)
+    with masking(policy, masks):
+        return policy.predict(observation, state, episode_start, deterministic)
 
 
 def detach_distribution(policy: ActorCriticPolicy) -> None:

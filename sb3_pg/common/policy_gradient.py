@@ -36,7 +36,6 @@ from sb3_pg.common.arrays import Column, as_tensors, take
 from sb3_pg.common.batch import Batch, epoch
 from sb3_pg.common.buffers import RolloutBuffer
 from sb3_pg.common.diagnosis import LastGood, explain_bad_gradient, explained, require_sound_policy
-from sb3_pg.common.distributions import masking
 from sb3_pg.common.engines.choice import make_engine
 from sb3_pg.common.engines.protocol import Acted, Engine, Judged, Seen
 from sb3_pg.common.errors import (
@@ -49,10 +48,18 @@ from sb3_pg.common.errors import (
 )
 from sb3_pg.common.estimation import estimate_by_comparison, estimate_by_values
 from sb3_pg.common.figures import Figures
-from sb3_pg.common.masks import checked_masks, masks_of, masks_of_caller, n_rows
+from sb3_pg.common.masks import masks_of, masks_of_caller
 from sb3_pg.common.objectives import squared_error
 from sb3_pg.common.options import check_common, check_learning
-from sb3_pg.common.policies import POLICIES, check_policy, class_of, detach_distribution, own_class, reset_noise
+from sb3_pg.common.policies import (
+    POLICIES,
+    check_policy,
+    class_of,
+    detach_distribution,
+    own_class,
+    predict,
+    reset_noise,
+)
 from sb3_pg.common.returned import checked_observations, checked_step, is_usual
 from sb3_pg.common.rollout import Rollout
 from sb3_pg.common.spaces import check_spaces, shifted
@@ -282,7 +289,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
             n_steps = rollout_buffer.pos
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 reset_noise(self.policy, env.num_envs)
-            action_masks = ask_masks and checked_masks(self.action_space, ask_masks(), env.num_envs, n_steps)
+            action_masks = ask_masks and ask_masks(n_steps)
             actions, values, log_probs = self._act(network, Seen(self._last_obs, action_masks), n_steps)  # type: ignore[arg-type]
             clipped_actions = self._to_action_space(actions)
             try:
@@ -408,13 +415,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         """
         if action_masks is None and self.use_masking:
             action_masks = masks_of_caller()
-        if action_masks is None:
-            actions, state = self.policy.predict(observation, state, episode_start, deterministic)
-        else:
-            n = n_rows(self.observation_space, observation)
-            allowed = th.as_tensor(checked_masks(self.action_space, action_masks, n), device=self.device)
-            with masking(self.policy, allowed):
-                actions, state = self.policy.predict(observation, state, episode_start, deterministic)
+        actions, state = predict(self.policy, observation, state, episode_start, deterministic, action_masks)
         return shifted(self.action_space, actions), state
 
     def _blame_observations(self, step: int) -> None:

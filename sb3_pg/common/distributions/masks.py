@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch as th
 from stable_baselines3.common import distributions as sb3
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_pg.common.arrays import Array, namespace
+from sb3_pg.common.arrays import Array
 from sb3_pg.common.errors import ArgumentError
 
 #: Logits of what is not allowed: every formula stays finite, and the derivative there is zero. Minus infinity gives
@@ -27,11 +29,10 @@ def masked(logits: Array, masks: Array | None) -> Array:
     """
     if masks is None:
         return logits
-    xp = namespace(logits)
-    forbidden = xp.full_like(logits, FORBIDDEN)
+    where: Any = np.where if isinstance(logits, np.ndarray) else th.where  # the standard's takes no single number
     if masks.shape == logits.shape:
-        return xp.where(masks, logits, forbidden)
-    return xp.where(masks[:, 1::2], xp.where(masks[:, ::2], logits, -forbidden), forbidden)
+        return where(masks, logits, FORBIDDEN)  # type: ignore[no-any-return]
+    return where(masks[:, 1::2], where(masks[:, ::2], logits, -FORBIDDEN), FORBIDDEN)  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -72,6 +72,8 @@ def _check_code(policy: ActorCriticPolicy) -> None:
     for extractor in (policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor):
         if type(extractor) is not FlattenExtractor:
             raise Unsuitable(f"the features extractor is {type(extractor).__name__}")
+    if "proba_distribution" in vars(policy.action_dist):
+        raise Unsuitable("the distribution's code is replaced")
     if type(policy.mlp_extractor) is not MlpExtractor:
         raise Unsuitable(f"the MLP extractor is {type(policy.mlp_extractor).__name__}")
     if not _METHODS.isdisjoint(policy.__dict__):

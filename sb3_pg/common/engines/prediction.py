@@ -10,7 +10,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from torch import nn
 from torch.nn.modules import module as global_hooks
 
-from sb3_pg.common.distributions import draw
+from sb3_pg.common.distributions import Parameters, draw, masked
 from sb3_pg.common.engines.blueprint import DTYPES, Blueprint, Unsuitable
 from sb3_pg.common.engines.closed_form import Encoder, mlp_of, view
 from sb3_pg.common.products import inner
@@ -69,7 +69,7 @@ class Predictor:
                 return False
         return not any(self._hooks)
 
-    def predict(self, observation: Any, deterministic: bool) -> np.ndarray | None:
+    def predict(self, observation: Any, deterministic: bool, masks: np.ndarray | None = None) -> np.ndarray | None:
         """Return what SB3's ``predict`` does; None for observations that are not plainly one or a batch of them."""
         if type(observation) is not np.ndarray or observation.dtype.kind not in "fiub":
             return None
@@ -84,7 +84,7 @@ class Predictor:
         numbers, log_std = outputs.ravel(), self._log_std
         if not math.isfinite(inner(numbers, numbers)) or not (log_std is None or math.isfinite(log_std.dot(log_std))):
             return None  # SB3 says what is wrong
-        parameters = (outputs,) if log_std is None else (outputs, log_std)
+        parameters: Parameters = (masked(outputs, masks),) if log_std is None else (outputs, log_std)
         actions = draw(self._family, parameters, deterministic)
         actions = actions.reshape(-1, *self._action_shape)
         if self._box is not None:
