@@ -14,6 +14,7 @@ from sb3_pg.common.buffers import RolloutBuffer, sb3_order
 from sb3_pg.common.engines.protocol import Engine
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.rollout import Rollout
+from sb3_pg.common.sequences import Memory
 
 #: How much is gathered at once: a whole rollout, unless it is long or of images.
 _GATHERED_BYTES = 1 << 22
@@ -32,6 +33,7 @@ class Batch:
     :param masks: True for the actions that were allowed
     :param sequences: the number of the stretch of an episode that each sample belongs to, if the engine is better off
         with whole ones
+    :param memory: with which each sequence begins, by its number, whichever of them are in the batch
     :param weight: what each sample counts for, adding up to 1; None is 1 / n for each
     :param rows: the samples' numbers in the rollout, ``step * n_envs + env``, to name one in an error
     """
@@ -40,6 +42,7 @@ class Batch:
     actions: Array = _ABSENT
     masks: Array | None = None
     sequences: np.ndarray | None = None
+    memory: Memory | None = None
     old_values: Array = _ABSENT
     old_log_prob: Array = _ABSENT
     advantages: Array = _ABSENT
@@ -51,7 +54,7 @@ class Batch:
         return length(self.observations)
 
     def __getitem__(self, index: Any) -> "Batch":
-        columns: list[Any] = [None if x is None else take(x, index) for x in self.__dict__.values()]
+        columns: list[Any] = [x if x is None or x is self.memory else take(x, index) for x in self.__dict__.values()]
         return Batch(*columns)
 
     @property
@@ -104,7 +107,7 @@ class Batch:
 
         Gathered together they are plain slices of the result; images are too large for many at a time.
         """
-        total = sum(nbytes(x) for x in self.__dict__.values() if x is not None)
+        total = sum(nbytes(x) for x in self.__dict__.values() if x is not None and x is not self.memory)
         n_together = max(1, _GATHERED_BYTES * len(self) // max(1, total * size))
         for first in range(0, len(edges) - 1, n_together):
             its = edges[first : first + n_together + 1]

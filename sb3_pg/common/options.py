@@ -36,6 +36,8 @@ def check_common(model: "PolicyGradientAlgorithm") -> None:
     check_number("gae_lambda", model.gae_lambda, high=1.0)
     if model.max_grad_norm is not None:
         check_number("max_grad_norm", model.max_grad_norm)
+    if model.sequence_length is not None:
+        check_count("sequence_length", model.sequence_length)
     check_choice("use_masking", model.use_masking, (True, False))
     check_choice("engine", model.engine, ("auto", "autograd"))
     _check_baseline(model)

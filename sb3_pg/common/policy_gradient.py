@@ -62,6 +62,7 @@ from sb3_pg.common.policies import (
 )
 from sb3_pg.common.returned import checked_observations, checked_step, is_usual
 from sb3_pg.common.rollout import Rollout
+from sb3_pg.common.sequences import Memory
 from sb3_pg.common.spaces import check_spaces, shifted
 from sb3_pg.common.threads import threads_to_choose
 from sb3_pg.common.vec_env import DummyVecEnv
@@ -106,6 +107,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         n_episodes: int | None,
         max_episode_steps: int | None,
         use_masking: bool,
+        sequence_length: int | None,
         engine: str,
         **arguments: Any,
     ) -> None:
@@ -119,11 +121,13 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         self.n_episodes = n_episodes
         self.max_episode_steps = max_episode_steps
         self.use_masking = use_masking
+        self.sequence_length = sequence_length
         self.engine = engine
         self._is_masked = False  # in the last rollout
         self._return_ema: float | None = None  # of baseline="ema"; saved and restored like any attribute
         self._network: Engine | None = None
         self._rollout: Rollout | None = None
+        self._last_memory: Memory | None = None
 
     # ------------------------------------------------------------------ setup
 
@@ -164,7 +168,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         detach_distribution(self.policy)
         self._maybe_recommend_cpu()
         self._applied = {name: getattr(self, name) for name in ("learning_rate", "gamma", "gae_lambda", "engine")}
-        self._network = self._rollout = None
+        self._network = self._rollout = self._last_memory = None
         if self.verbose >= 1:
             print(f"Using the {self.network.description} network")
 
@@ -290,7 +294,8 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 reset_noise(self.policy, env.num_envs)
             action_masks = ask_masks and ask_masks(n_steps)
-            actions, values, log_probs = self._act(network, Seen(self._last_obs, action_masks), n_steps)  # type: ignore[arg-type]
+            seen = Seen(self._last_obs, action_masks, self._last_episode_starts, self._last_memory)  # type: ignore[arg-type]
+            actions, values, log_probs, memory = self._act(network, seen, n_steps)
             clipped_actions = self._to_action_space(actions)
             try:
                 step: Any = env.step(clipped_actions)
@@ -313,6 +318,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
             self._record(rollout_buffer, actions, rewards, values, log_probs)
             if action_masks is not None:
                 rollout.masks.append(action_masks)
+            self._last_memory = memory
             self._last_obs, self._last_episode_starts = rollout.last_observations, rollout.last_dones = new_obs, dones
             if is_watched and self.network is not network:  # the callback has replaced the policy
                 self._write_judgement(rollout, network.judge(rollout))
@@ -322,6 +328,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
                 return False
 
         judged = self.judge(rollout)
+        self._last_memory = judged.memory
         self.network.adapt(judged.figures)
         values, log_probs = th.as_tensor(judged.final_values[: env.num_envs]), th.as_tensor(rollout_buffer.log_probs)
         callback.update_locals(locals())
@@ -339,6 +346,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         self._last_obs, self._last_episode_starts = horizon.prepare(env, self._last_obs, starts)
         self._last_obs = checked_observations(env.observation_space, self._last_obs, env.num_envs)
         self._rollout = Rollout(buffer, self._last_obs, self._last_episode_starts)  # type: ignore[arg-type]
+        self._rollout.memory, self._rollout.sequence_length = self._last_memory, self.sequence_length
         return self._rollout
 
     @property
@@ -447,6 +455,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
             else:
                 estimate_by_comparison(rollout, self.horizon.keep(rollout), self.baseline, self.gamma, self._return_ema)
         rollout.n_judged, rollout.figures, self._rollout = n, judged.figures, rollout
+        rollout.starting_memory = judged.starting_memory
         for name, value in judged.figures.items():
             self.logger.record(name, value)
         return judged
@@ -593,7 +602,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
     # ------------------------------------------------------------ save and load
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_network", "_rollout", "_applied"]
+        return [*super()._excluded_save_params(), "_network", "_rollout", "_last_memory", "_applied"]
 
     def save(
         self,

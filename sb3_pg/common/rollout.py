@@ -11,6 +11,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from sb3_pg.common.arrays import Observations
 from sb3_pg.common.buffers import episode_ends, flat
 from sb3_pg.common.returned import checked_observations
+from sb3_pg.common.sequences import Memory, Stretches
 
 
 class Cut(NamedTuple):
@@ -30,6 +31,9 @@ class Rollout:
     :param last_dones: whether the last step ended an episode, (n_envs,)
     :param cuts: the episodes that ended by a time limit
     :param masks: of allowed actions at each step, bool (n_envs, options) each; empty if all were
+    :param sequence_length: longer stretches of episodes are cut into pieces of so many steps; None leaves them whole
+    :param memory: what the policy remembered of each environment before the first step
+    :param starting_memory: and when each of the stretches begins, found by judging
     :param n_known: of so many first steps values and log-probabilities are in the buffer, by the policy that acted
     :param n_judged: steps when it was judged; 0 before
     :param is_paused: whether a callback has stopped acting between two steps, from where it can go on
@@ -43,6 +47,9 @@ class Rollout:
     last_dones: np.ndarray
     cuts: list[Cut] = field(default_factory=list)
     masks: list[np.ndarray] = field(default_factory=list)
+    sequence_length: int | None = None
+    memory: Memory | None = None
+    starting_memory: Memory | None = None
     n_known: int = 0
     n_judged: int = 0
     is_paused: bool = False
@@ -110,12 +117,9 @@ class Rollout:
         return _joined(self.last_observations, [cut.observation for cut in self.cuts])
 
     @property
-    def stretches(self) -> np.ndarray:
-        """A number for each stretch of an episode within the rollout, one for each sample, (n_steps * n_envs,)."""
-        starts = self.buffer.episode_starts[: self.n_steps] > 0
-        starts[0] = True
-        numbers: np.ndarray = (np.cumsum(starts, axis=0) * self.n_envs + np.arange(self.n_envs)).ravel()
-        return numbers
+    def stretches(self) -> Stretches:
+        """The stretches of episodes within the rollout."""
+        return Stretches(self.buffer.episode_starts[: self.n_steps] > 0, self.sequence_length)
 
 
 def _joined(observations: Any, more: list[Any]) -> Any:

@@ -81,6 +81,8 @@ class PPO(PolicyGradientAlgorithm):
         the length of ``learn``, at least 10,000 and at most 200,000
     :param use_masking: choose and learn among allowed actions only, where the environment has a method
         ``action_masks()``, see :mod:`sb3_pg.common.masks`. False ignores it
+    :param sequence_length: a recurrent policy learns from stretches of episodes of at most so many steps, each from the
+        memory that it began with. None learns from whole ones. Shorter is faster and forgets how older steps matter
     :param engine: "auto" takes the fastest engine that computes the same; "autograd" always takes torch's
     :raises ArgumentError: an argument that cannot work, or two that contradict each other
     """
@@ -128,6 +130,7 @@ class PPO(PolicyGradientAlgorithm):
         n_episodes: int | None = None,
         max_episode_steps: int | None = None,
         use_masking: bool = True,
+        sequence_length: int | None = None,
         engine: str = "auto",
     ) -> None:
         super().__init__(**shared(locals()))

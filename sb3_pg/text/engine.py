@@ -102,7 +102,7 @@ class TextEngine(AutogradEngine):
 
     def batch(self, rollout: Rollout, keep: np.ndarray | None = None) -> Batch:
         batch = super().batch(rollout, keep)
-        batch.sequences = rollout.stretches[batch.rows]
+        batch.sequences = rollout.stretches.numbers.ravel()[batch.rows]
         return batch
 
     def evaluate_critic(self, batch: Batch) -> GraphEvaluation:

@@ -77,6 +77,8 @@ class TRPO(PolicyGradientAlgorithm):
         the length of ``learn``, at least 10,000 and at most 200,000
     :param use_masking: choose and learn among allowed actions only, where the environment has a method
         ``action_masks()``, see :mod:`sb3_pg.common.masks`. False ignores it
+    :param sequence_length: a recurrent policy learns from stretches of episodes of at most so many steps, each from the
+        memory that it began with. None learns from whole ones. Shorter is faster and forgets how older steps matter
     :param engine: "auto" takes the fastest engine that computes the same; "autograd" always takes torch's
     :param _init_setup_model: False leaves the networks to be made by ``load``
     :raises ArgumentError: an argument that cannot work, with its name and value
@@ -119,6 +121,7 @@ class TRPO(PolicyGradientAlgorithm):
         n_episodes: int | None = None,
         max_episode_steps: int | None = None,
         use_masking: bool = True,
+        sequence_length: int | None = None,
         engine: str = "auto",
     ) -> None:
         # The critic is fitted separately, and its gradients are not clipped, as in sb3-contrib.

@@ -95,9 +95,11 @@ class FamilyEvaluation(GraphEvaluation):
 class PolicyEvaluation(GraphEvaluation):
     """By the policy's own ``evaluate_actions``, for distributions of any kind."""
 
-    def __init__(self, engine: "AutogradEngine", batch: Batch) -> None:
-        value, self._log_prob, entropy = engine.policy.evaluate_actions(batch.observations, batch.actions)  # type: ignore[arg-type]
+    def __init__(
+        self, engine: "AutogradEngine", batch: Batch, value: th.Tensor, log_prob: th.Tensor, entropy: th.Tensor | None
+    ) -> None:
         super().__init__(engine, batch, value.flatten())
+        self._log_prob = log_prob
         # Without a closed form (squashed Gaussian): its one-sample estimate, as in SB3.
         self._entropy = -self._log_prob if entropy is None else entropy
         self.log_prob, self.entropy = self._log_prob.detach(), self._entropy.detach()
@@ -134,8 +136,15 @@ class AutogradEngine(RowEngine):
         self._likes_channels_last = extractors <= {NatureCNN, CombinedExtractor}
         self._actor_parameters: list[th.nn.Parameter] | None = None  # until they are asked for
         self._largest_layer = largest_layer(policy)
-        self._family = None if self._forward_acts else _family_of_outputs(policy)
+        self._family = None if self._forward_acts else self.known_family()
         return policy.device == self._device
+
+    def known_family(self) -> Family | None:
+        """Return the formulas of the policy's distribution, if they are known and ``action_net`` alone makes it."""
+        policy, method = self.policy, "_get_action_dist_from_latent"
+        if getattr(type(policy), method) is not getattr(ActorCriticPolicy, method) or method in policy.__dict__:
+            return None
+        return family_of(policy.action_dist)
 
     def _arranged(self, observations: Any) -> Any:
         return mapped(channels_last, observations) if self._likes_channels_last else observations
@@ -147,7 +156,7 @@ class AutogradEngine(RowEngine):
         with th.no_grad():
             observations: Any = self._arranged(obs_as_tensor(seen.observations, self.policy.device))  # type: ignore[arg-type]
             if self._family is not None:
-                return self._act_by_formulas(self._family, observations, seen.masks, deterministic)
+                return self._act_by_formulas(self._family, Batch(observations, masks=seen.masks), deterministic)
             with self._masking(seen.masks):
                 if self._forward_acts:
                     actions, values, log_prob = self.policy(observations, deterministic)
@@ -155,12 +164,12 @@ class AutogradEngine(RowEngine):
                 actions = self.policy.get_distribution(observations).get_actions(deterministic)
         return Acted(self._in_shape(actions.cpu().numpy()))
 
-    def _act_by_formulas(self, family: Family, observations: Any, masks: Any, deterministic: bool) -> Acted:
+    def _act_by_formulas(self, family: Family, batch: Batch, deterministic: bool) -> Acted:
         values = None
         if self._heads_are_cheap:
-            outputs, values = self._outputs(observations, masks)
+            outputs, values = self._outputs(batch)
         else:
-            outputs = self._actor_outputs(observations, masks)
+            outputs = self._actor_outputs(batch)
         parameters = tuple(x.float().cpu().numpy() for x in outputs)
         actions = draw(family, parameters, deterministic)
         if values is None:
@@ -175,16 +184,16 @@ class AutogradEngine(RowEngine):
         shape: tuple[int, ...] = self.policy.action_space.shape or ()
         return actions.reshape(-1, *shape)
 
-    def _actor_outputs(self, observations: Any, masks: Any = None) -> tuple[th.Tensor, ...]:
+    def _actor_outputs(self, batch: Batch) -> tuple[th.Tensor, ...]:
         """Return what ``policy.get_distribution`` makes a distribution of; on a few rows that takes longer."""
-        policy = self.policy
-        features = super(ActorCriticPolicy, policy).extract_features(observations, policy.pi_features_extractor)
-        return self._parameters(policy.action_net(policy.mlp_extractor.forward_actor(features)), masks)
+        policy, seen = self.policy, batch.observations
+        features = super(ActorCriticPolicy, policy).extract_features(seen, policy.pi_features_extractor)  # type: ignore[arg-type]
+        return self._parameters(policy.action_net(policy.mlp_extractor.forward_actor(features)), batch.masks)
 
-    def _outputs(self, observations: Any, masks: Any = None) -> tuple[tuple[th.Tensor, ...], th.Tensor]:
-        """Parameters of each row's distribution, and V."""
+    def _outputs(self, batch: Batch) -> tuple[tuple[th.Tensor, ...], th.Tensor]:
+        """Return the parameters of each row's distribution, and V."""
         policy = self.policy
-        features = policy.extract_features(observations)
+        features = policy.extract_features(batch.observations)  # type: ignore[arg-type]
         if policy.share_features_extractor:
             latent_pi, latent_vf = policy.mlp_extractor(features)
         else:
@@ -192,7 +201,20 @@ class AutogradEngine(RowEngine):
                 policy.mlp_extractor.forward_actor(features[0]),
                 policy.mlp_extractor.forward_critic(features[1]),
             )
-        return self._parameters(policy.action_net(latent_pi), masks), policy.value_net(latent_vf).flatten()
+        return self._parameters(policy.action_net(latent_pi), batch.masks), policy.value_net(latent_vf).flatten()
+
+    def _values(self, batch: Batch) -> th.Tensor:
+        return self.policy.predict_values(batch.observations)  # type: ignore[arg-type]
+
+    def _evaluated(self, batch: Batch) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """Return V, log pi(a|s) and entropy by the policy's own method."""
+        with self._masking(batch.masks):
+            return self.policy.evaluate_actions(batch.observations, batch.actions)  # type: ignore[arg-type]
+
+    def _distribution(self, batch: Batch) -> Distribution:
+        """Return the policy's own distribution of each row."""
+        with self._masking(batch.masks):
+            return self.policy.get_distribution(batch.observations)  # type: ignore[arg-type]
 
     def _parameters(self, outputs: th.Tensor, masks: Any = None) -> tuple[th.Tensor, ...]:
         """Turn ``action_net``'s outputs into the distribution's parameters."""
@@ -247,21 +269,28 @@ class AutogradEngine(RowEngine):
         choose_threads(min(n, size) * self._largest_layer)
         return [slice(start, start + size) for start in range(0, n, size)]
 
+    def pieces(self, batch: Batch) -> list[Any]:
+        """Return the rows of pieces in which a batch is looked at, so that they take little memory."""
+        return self._chunks(batch.observations)
+
+    def thinned(self, batch: Batch, every: int) -> Any:
+        """Return the rows of every n-th sample."""
+        return slice(None, None, every)
+
     # Step
 
     def evaluate(self, batch: Batch) -> GraphEvaluation:
         choose_threads(len(batch) * self._largest_layer)
         batch = self._arranged_batch(batch)
         if self._family is None:
-            with self._masking(batch.masks):
-                return PolicyEvaluation(self, batch)
-        outputs, values = self._outputs(batch.observations, batch.masks)
+            return PolicyEvaluation(self, batch, *self._evaluated(batch))
+        outputs, values = self._outputs(batch)
         return FamilyEvaluation(self, batch, values, self._family, outputs)
 
     def evaluate_critic(self, batch: Batch) -> GraphEvaluation:
         choose_threads(len(batch) * self._largest_layer)
         batch = self._arranged_batch(batch)
-        return GraphEvaluation(self, batch, self.policy.predict_values(batch.observations).flatten())  # type: ignore[arg-type]
+        return GraphEvaluation(self, batch, self._values(batch).flatten())
 
     def _arranged_batch(self, batch: Batch) -> Batch:
         arranged = copy.copy(batch)
@@ -277,9 +306,9 @@ class AutogradEngine(RowEngine):
             row, trained = batch[:1], [p for p in self.policy.parameters() if p.requires_grad]
             with _evaluating(self.policy), th.enable_grad():
                 if self._family is not None:
-                    outputs = self._actor_outputs(row.observations)
+                    outputs = self._actor_outputs(row)
                 else:
-                    outputs = (self.policy.evaluate_actions(row.observations, row.actions)[1],)  # type: ignore[arg-type]
+                    outputs = (self._distribution(row).log_prob(row.actions),)  # type: ignore[arg-type]
             known = [x.sum() for x in outputs if x.requires_grad]  # all or some may be frozen
             gradients = th.autograd.grad(known, trained, allow_unused=True) if known else [None] * len(trained)
             self._actor_parameters = [p for p, g in zip(trained, gradients, strict=True) if g is not None]
@@ -345,17 +374,13 @@ class GraphActor:
     @th.no_grad()
     def _distribution(self, batch: Batch) -> tuple[Described, th.Tensor, th.Tensor]:
         """Return the distribution of each row, log pi(a|s) and entropy, at the present parameters."""
-        engine, observations, actions = self._engine, batch.observations, batch.actions
+        engine, actions = self._engine, batch.actions
         if engine._family is not None:
             family: Any = engine._family
-            found = []
-            for chunk in engine._chunks(observations):
-                masks = None if batch.masks is None else batch.masks[chunk]
-                found.append(engine._actor_outputs(engine._arranged(take(observations, chunk)), masks))
+            found = [engine._actor_outputs(engine._arranged_batch(batch[piece])) for piece in engine.pieces(batch)]
             outputs = tuple(map(th.cat, zip(*found, strict=True)))
             return (family, outputs), family.log_prob(outputs, actions), family.entropy(outputs)
-        with engine._masking(batch.masks):
-            distribution = engine.policy.get_distribution(engine._arranged(observations))
+        distribution = engine._distribution(engine._arranged_batch(batch))
         log_prob = distribution.log_prob(actions)  # type: ignore[arg-type]
         entropy = distribution.entropy()
         # SB3's policies keep one distribution object and overwrite its inside; the inside is what to remember.
@@ -374,11 +399,11 @@ class GraphActor:
     def gradient(self, d_log_prob: Array, d_entropy: float) -> Array:
         engine, batch, total = self._engine, self._batch, th.zeros(())
         scale = batch.scale
-        for chunk in engine._chunks(batch.observations):
-            piece = batch[chunk]
+        for rows in engine.pieces(batch):
+            piece = batch[rows]
             if isinstance(scale, float):  # of the whole batch, not of the piece
-                piece.weight = namespace(d_log_prob).full_like(d_log_prob[chunk], scale)
-            engine.evaluate(piece).backward(d_log_prob[chunk], d_entropy)
+                piece.weight = namespace(d_log_prob).full_like(d_log_prob[rows], scale)
+            engine.evaluate(piece).backward(d_log_prob[rows], d_entropy)
             total = total + _flat([p.grad for p in self._parameters], self._parameters)
         engine.policy.optimizer.zero_grad(set_to_none=True)
         return total
@@ -386,17 +411,16 @@ class GraphActor:
     def fisher(self, every: int = 1) -> Fisher:
         if not self._parameters:  # all of the actor is frozen
             return lambda vector: vector
-        return self._fisher(self._batch[::every].normalised())
+        return self._fisher(self._batch[self._engine.thinned(self._batch, every)].normalised())
 
     def _fisher(self, batch: Batch) -> Fisher:
         engine, scale = self._engine, column(batch.scale)
         choose_threads(len(batch) * engine._largest_layer)
-        observations = engine._arranged(batch.observations)
+        batch = engine._arranged_batch(batch)
         if engine._family is not None:
-            family, outputs = engine._family, engine._actor_outputs(observations, batch.masks)
+            family, outputs = engine._family, engine._actor_outputs(batch)
         else:
-            with engine._masking(batch.masks):
-                distribution = engine.policy.get_distribution(observations)
+            distribution = engine._distribution(batch)
             described = describe(distribution)
             if described is None:
                 return self._fisher_from_kl(distribution, batch.scale)
@@ -449,14 +473,6 @@ def largest_layer(policy: th.nn.Module) -> float:
     if any(p.ndim > 2 or p.device.type != "cpu" for p in weights):
         return math.inf
     return max((p.numel() for p in weights), default=0)
-
-
-def _family_of_outputs(policy: ActorCriticPolicy) -> Family | None:
-    """Return the formulas of the policy's distribution, if they are known and it is made of ``action_net`` alone."""
-    method = "_get_action_dist_from_latent"
-    if getattr(type(policy), method) is not getattr(ActorCriticPolicy, method) or method in policy.__dict__:
-        return None
-    return family_of(policy.action_dist)
 
 
 def channels_last(x: Any) -> Any:

@@ -12,6 +12,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_pg.common.arrays import Array, Observations
+from sb3_pg.common.sequences import Memory
 
 if TYPE_CHECKING:
     from sb3_pg.common.batch import Batch
@@ -23,6 +24,8 @@ class Seen(NamedTuple):
 
     observations: Observations
     masks: np.ndarray | None = None  #: True for allowed actions, (n_envs, sum of options); None allows all
+    starts: np.ndarray | None = None  #: True where an episode begins, (n_envs,)
+    memory: Memory | None = None  #: what the policy remembers of each environment; None is nothing yet
 
 
 class Acted(NamedTuple):
@@ -32,6 +35,7 @@ class Acted(NamedTuple):
     #: V and log-probabilities, (n_envs,) each, if acting found them anyway; None leaves them to ``judge``
     values: th.Tensor | None = None
     log_probs: th.Tensor | None = None
+    memory: Memory | None = None  #: what the policy will remember of each environment
 
 
 class Judged(NamedTuple):
@@ -41,6 +45,8 @@ class Judged(NamedTuple):
     log_probs: np.ndarray  #: log pi(a_t|s_t), float32 (n_steps, n_envs)
     final_values: np.ndarray  #: V of ``Rollout.final_observations``, float32
     rewards: np.ndarray | None = None  #: in place of the environment's, (n_steps, n_envs)
+    memory: Memory | None = None  #: after the last step, of each environment
+    starting_memory: Memory | None = None  #: with which each of ``Rollout.stretches`` begins
     figures: Mapping[str, float] = {}  #: to be logged
 
 
