@@ -84,6 +84,24 @@ def with_one_output(parameters: dict[str, Any], n: int) -> dict[str, Any]:
     return {**parameters, "policy": policy, "policy.optimizer": optimizer}
 
 
+def check_memory(policy: ActorCriticPolicy, parameters: dict[str, Any]) -> None:
+    """Refuse the parameters of a recurrent policy for one that is not, and the other way round.
+
+    :param parameters: as in an archive
+    :raises ArgumentError: they are
+    """
+    kinds = ["ActorCriticPolicy, which has no memory", "RecurrentActorCriticPolicy, which has a memory"]
+    given, own = (
+        kinds[any(name.startswith("lstm_") for name in names)]
+        for names in (parameters.get("policy", policy.state_dict()), policy.state_dict())
+    )
+    if given != own:
+        raise ArgumentError(
+            f"The parameters are those of a policy like {given}, but this model's {type(policy).__name__} is like "
+            f"{own}. Load the archive with `load`, which makes a policy of its kind."
+        )
+
+
 #: Arguments that only a new model can have: what they make is in the archive.
 _OF_NEW_MODELS = ("use_rms_prop", "rms_prop_eps")
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
@@ -24,6 +25,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
 from stable_baselines3.common.utils import explained_variance, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
@@ -31,7 +33,15 @@ from stable_baselines3.common.vec_env.patch_gym import _patch_env
 
 from sb3_pg.common.acting import Horizon, Steps, WholeEpisodes, longest_episode
 from sb3_pg.common.advantages import Baseline, moving_average
-from sb3_pg.common.archive import Portable, algorithm_in, check_overrides, maskable, unmasked, with_one_output
+from sb3_pg.common.archive import (
+    Portable,
+    algorithm_in,
+    check_memory,
+    check_overrides,
+    maskable,
+    unmasked,
+    with_one_output,
+)
 from sb3_pg.common.arrays import Column, as_tensors, take
 from sb3_pg.common.batch import Batch, epoch
 from sb3_pg.common.buffers import RolloutBuffer
@@ -137,6 +147,8 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         """SB3's wrappers, with our DummyVecEnv around a single environment."""
+        if isinstance(env, str):
+            env = gym.make(env)
         if not isinstance(env, VecEnv):
             check_spaces(env.observation_space, env.action_space)
             single = _patch_env(env)
@@ -627,10 +639,17 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
-        """SB3's, and an interrupted rollout is forgotten: it was acted by the parameters before."""
-        if isinstance(load_path_or_dict, dict) and isinstance(self.action_space, spaces.MultiBinary):
-            load_path_or_dict = with_one_output(load_path_or_dict, get_action_dim(self.action_space))
-        super().set_parameters(load_path_or_dict, exact_match, device)
+        """SB3's, and an interrupted rollout is forgotten: it was acted by the parameters before.
+
+        :raises ArgumentError: the parameters are of a policy with memory and this one has none, or the other way round
+        """
+        parameters: Any = load_path_or_dict
+        if not isinstance(parameters, dict):
+            _, parameters, _ = load_from_zip_file(parameters, device=device, load_data=False)
+        check_memory(self.policy, parameters)
+        if isinstance(self.action_space, spaces.MultiBinary):
+            parameters = with_one_output(parameters, get_action_dim(self.action_space))
+        super().set_parameters(parameters, exact_match, device)
         self._rollout = None
 
     @classmethod
