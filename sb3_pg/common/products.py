@@ -48,9 +48,7 @@ def product(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.n
     if out is None:
         out = np.empty((n, m), a.dtype)
     height = 0 if is_thin or k == 1 else MATRIX_LIMIT // (k * m) // 8 * 8
-    if (
-        is_thin and max(n, m) > 1 and 2 * size <= MATRIX_LIMIT
-    ):  # as a matrix product the limit is higher, and it is as fast
+    if is_thin and n != m and 2 * size <= MATRIX_LIMIT:  # as a matrix product the limit is higher, and it is as fast
         out[...] = np.dot(a.repeat(2, axis=0), b)[:1] if n == 1 else np.dot(a, b.repeat(2, axis=1))[:, :1]
     elif th.get_num_threads() == 1 and not (height and size <= 4 * MATRIX_LIMIT):
         th.mm(th.from_numpy(a), th.from_numpy(b), out=th.from_numpy(out))

@@ -140,6 +140,10 @@ CHANGES = {
     "replaced method": (no_latent, False),
     "other distribution": (squash, False),
     "other bounds": (lambda policy: setattr(policy, "action_space", spaces.Box(-0.01, 0.01, (2,))), True),
+    "unequal bounds": (
+        lambda policy: setattr(policy, "action_space", spaces.Box(np.array([-0.1, -0.01]), np.array([0.02, 0.2]))),
+        True,
+    ),
     "frozen": (lambda policy: policy.requires_grad_(False), True),
 }
 
@@ -156,6 +160,14 @@ def test_changes_between_two_calls_are_seen(change):
     deed(policy)
     check_same(policy, x, quick)
     assert change in ("frozen", "added dropout") or np.abs(both(policy, x)[0] - before).max() > 1e-4
+
+
+def test_a_policy_that_is_to_scale_its_actions_is_seen():
+    policy = tiny(PPO, FakeEnv(action_space=spaces.Box(-3.0, 5.0, (2,)))).policy
+    x = np.ones((2, 3), np.float32)
+    for scales in (False, True):
+        policy._squash_output = scales
+        check_same(policy, x, quick=not scales)
 
 
 def test_a_hook_of_all_modules_is_seen():
