@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from sb3_pg import PPO
 from sb3_pg.common.errors import ArgumentError
+from sb3_pg.common.policies import class_of
 
 FLAT = [name for name in OBSERVATION_SPACES if name not in ("dict", "image")]
 
@@ -188,3 +189,11 @@ def test_the_mode_is_evaluation_afterwards():
     policy.predict(np.zeros(3, np.float32))
     assert not policy.training
     assert not policy.action_net.training
+
+
+def test_the_quick_policy_goes_for_sb3s_own():
+    kind = type(tiny(PPO, FakeEnv()).policy)
+    assert kind.__name__ == "QuickMlpPolicy"
+    assert class_of(kind) is class_of("MlpPolicy") is class_of(ActorCriticPolicy) is ActorCriticPolicy
+    with pytest.raises(ArgumentError, match="MultiInputPolicy"):
+        PPO(kind, FakeEnv(OBSERVATION_SPACES["dict"]))
