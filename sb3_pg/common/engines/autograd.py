@@ -20,6 +20,7 @@ from sb3_pg.common.batch import Batch
 from sb3_pg.common.distributions import Family, Gaussian, Parameters, describe, draw, family_of, masked
 from sb3_pg.common.distributions.family import column
 from sb3_pg.common.distributions.recognition import detached
+from sb3_pg.common.engines.blueprint import reason_against
 from sb3_pg.common.engines.optimizer import use_fused_adam
 from sb3_pg.common.engines.protocol import Acted, Fisher, Look, Seen
 from sb3_pg.common.engines.rows import RowEngine
@@ -113,11 +114,13 @@ class AutogradEngine(RowEngine):
     """Acts, judges and steps through the policy's own methods.
 
     :param policy: any ActorCriticPolicy, SB3's or a subclass with its own modules, distributions or features
-    :param why: what keeps it from the closed form, for the description
+    :param why: it and not the closed form, for the description
+    :param is_stopgap: until ``why`` is no longer the reason against the closed form
     """
 
-    def __init__(self, policy: ActorCriticPolicy, why: str = "") -> None:
+    def __init__(self, policy: ActorCriticPolicy, why: str = "", *, is_stopgap: bool = False) -> None:
         self.policy = policy
+        self._why, self._is_stopgap = why, is_stopgap
         self.description = "autograd" + (f" ({why})" if why else "")
         self._device = policy.device
         use_fused_adam(policy.optimizer)
@@ -136,7 +139,7 @@ class AutogradEngine(RowEngine):
         self._actor_parameters: list[th.nn.Parameter] | None = None  # until they are asked for
         self._largest_layer = largest_layer(policy)
         self._family = None if self._forward_acts else _family_of_outputs(policy)
-        return policy.device == self._device
+        return policy.device == self._device and not (self._is_stopgap and reason_against(policy) != self._why)
 
     def _arranged(self, observations: Any) -> Any:
         return mapped(channels_last, observations) if self._likes_channels_last else observations

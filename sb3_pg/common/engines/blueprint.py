@@ -1,4 +1,4 @@
-"""Whether a policy is SB3's MlpPolicy to the letter, and what it is made of."""
+"""Tell whether a policy is SB3's MlpPolicy to the letter, and what it is made of."""
 
 from typing import Any
 
@@ -63,8 +63,17 @@ class Blueprint:
         return [*memory, *activations, type(self.family), *vars(self.family).items()]
 
 
+def reason_against(policy: ActorCriticPolicy) -> str | None:
+    """Return why a policy cannot be computed in closed form; None if it can."""
+    try:
+        Blueprint(policy)
+    except Unsuitable as reason:
+        return str(reason)
+    return None
+
+
 def _check_code(policy: ActorCriticPolicy) -> None:
-    """Whether it is SB3's code, all of it and nothing else, that the policy runs."""
+    """Refuse a policy that runs anything but SB3's code."""
     if type(policy) not in PLAIN:
         raise Unsuitable(f"{type(policy).__name__} is not SB3's MlpPolicy")
     if policy.use_sde:
@@ -87,7 +96,7 @@ def _check_code(policy: ActorCriticPolicy) -> None:
 
 
 def _check_space(space: spaces.Space[Any]) -> None:
-    """Whether observations of it can be encoded."""
+    """Refuse a space whose observations cannot be encoded."""
     # SB3 one-hot encodes from 0 and refuses observations that start elsewhere
     if not isinstance(space, PLAIN_SPACES) or np.any(start_of(space)):
         raise Unsuitable(f"observations are of {space}")
@@ -113,7 +122,7 @@ def _linear(module: nn.Module) -> nn.Linear:
 
 
 def _check_parameters(parameters: list[th.Tensor], trained: bool) -> None:
-    """Whether NumPy can see all of them, each in one place and trained by plain gradients."""
+    """Refuse parameters unless NumPy sees all of them, each in one place and trained by plain gradients."""
     if any(p is None for p in parameters):
         raise Unsuitable("a layer has no bias")
     if any(p.device.type != "cpu" for p in parameters):

@@ -125,7 +125,7 @@ class Engine(Protocol):
     def refresh(self) -> bool:
         """Look at the policy's parameters anew; called before every rollout and every update.
 
-        :return: False if the policy has become one that this engine cannot compute
+        :return: False if the policy has become one that needs another engine
         """
 
     def act(self, seen: Seen, deterministic: bool = False) -> Acted:
