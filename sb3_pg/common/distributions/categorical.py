@@ -17,7 +17,7 @@ class Softmax(NamedTuple):
 
     @property
     def entropy(self) -> Array:
-        """In nats, (n,)."""
+        """Return the entropy in nats, (n,)."""
         return -(self.p * self.log_p).sum(-1)
 
 

@@ -1,5 +1,6 @@
 """Tell whether a policy is SB3's MlpPolicy to the letter, and what it is made of."""
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,10 @@ class Unsuitable(Exception):  # noqa: N818  # an answer, not an error
 #: A linear layer and the activation after it.
 Layers = list[tuple[nn.Linear, nn.Module | None]]
 
-_METHODS = frozenset(name for name in dir(ActorCriticPolicy) if callable(getattr(ActorCriticPolicy, name)))
+_METHODS = frozenset(name for name, _ in inspect.getmembers(ActorCriticPolicy, callable))
 _OWN_CODE = frozenset(("forward", "forward_actor", "forward_critic"))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 DTYPES = {th.float32: np.float32, th.float64: np.float64}
-
 
 #: Policy classes that compute what SB3's MlpPolicy does.
 PLAIN: set[type[ActorCriticPolicy]] = {ActorCriticPolicy}
@@ -57,7 +57,7 @@ class Blueprint:
         _check_parameters(self.parameters, trained)
 
     def fingerprint(self) -> list[Any]:
-        """Equal for two blueprints if views made for one are right for the other."""
+        """Return what is equal for two blueprints if views made for one are right for the other."""
         memory: list[Any] = [(id(p), p.data_ptr(), p.dtype) for p in self.parameters]
         activations = [f and (type(f), f.extra_repr()) for _, f in [*self.actor, *self.critic]]
         return [*memory, *activations, type(self.family), *vars(self.family).items()]
@@ -138,5 +138,5 @@ def _check_parameters(parameters: list[th.Tensor], trained: bool) -> None:
         raise Unsuitable("parameters are frozen")
     if len({id(p) for p in parameters}) < len(parameters):
         raise Unsuitable("layers share parameters")
-    if any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
         raise Unsuitable("a parameter has a hook")
