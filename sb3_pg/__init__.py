@@ -1,7 +1,7 @@
 """REINFORCE, TRPO and PPO for Stable-Baselines3: one family with one design."""
 
 from sb3_pg import text  # registers its environments and imports nothing else
-from sb3_pg.common.registry import register_engine, register_policy
+from sb3_pg.common.registry import ENGINE_PLACES, POLICY_PLACES
 from sb3_pg.ppo import PPO
 from sb3_pg.reinforce import REINFORCE
 from sb3_pg.trpo import TRPO
@@ -11,5 +11,5 @@ __version__ = "0.1.0"
 __all__ = ["PPO", "REINFORCE", "TRPO", "__version__", "text"]
 
 for _name in ("CausalLMPolicy", "Seq2SeqLMPolicy"):
-    register_policy(_name, f"sb3_pg.text.policies:{_name}")
-register_engine("sb3_pg.text.policies:LanguageModelPolicy", "sb3_pg.text.engine:TextEngine")
+    POLICY_PLACES[_name] = f"sb3_pg.text.policies:{_name}"
+ENGINE_PLACES["sb3_pg.text.policies:LanguageModelPolicy"] = "sb3_pg.text.engine:TextEngine"

@@ -1,6 +1,5 @@
 """What an archive holds."""
 
-import difflib
 import inspect
 import json
 import zipfile
@@ -9,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from stable_baselines3.common.save_util import open_path
 
-from sb3_pg.common.errors import ArgumentError
+from sb3_pg.common.errors import ArgumentError, did_you_mean
 
 #: What tells the archives of algorithms apart: the first of these attributes that one has.
 _MARKS = {
@@ -48,9 +47,7 @@ def check_overrides(kind: type, names: Collection[str]) -> None:
         if name in _OF_NEW_MODELS and name in known:
             raise ArgumentError(f"`{name}` cannot be changed when loading: the archive has its own optimizer.")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ArgumentError(f"`{name}` is not an argument of {kind.__name__}.{hint}")
+            raise ArgumentError(f"`{name}` is not an argument of {kind.__name__}.{did_you_mean(name, known)}")
 
 
 def algorithm_in(path: Any) -> str | None:

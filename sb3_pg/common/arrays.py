@@ -1,5 +1,6 @@
 """One text for NumPy and torch: the array API namespace of an array, looked up once per type."""
 
+from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias, overload
 
 import numpy as np
@@ -52,6 +53,11 @@ def namespace(x: Array) -> Namespace:
     return found
 
 
+def mapped(function: Callable[[Any], Any], x: Any) -> Any:
+    """Return what a function makes of an array, or a dictionary of what it makes of each array of one."""
+    return {key: function(value) for key, value in x.items()} if isinstance(x, dict) else function(x)
+
+
 @overload
 def take(x: Array, index: Any) -> Array: ...
 @overload
@@ -77,7 +83,7 @@ def nbytes(x: Observations) -> int:
 
 def as_tensors(x: Any) -> Any:
     """Return an array of NumPy as a tensor in the same memory, or a dictionary of such."""
-    return {key: as_tensors(value) for key, value in x.items()} if isinstance(x, dict) else th.from_numpy(x)
+    return mapped(th.from_numpy, x)
 
 
 class Column:

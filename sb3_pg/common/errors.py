@@ -1,5 +1,6 @@
 """Errors and checks: what is wrong, where, and what to do about it."""
 
+import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable
@@ -69,6 +70,16 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     choices = list(choices)
     if not any(value is choice or value == choice for choice in choices):
         raise ArgumentError(f"`{name}` must be one of {', '.join(map(repr, choices))}, not {value!r}.")
+
+
+def did_you_mean(name: str, known: Iterable[str], *, suffix: str = "") -> str:
+    """Return a question about the nearest known name, to put after an error; nothing if none is near.
+
+    :param suffix: what a name may lack
+    """
+    spellings = {spelling: x for x in known for spelling in (x.lower().removesuffix(suffix), x.lower())}
+    near = difflib.get_close_matches(name.lower(), spellings, n=1, cutoff=0.7)
+    return f" Did you mean {spellings[near[0]]!r}?" if near else ""
 
 
 def as_number(x: Any) -> float | None:

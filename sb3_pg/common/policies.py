@@ -1,6 +1,5 @@
 """SB3's policies under their names, with a faster ``predict``, and checks of what they are given."""
 
-import difflib
 import inspect
 from typing import Any
 
@@ -18,22 +17,21 @@ from stable_baselines3.common.preprocessing import is_image_space
 from sb3_pg.common.distributions.recognition import detached
 from sb3_pg.common.engines.blueprint import PLAIN
 from sb3_pg.common.engines.prediction import Predictor
-from sb3_pg.common.errors import ArgumentError
-from sb3_pg.common.registry import policy_class, policy_names
+from sb3_pg.common.errors import ArgumentError, did_you_mean
+from sb3_pg.common.registry import POLICY_PLACES, at
 
-#: By the names that SB3 has for them.
+#: SB3's classes by the names that it has for them.
 POLICIES: dict[str, type[BasePolicy]] = {
     "MlpPolicy": ActorCriticPolicy,
     "CnnPolicy": ActorCriticCnnPolicy,
     "MultiInputPolicy": MultiInputActorCriticPolicy,
 }
 
-
 #: A policy that is not computed in closed form is asked again after so many predictions.
 _ASKED_EVERY = 1000
 
 
-class MlpPolicy(ActorCriticPolicy):
+class QuickMlpPolicy(ActorCriticPolicy):
     """SB3's MlpPolicy whose ``predict`` takes the closed form where that computes the same.
 
     Models are made with it in place of SB3's class. Their archives name SB3's, so that SB3 reads them alone.
@@ -70,7 +68,7 @@ class MlpPolicy(ActorCriticPolicy):
         return {**self.__dict__, "_predictor": None}
 
 
-PLAIN.add(MlpPolicy)
+PLAIN.add(QuickMlpPolicy)
 
 
 def detach_distribution(policy: ActorCriticPolicy) -> None:
@@ -86,25 +84,24 @@ def reset_noise(policy: ActorCriticPolicy, n_envs: int) -> None:
 
 def own_class(kind: type[BasePolicy]) -> type[BasePolicy]:
     """Return our class in place of SB3's, any other as it is."""
-    return MlpPolicy if kind is ActorCriticPolicy else kind
+    return QuickMlpPolicy if kind is ActorCriticPolicy else kind
 
 
-def class_of(name: str) -> type[BasePolicy]:
-    """Return the policy class that goes by a name.
+def class_of(policy: Any) -> type[BasePolicy]:
+    """Return the policy class that goes by a name. Of classes, take SB3's in place of ours, so that archives name it.
 
     :raises ArgumentError: there is none; names those that there are
     """
-    found: type[BasePolicy] | None = POLICIES.get(name) or policy_class(name)
-    if found is None:
-        known = [*POLICIES, *policy_names()]
-        lower = {x.lower(): x for x in known} | {x.lower().removesuffix("policy"): x for x in known}
-        near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.7)
-        hint = f" Did you mean {lower[near[0]]!r}?" if near else ""
-        raise ArgumentError(
-            f"`policy` is {name!r}, but must be a subclass of ActorCriticPolicy or one of "
-            f"{', '.join(map(repr, known))}.{hint}"
-        )
-    return found
+    if not isinstance(policy, str):
+        return ActorCriticPolicy if policy is QuickMlpPolicy else policy
+    found: type[BasePolicy] | None = at(POLICY_PLACES[policy]) if policy in POLICY_PLACES else POLICIES.get(policy)
+    if found is not None:
+        return found
+    known = [*POLICIES, *sorted(POLICY_PLACES)]
+    raise ArgumentError(
+        f"`policy` is {policy!r}, but must be a subclass of ActorCriticPolicy or one of "
+        f"{', '.join(map(repr, known))}.{did_you_mean(policy, known, suffix='policy')}"
+    )
 
 
 def check_policy(policy: Any, observation_space: spaces.Space[Any] | None, policy_kwargs: Any) -> None:
@@ -114,7 +111,7 @@ def check_policy(policy: Any, observation_space: spaces.Space[Any] | None, polic
     :param observation_space: None if it is not known yet
     :raises ArgumentError: naming what is wrong and what to do
     """
-    kind = class_of(policy) if isinstance(policy, str) else policy
+    kind: Any = class_of(policy)
     if not inspect.isclass(kind):
         raise ArgumentError(f"`policy` must be a class derived from ActorCriticPolicy or a name, not {_short(policy)}.")
     if not issubclass(kind, ActorCriticPolicy):
@@ -141,8 +138,7 @@ def _check_names(where: str, function: Any, kwargs: dict[str, Any]) -> None:
         return
     for name in kwargs:
         if name not in parameters:
-            near = difflib.get_close_matches(name, parameters, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, parameters)
             raise ArgumentError(f"`{where}` has {name!r}, which {function.__name__} does not take.{hint}")
 
 
@@ -179,7 +175,7 @@ def _check_net_arch(net_arch: Any) -> None:
 
 
 def _check_observations(kind: type, space: spaces.Space[Any], kwargs: dict[str, Any]) -> None:
-    """Whether the usual features extractor of SB3's policies reads such observations."""
+    """Refuse observations that the usual features extractor of SB3's policies does not read."""
     if "features_extractor_class" in kwargs or kind not in POLICIES.values():
         return
     name = f"{next(name for name, its in POLICIES.items() if its is kind)} ({kind.__name__})"

@@ -7,7 +7,7 @@ from gymnasium import spaces
 
 from sb3_pg.common.errors import ArgumentError
 
-ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+PLAIN_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 _FLATTEN = "Flatten it (gymnasium.wrappers.FlattenObservation), or use a Dict of plain spaces."
 
@@ -32,7 +32,7 @@ def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Spac
 
 
 def _check_observations(what: str, space: spaces.Space[Any]) -> None:
-    if not isinstance(space, ACTION_SPACES):
+    if not isinstance(space, PLAIN_SPACES):
         raise SpaceError(
             f"The {what} {space} is none of Box, Discrete, MultiDiscrete and MultiBinary, or a Dict of them. {_FLATTEN}"
         )
@@ -49,7 +49,7 @@ def _check_observations(what: str, space: spaces.Space[Any]) -> None:
 
 def _check_actions(space: spaces.Space[Any]) -> None:
     wrap = "wrap the environment to take a plain one (gymnasium.ActionWrapper)."
-    if not isinstance(space, ACTION_SPACES):
+    if not isinstance(space, PLAIN_SPACES):
         raise SpaceError(f"The action space {space} is none of Box, Discrete, MultiDiscrete and MultiBinary: {wrap}")
     if not isinstance(space, spaces.Box) and len(space.shape or ()) > 1:
         raise SpaceError(f"Multi-dimensional {space} action space is not supported. Flatten it: {wrap}")

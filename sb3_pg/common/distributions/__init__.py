@@ -2,7 +2,7 @@
 
 from sb3_pg.common.distributions.bernoulli import Bernoulli
 from sb3_pg.common.distributions.categorical import Categorical
-from sb3_pg.common.distributions.family import Family, Likelihood, Parameters
+from sb3_pg.common.distributions.family import Family, Likelihood, Parameters, draw
 from sb3_pg.common.distributions.gaussian import Gaussian
 from sb3_pg.common.distributions.masks import masked
 from sb3_pg.common.distributions.recognition import describe, family_of
@@ -15,6 +15,7 @@ __all__ = [
     "Likelihood",
     "Parameters",
     "describe",
+    "draw",
     "family_of",
     "masked",
 ]

@@ -6,9 +6,10 @@ row for all), ``(logits,)`` for the others. Quantities are summed over action di
 the joint distribution is what a trust region is about.
 """
 
+import threading
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch as th
@@ -65,8 +66,23 @@ def column(d: Array | float) -> Array | float:
     return d if isinstance(d, float) else d[:, None]
 
 
-@lru_cache(maxsize=64)
-def scratch(n_rows: int, n_columns: int) -> tuple[th.Tensor, np.ndarray]:
-    """Return memory for noise, as torch and as NumPy see it; good until the next noise of that shape is drawn."""
+def draw(family: Family, parameters: Parameters, deterministic: bool) -> Any:
+    """Return the most likely action of each row, or one drawn at random; parameters and actions are NumPy's."""
+    if deterministic:
+        return family.mode(parameters)
+    return family.sample(parameters, family.noise(len(parameters[0])))
+
+
+def _allocate(n_rows: int, n_columns: int) -> tuple[th.Tensor, np.ndarray]:
     numbers = th.empty(n_rows, n_columns)
     return numbers, numbers.numpy()
+
+
+class _Memory(threading.local):
+    """Memory for noise, as torch and NumPy see it, until the thread next asks for the same shape."""
+
+    def __init__(self) -> None:
+        self.of_shape = lru_cache(maxsize=64)(_allocate)
+
+
+memory = _Memory()

@@ -15,11 +15,12 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.utils import obs_as_tensor
 
-from sb3_pg.common.arrays import Array, length, namespace, take
+from sb3_pg.common.arrays import Array, length, mapped, namespace, take
 from sb3_pg.common.batch import Batch
-from sb3_pg.common.distributions import Family, Gaussian, Parameters, describe, family_of, masked
+from sb3_pg.common.distributions import Family, Gaussian, Parameters, describe, draw, family_of, masked
 from sb3_pg.common.distributions.family import column
 from sb3_pg.common.distributions.recognition import detached
+from sb3_pg.common.engines.blueprint import reason_against
 from sb3_pg.common.engines.optimizer import use_fused_adam
 from sb3_pg.common.engines.protocol import Acted, Fisher, Look, Seen
 from sb3_pg.common.engines.rows import RowEngine
@@ -74,7 +75,7 @@ class GraphEvaluation:
             th.autograd.backward(tensors, gradients, inputs=inputs)
 
     def _of_actor(self, d_log_prob: Any, d_entropy: Any) -> Derivatives:
-        """Tensors in the actor's graph with the derivatives of the loss by them."""
+        """Return tensors in the actor's graph with the derivatives of the loss by them."""
         raise AssertionError("only the critic was evaluated")
 
 
@@ -113,11 +114,13 @@ class AutogradEngine(RowEngine):
     """Acts, judges and steps through the policy's own methods.
 
     :param policy: any ActorCriticPolicy, SB3's or a subclass with its own modules, distributions or features
-    :param why: what keeps it from the closed form, for the description
+    :param why: it and not the closed form, for the description
+    :param is_stopgap: until ``why`` is no longer the reason against the closed form
     """
 
-    def __init__(self, policy: ActorCriticPolicy, why: str = "") -> None:
+    def __init__(self, policy: ActorCriticPolicy, why: str = "", *, is_stopgap: bool = False) -> None:
         self.policy = policy
+        self._why, self._is_stopgap = why, is_stopgap
         self.description = "autograd" + (f" ({why})" if why else "")
         self._device = policy.device
         use_fused_adam(policy.optimizer)
@@ -125,10 +128,7 @@ class AutogradEngine(RowEngine):
 
     def refresh(self) -> bool:
         policy = self.policy
-        self._forward_acts = any(
-            getattr(type(policy), name) is not getattr(ActorCriticPolicy, name) or name in policy.__dict__
-            for name in _ACTING
-        )
+        self._forward_acts = _is_replaced(policy, *_ACTING)
         extractors = {type(policy.pi_features_extractor), type(policy.vf_features_extractor)}
         # Where actor and critic share a convolution, what else acting could compute costs next to nothing.
         self._heads_are_cheap = policy.share_features_extractor and extractors != {FlattenExtractor}
@@ -136,10 +136,10 @@ class AutogradEngine(RowEngine):
         self._actor_parameters: list[th.nn.Parameter] | None = None  # until they are asked for
         self._largest_layer = largest_layer(policy)
         self._family = None if self._forward_acts else _family_of_outputs(policy)
-        return policy.device == self._device
+        return policy.device == self._device and not (self._is_stopgap and reason_against(policy) != self._why)
 
     def _arranged(self, observations: Any) -> Any:
-        return channels_last(observations) if self._likes_channels_last else observations
+        return mapped(channels_last, observations) if self._likes_channels_last else observations
 
     # Act
 
@@ -163,17 +163,14 @@ class AutogradEngine(RowEngine):
         else:
             outputs = self._actor_outputs(observations, masks)
         parameters = tuple(x.float().cpu().numpy() for x in outputs)
-        if deterministic:
-            actions: Any = family.mode(parameters)
-        else:
-            actions = family.sample(parameters, family.noise(len(parameters[0])))
+        actions = draw(family, parameters, deterministic)
         if values is None:
             return Acted(self._in_shape(actions))
         log_prob: Any = family.log_prob(parameters, actions)
         return Acted(self._in_shape(actions), values, th.from_numpy(log_prob))
 
     def _require_heads(self, masks: Any) -> None:
-        """Masks go between network and distribution, which a policy's own methods do not let us."""
+        """Refuse masks without formulas: between network and distribution a policy's own methods take none."""
         if masks is not None and self._family is None:
             raise ArgumentError(f"{type(self.policy).__name__} cannot be masked: {self.description}.")
 
@@ -188,7 +185,7 @@ class AutogradEngine(RowEngine):
         return self._parameters(policy.action_net(policy.mlp_extractor.forward_actor(features)), masks)
 
     def _outputs(self, observations: Any, masks: Any = None) -> tuple[tuple[th.Tensor, ...], th.Tensor]:
-        """Parameters of each row's distribution, and V."""
+        """Return the parameters of each row's distribution, and V."""
         policy = self.policy
         features = policy.extract_features(observations)
         if policy.share_features_extractor:
@@ -244,9 +241,9 @@ class AutogradEngine(RowEngine):
         return values, log_probs
 
     def _chunks(self, observations: Any) -> list[slice]:
-        """Pieces of a pass over many observations."""
-        first = observations.values() if isinstance(observations, dict) else [observations]
-        numbers = sum(int(np.prod(x.shape[1:])) for x in first)
+        """Return the pieces of a pass over many observations."""
+        arrays = observations.values() if isinstance(observations, dict) else [observations]
+        numbers = sum(int(np.prod(x.shape[1:])) for x in arrays)
         n, size = length(observations), max(1, _CHUNK_NUMBERS // max(numbers, 1))
         choose_threads(min(n, size) * self._largest_layer)
         return [slice(start, start + size) for start in range(0, n, size)]
@@ -268,10 +265,8 @@ class AutogradEngine(RowEngine):
         return GraphEvaluation(self, batch, self.policy.predict_values(batch.observations).flatten())  # type: ignore[arg-type]
 
     def _arranged_batch(self, batch: Batch) -> Batch:
-        if not self._likes_channels_last:
-            return batch
         arranged = copy.copy(batch)
-        arranged.observations = channels_last(batch.observations)
+        arranged.observations = self._arranged(batch.observations)
         return arranged
 
     def actor_parameters(self, batch: Batch) -> list[th.nn.Parameter]:
@@ -325,7 +320,7 @@ class GraphActor:
 
     @property
     def vector(self) -> Array:
-        """The present parameters, flat."""
+        """Return the present parameters, flat."""
         return _flat([p.detach() for p in self._parameters], self._parameters)
 
     @vector.setter
@@ -341,7 +336,7 @@ class GraphActor:
 
     @property
     def old(self) -> Look:
-        """The look at the old parameters."""
+        """Return the look at the old parameters."""
         return self._old[1]
 
     def look(self) -> Look:
@@ -421,7 +416,7 @@ class GraphActor:
         return product
 
     def _fisher_from_kl(self, distribution: Distribution, scale: Any) -> Fisher:
-        """For a distribution of unknown kind: the Hessian of KL(old || new) at new = old, by double backward."""
+        """Return the Hessian of KL(old || new) at new = old by double backward, for a distribution of unknown kind."""
         parameters = self._parameters
         kl = (_torch_kl(detached(distribution), distribution) * scale).sum()
         gradient = _flat(list(th.autograd.grad(kl, parameters, create_graph=True, materialize_grads=True)), parameters)
@@ -457,19 +452,21 @@ def largest_layer(policy: th.nn.Module) -> float:
 
 def _family_of_outputs(policy: ActorCriticPolicy) -> Family | None:
     """Return the formulas of the policy's distribution, if they are known and it is made of ``action_net`` alone."""
-    method = "_get_action_dist_from_latent"
-    if getattr(type(policy), method) is not getattr(ActorCriticPolicy, method) or method in policy.__dict__:
-        return None
-    return family_of(policy.action_dist)
+    return None if _is_replaced(policy, "_get_action_dist_from_latent") else family_of(policy.action_dist)
+
+
+def _is_replaced(policy: ActorCriticPolicy, *methods: str) -> bool:
+    """Return whether a policy has one of its own in place of these methods of SB3's."""
+    own = vars(policy).keys()
+    return any(m in own or getattr(type(policy), m) is not getattr(ActorCriticPolicy, m) for m in methods)
 
 
 def channels_last(x: Any) -> Any:
-    """Images in the layout that convolutions, and above all their backward passes, run fastest in: the same numbers.
+    """Return images in the layout that convolutions, and above all their backward passes, run fastest in.
 
-    Only for SB3's own convolutions, since it spreads to their outputs, and ``view`` does not take every shape of it.
+    The numbers are the same. Only for SB3's own convolutions, since it spreads to their outputs, and ``view`` does not
+    take every shape of it.
     """
-    if isinstance(x, dict):
-        return {key: channels_last(value) for key, value in x.items()}
     if x.ndim != 4:
         return x
     if x.shape[1] == 1 and x.is_contiguous():  # both layouts at once; torch takes the one that the strides spell

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sb3_pg.common.arrays import Array
+from sb3_pg.common.arrays import Array, mapped
 from sb3_pg.common.batch import Batch, batch_of
 from sb3_pg.common.engines.protocol import Judged
 from sb3_pg.common.rollout import Rollout
@@ -44,4 +44,4 @@ class RowEngine(ABC):
         return batch_of(rollout, self._asarrays, self.actions, keep)
 
     def _asarrays(self, x: Any) -> Any:
-        return {key: self.asarray(value) for key, value in x.items()} if isinstance(x, dict) else self.asarray(x)
+        return mapped(self.asarray, x)

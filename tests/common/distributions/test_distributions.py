@@ -1,6 +1,7 @@
 """Each family's formulas against torch.distributions, autograd, and sums over all actions."""
 
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from stable_baselines3.common import distributions as sb3
 from torch import distributions as td
 
 from sb3_pg.common.distributions import Bernoulli, Categorical, Gaussian, describe, family_of
+from sb3_pg.common.distributions import draw as draw_actions
 
 N = 7  # rows
 
@@ -323,6 +325,26 @@ def test_families_are_known_by_the_class_alone(distribution, family):
     found = family_of(distribution)
     assert type(found) is family
     if family is Categorical:
-        assert found.n_logits == sum(getattr(distribution, "action_dims", [4]))
+        assert found.blocks[-1].stop == sum(getattr(distribution, "action_dims", [4]))
     elif family is not type(None):
         assert found.n_dims == getattr(distribution, "action_dim", 3)
+
+
+def test_noise_that_another_thread_draws_leaves_ours_alone(case):
+    family = case[0]
+    noise = family.noise(N)
+    before = noise.copy()
+    other = threading.Thread(target=family.noise, args=(N,))
+    other.start()
+    other.join()
+    np.testing.assert_array_equal(noise, before)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_draw(case, deterministic):
+    family, _, sizes = case
+    parameters = tuple(x.numpy() for x in draw(sizes))
+    th.manual_seed(0)
+    expected = family.mode(parameters) if deterministic else family.sample(parameters, family.noise(N).copy())
+    th.manual_seed(0)
+    np.testing.assert_array_equal(draw_actions(family, parameters, deterministic), expected)

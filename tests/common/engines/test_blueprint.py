@@ -4,6 +4,7 @@ import copy
 from types import MethodType
 
 import pytest
+import torch as th
 from conftest import ACTION_SPACES, OBSERVATION_SPACES, make_envs
 from engine_cases import make_policy
 from gymnasium import spaces
@@ -11,10 +12,10 @@ from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticP
 from torch import nn
 
 from sb3_pg import PPO
-from sb3_pg.common import registry
 from sb3_pg.common.engines.autograd import AutogradEngine
 from sb3_pg.common.engines.choice import make_engine
 from sb3_pg.common.engines.closed_form import ClosedFormEngine
+from sb3_pg.common.registry import ENGINE_PLACES, POLICY_PLACES
 
 
 class OwnPolicy(ActorCriticPolicy):
@@ -100,6 +101,32 @@ def test_an_engine_knows_when_its_policy_has_left_closed_form(change):
     assert all(p.grad is None for p in policy.parameters())
 
 
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+def test_the_closed_form_comes_back_when_nothing_is_against_it(engine):
+    model = PPO("MlpPolicy", make_envs(), n_steps=8, batch_size=8, n_epochs=1, engine=engine)
+    descriptions = []
+    for freeze in (False, True, False):
+        model.policy.action_net.requires_grad_(not freeze)
+        before = model.policy.action_net.weight.detach().clone()
+        model.learn(8, reset_num_timesteps=False)
+        assert th.equal(model.policy.action_net.weight, before) == freeze
+        descriptions.append(model.network.description)
+    if engine == "auto":
+        assert descriptions == ["closed-form", "autograd (parameters are frozen)", "closed-form"]
+    else:
+        assert descriptions == ["autograd (engine='autograd')"] * 3
+
+
+def test_another_reason_is_told():
+    policy = make_policy()
+    frozen(policy)
+    engine = make_engine(policy)
+    assert engine.refresh()
+    hooked(policy)
+    assert not engine.refresh()
+    assert "hook" in make_engine(policy).description
+
+
 def test_a_copy_looks_at_its_own_policy():
     engine = make_engine(make_policy())
     dropout(engine.policy)
@@ -163,9 +190,8 @@ class SubPolicy(OwnPolicy):
 
 
 def test_a_registered_engine_is_chosen_for_its_policy_and_subclasses(monkeypatch):
-    monkeypatch.setattr(registry, "_engines", dict(registry._engines))
-    places = (f"{kind.__module__}:{kind.__qualname__}" for kind in (OwnPolicy, OwnEngine))
-    registry.register_engine(*places)
+    policy_place, engine_place = (f"{kind.__module__}:{kind.__qualname__}" for kind in (OwnPolicy, OwnEngine))
+    monkeypatch.setitem(ENGINE_PLACES, policy_place, engine_place)
     for kind, engine in [(OwnPolicy, OwnEngine), (SubPolicy, OwnEngine), (ActorCriticPolicy, ClosedFormEngine)]:
         policy = kind(OBSERVATION_SPACES["box"], ACTION_SPACES["box"], lambda _: 0.01)
         assert type(make_engine(policy)) is engine
@@ -173,10 +199,6 @@ def test_a_registered_engine_is_chosen_for_its_policy_and_subclasses(monkeypatch
 
 
 def test_a_registered_policy_goes_by_its_name(monkeypatch):
-    monkeypatch.setattr(registry, "_policies", dict(registry._policies))
-    registry.register_policy("OwnPolicy", f"{OwnPolicy.__module__}:OwnPolicy")
-    assert "OwnPolicy" in registry.policy_names()
-    assert registry.policy_class("OwnPolicy") is OwnPolicy
-    assert registry.policy_class("MlpPolicy") is None
+    monkeypatch.setitem(POLICY_PLACES, "OwnPolicy", f"{OwnPolicy.__module__}:OwnPolicy")
     model = PPO("OwnPolicy", make_envs(), n_steps=8, batch_size=8, n_epochs=1).learn(8)
     assert isinstance(model.policy, OwnPolicy)
