@@ -129,6 +129,9 @@ class ClosedFormEngine(RowEngine):
         self._adam = QuickAdam(optimizer) if is_plain_adam(optimizer) else None
         return True
 
+    def is_current(self) -> bool:
+        return [p.data_ptr() for p in self._trained] == self._memory
+
     # Act
 
     def act(self, seen: Seen, deterministic: bool = False) -> Acted:
@@ -239,7 +242,7 @@ class ClosedFormEngine(RowEngine):
             self._adam.step((actor_moves, critic_moves))
             return norm
         self.policy.optimizer.step()
-        if [p.data_ptr() for p in self._trained] != self._memory:  # not torch's own, but some replace ``p.data``
+        if not self.is_current():  # not torch's own, but some replace ``p.data``
             self._build(Blueprint(self.policy))
         return norm
 

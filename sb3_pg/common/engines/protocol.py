@@ -128,6 +128,9 @@ class Engine(Protocol):
         :return: False if the policy has become one that needs another engine
         """
 
+    def is_current(self) -> bool:
+        """Return whether the parameters are still where ``refresh`` found them; quick enough to ask at each step."""
+
     def act(self, seen: Seen, deterministic: bool = False) -> Acted:
         """Choose an action for each environment: sample it, or take the most likely one."""
 
