@@ -15,5 +15,7 @@ for _name in ("CausalLMPolicy", "Seq2SeqLMPolicy"):
 ENGINE_PLACES["sb3_pg.text.policies:LanguageModelPolicy"] = "sb3_pg.text.engine:TextEngine"
 for _name in ("MlpLstmPolicy", "CnnLstmPolicy", "MultiInputLstmPolicy"):
     POLICY_PLACES[_name] = f"sb3_contrib.ppo_recurrent.policies:{_name}"
+for _name in ("MlpGruPolicy", "CnnGruPolicy", "MultiInputGruPolicy"):
+    POLICY_PLACES[_name] = f"sb3_pg.recurrent:{_name}"
 _RECURRENT = "sb3_contrib.common.recurrent.policies:RecurrentActorCriticPolicy"
 ENGINE_PLACES[_RECURRENT] = "sb3_pg.common.engines.recurrent:RecurrentEngine"

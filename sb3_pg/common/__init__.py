@@ -1,1 +1,1 @@
-"""What the three algorithms share: acting, judging, objectives, networks."""
+"""What the three algorithms share: acting, judging, advantages, objectives, engines."""

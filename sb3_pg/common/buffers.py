@@ -97,7 +97,7 @@ class RolloutBuffer(sb3_buffers.RolloutBuffer):
         self.full = False
 
     def size(self) -> int:
-        """Steps recorded per environment."""
+        """Return the steps recorded per environment."""
         return self.pos
 
     def add(

@@ -5,8 +5,8 @@ Every objective takes ``log_ratio = log pi(a|s) - log pi_old(a|s)`` and ``advant
 loss with respect to the log-probability ``log pi(a|s)``. Because ``d ratio / d log pi = ratio``, the derivative
 of a function of the ratio is the ratio times its ordinary derivative.
 
-They are written against the array API standard, so the same text serves NumPy (closed-form network) and torch
-(autograd network, any device). An objective of your own is any function of that form.
+They are written against the array API standard, so the same text serves NumPy (the closed form) and torch
+(autograd, any device). An objective of your own is any function of that form.
 """
 
 from typing import Any

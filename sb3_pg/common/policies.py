@@ -22,19 +22,18 @@ from sb3_pg.common.errors import ArgumentError, did_you_mean
 from sb3_pg.common.masks import checked_masks, n_rows
 from sb3_pg.common.registry import POLICY_PLACES, at
 
-#: By the names that SB3 has for them.
+#: SB3's classes by the names that it has for them.
 POLICIES: dict[str, type[BasePolicy]] = {
     "MlpPolicy": ActorCriticPolicy,
     "CnnPolicy": ActorCriticCnnPolicy,
     "MultiInputPolicy": MultiInputActorCriticPolicy,
 }
 
-
 #: A policy that is not computed in closed form is asked again after so many predictions.
 _ASKED_EVERY = 1000
 
 
-class MlpPolicy(ActorCriticPolicy):
+class QuickMlpPolicy(ActorCriticPolicy):
     """SB3's MlpPolicy whose ``predict`` takes the closed form where that computes the same.
 
     Models are made with it in place of SB3's class. Their archives name SB3's, so that SB3 reads them alone.
@@ -76,7 +75,7 @@ class MlpPolicy(ActorCriticPolicy):
         return {**self.__dict__, "_predictor": None}
 
 
-PLAIN.add(MlpPolicy)
+PLAIN.add(QuickMlpPolicy)
 
 
 def predict(
@@ -92,7 +91,7 @@ def predict(
     :param action_masks: (n, options); None allows all
     :raises ArgumentError: the masks are of the wrong shape, or allow nothing, or the policy cannot be masked
     """
-    if isinstance(policy, MlpPolicy):
+    if isinstance(policy, QuickMlpPolicy):
         return policy.predict(observation, state, episode_start, deterministic, action_masks)
     masks = None
     if action_masks is not None:
@@ -115,21 +114,29 @@ def reset_noise(policy: ActorCriticPolicy, n_envs: int) -> None:
 
 def own_class(kind: type[BasePolicy]) -> type[BasePolicy]:
     """Return our class in place of SB3's, any other as it is."""
-    return MlpPolicy if kind is ActorCriticPolicy else kind
+    return QuickMlpPolicy if kind is ActorCriticPolicy else kind
 
 
-def class_of(name: str) -> type[BasePolicy]:
-    """Return the policy class that goes by a name.
+def class_of(policy: Any) -> type[BasePolicy]:
+    """Return the policy class that goes by a name. Of classes, take SB3's in place of ours, so that archives name it.
 
     :raises ArgumentError: there is none; names those that there are
     """
-    found: type[BasePolicy] | None = at(POLICY_PLACES[name]) if name in POLICY_PLACES else POLICIES.get(name)
+    if not isinstance(policy, str):
+        return ActorCriticPolicy if policy is QuickMlpPolicy else policy
+    try:
+        found: type[BasePolicy] | None = at(POLICY_PLACES[policy]) if policy in POLICY_PLACES else POLICIES.get(policy)
+    except ImportError as error:
+        raise ArgumentError(
+            f"`policy` {policy!r} needs a package that is not installed ({error.name}). Recurrent policies come with "
+            "pip install 'sb3_pg[contrib]', language models with pip install 'sb3_pg[text]'."
+        ) from error
     if found is not None:
         return found
     known = [*POLICIES, *sorted(POLICY_PLACES)]
     raise ArgumentError(
-        f"`policy` is {name!r}, but must be a subclass of ActorCriticPolicy or one of "
-        f"{', '.join(map(repr, known))}.{did_you_mean(name, known, suffix='policy')}"
+        f"`policy` is {policy!r}, but must be a subclass of ActorCriticPolicy or one of "
+        f"{', '.join(map(repr, known))}.{did_you_mean(policy, known, suffix='policy')}"
     )
 
 
@@ -140,7 +147,7 @@ def check_policy(policy: Any, observation_space: spaces.Space[Any] | None, polic
     :param observation_space: None if it is not known yet
     :raises ArgumentError: naming what is wrong and what to do
     """
-    kind = class_of(policy) if isinstance(policy, str) else policy
+    kind: Any = class_of(policy)
     if not inspect.isclass(kind):
         raise ArgumentError(f"`policy` must be a class derived from ActorCriticPolicy or a name, not {_short(policy)}.")
     if not issubclass(kind, ActorCriticPolicy):
@@ -204,7 +211,7 @@ def _check_net_arch(net_arch: Any) -> None:
 
 
 def _check_observations(kind: type, space: spaces.Space[Any], kwargs: dict[str, Any]) -> None:
-    """Whether the usual features extractor of SB3's policies reads such observations."""
+    """Refuse observations that the usual features extractor of SB3's policies does not read."""
     if "features_extractor_class" in kwargs or kind not in POLICIES.values():
         return
     name = f"{next(name for name, its in POLICIES.items() if its is kind)} ({kind.__name__})"

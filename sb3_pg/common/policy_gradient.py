@@ -125,7 +125,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         check_policy(policy, getattr(env, "observation_space", None), policy_kwargs)
         # SB3 writes into nested dictionaries of policy_kwargs, so the caller's are copied first.
         policy_kwargs = {k: dict(v) if isinstance(v, dict) else v for k, v in (policy_kwargs or {}).items()}
-        super().__init__(policy, env, policy_kwargs=policy_kwargs, _init_setup_model=False, **arguments)  # type: ignore[arg-type]
+        super().__init__(class_of(policy), env, policy_kwargs=policy_kwargs, _init_setup_model=False, **arguments)  # type: ignore[arg-type]
         self.baseline = baseline
         self.ema_decay = ema_decay
         self.n_episodes = n_episodes
@@ -242,7 +242,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
 
     @property
     def _learns_from_episodes(self) -> bool:
-        """Whether rollouts are of whole episodes: without a value network nothing else stands in for their rest."""
+        """True if rollouts are of whole episodes: without a value network nothing else stands in for their rest."""
         return self.n_episodes is not None or self.baseline != "value"
 
     @property
@@ -334,7 +334,9 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
             self._last_obs, self._last_episode_starts = rollout.last_observations, rollout.last_dones = new_obs, dones
             if is_watched and self.network is not network:  # the callback has replaced the policy
                 self._write_judgement(rollout, network.judge(rollout))
-                rollout.n_known, network = rollout.n_steps, self.network
+                rollout.n_known = rollout.n_steps
+            if is_watched and (self.network is not network or not network.is_current()):
+                network = self._refreshed_network()
             if not keep_going:
                 rollout.is_paused = True
                 return False

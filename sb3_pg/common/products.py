@@ -3,7 +3,8 @@
 A BLAS with several threads decides by the size of a product whether they share it. OpenBLAS, which NumPy's wheels
 bring, keeps matrix products of up to ``MATRIX_LIMIT`` multiplications and products with a vector of less than
 ``VECTOR_LIMIT`` on the calling thread (its interface/gemm.c and gemv.c). Larger ones go to torch if this thread has
-one thread there, as it has while a model learns, and in pieces to NumPy otherwise.
+one thread there, as it has while a model learns. What is not much larger, and all of it otherwise, goes to NumPy in
+pieces.
 """
 
 import functools
@@ -46,29 +47,43 @@ def product(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.n
         return np.dot(a, b, out)
     if out is None:
         out = np.empty((n, m), a.dtype)
-    if n == m == 1:
-        out[0, 0] = inner(a[0], b[:, 0])
-        return out
-    if is_thin and 2 * size <= MATRIX_LIMIT:  # as a matrix product the limit is higher, and it is as fast
+    height = 0 if is_thin or k == 1 else MATRIX_LIMIT // (k * m) // 8 * 8
+    if is_thin and n != m and 2 * size <= MATRIX_LIMIT:  # as a matrix product the limit is higher, and it is as fast
         out[...] = np.dot(a.repeat(2, axis=0), b)[:1] if n == 1 else np.dot(a, b.repeat(2, axis=1))[:, :1]
-    elif th.get_num_threads() == 1:
+    elif th.get_num_threads() == 1 and not (height and size <= 4 * MATRIX_LIMIT):
         th.mm(th.from_numpy(a), th.from_numpy(b), out=th.from_numpy(out))
+    elif height:
+        _by_rows(a, b, out, height)
     else:
-        _in_tiles(a, b, out)
+        _by_halves(a, b, out)
     return out
 
 
-def _in_tiles(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
-    """Write ``a @ b`` piece by piece, each within the limits."""
+def _by_rows(a: np.ndarray, b: np.ndarray, out: np.ndarray, height: int) -> None:
+    """Write ``a @ b`` for so many rows at a time at most, a multiple of 8, which the BLAS's kernels like."""
     (n, k), m = a.shape, b.shape[1]
-    height = min(n, max(2, MATRIX_LIMIT // (64 * k)))
-    limit = MATRIX_LIMIT if height > 1 and m > 1 else VECTOR_LIMIT - 1
-    width = max(1, limit // (height * k))
-    for row in range(0, n, height):
-        for column in range(0, m, width):  # the last piece is as large as the others, so it overlaps
-            top, left = min(row, n - height), max(0, min(column, m - width))
-            here = np.s_[top : top + height, left : left + width]
-            np.matmul(a[here[0]], b[:, here[1]], out=out[here])
+    height = -(-n // -(-n // height) // 8) * 8  # as large as the others, if possible
+    count = n // height
+    end = count * height
+    b = np.ascontiguousarray(b)  # is read anew for each piece
+    np.matmul(a[:end].reshape(count, height, k), b, out=out[:end].reshape(count, height, m))
+    if end < n:
+        product(a[end:], b, out[end:])
+
+
+def _by_halves(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+    """Write ``a @ b`` as two products, along the longest dimension."""
+    (n, k), m = a.shape, b.shape[1]
+    half = max(n, k, m) // 2
+    if half == n // 2:
+        product(a[:half], b, out[:half])
+        product(a[half:], b, out[half:])
+    elif half == k // 2:
+        product(a[:, :half], b[:half], out)
+        out += product(a[:, half:], b[half:])
+    else:
+        out[:, :half] = product(a, b[:, :half])
+        out[:, half:] = product(a, b[:, half:])
 
 
 def inner(a: Array, b: Array) -> float:

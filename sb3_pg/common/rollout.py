@@ -100,7 +100,7 @@ class Rollout:
 
     @property
     def dones(self) -> np.ndarray:
-        """Whether an episode ended with each step of the complete rollout, bool (n_steps, n_envs)."""
+        """Bool (n_steps, n_envs), True where an episode ended with the step; of a complete rollout."""
         return episode_ends(self.buffer.episode_starts[: self.n_steps], self.last_dones)
 
     def column(self, name: str, first_step: int = 0) -> Any:

@@ -58,7 +58,7 @@ def choose_threads(multiplications: float) -> None:
 
 
 def _set_count(count: int) -> None:
-    """``torch.set_num_threads`` for this thread only: torch makes it also the count of threads that are to come."""
+    """Set torch's count for this thread only: by itself torch makes it the count of threads that are to come, too."""
     if th.get_num_threads() == count:
         return
     with _CHANGE:

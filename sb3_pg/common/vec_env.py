@@ -70,7 +70,7 @@ def snapshot(info: dict[str, Any]) -> dict[str, Any]:
 
 
 def update_statistics(statistics: RunningMeanStd, batch: np.ndarray) -> None:
-    """``statistics.update(batch)`` to the bit, in fewer and cheaper operations.
+    """Do what ``statistics.update(batch)`` does, to the bit, in fewer and cheaper operations.
 
     :param batch: (n, ...), where n is so small that every call of NumPy costs more than its arithmetic
     """

@@ -84,7 +84,7 @@ def show(when: str, model: Any, task: TextTask, metric: str) -> dict[str, float]
 
 
 def run(options: argparse.Namespace) -> None:
-    """The whole demonstration."""
+    """Run the whole demonstration."""
     built_in = TASKS[options.task]
     task, held_out = built_in.make("train"), built_in.make("test")
     folder = options.out / "supervised"

@@ -170,7 +170,7 @@ class TextActor(GraphActor):
 
 
 def _part(batch: Batch, piece: Any) -> Batch:
-    """Some of a batch's samples, with what it takes to look at them."""
+    """Return some of a batch's samples, with what it takes to look at them."""
     part = copy.copy(batch)
     part.observations, part.actions = batch.observations[piece], batch.actions[piece]
     part.weight = None if batch.weight is None else batch.weight[piece]

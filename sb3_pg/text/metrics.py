@@ -21,7 +21,7 @@ def _lists(references: References) -> list[list[str]]:
 
 
 def _columns(references: References) -> list[list[str]]:
-    """References as sacrebleu takes them: the first of every completion, the second of every, ..."""
+    """Return references as sacrebleu takes them: the first of every completion, the second of every, ..."""
     lists = _lists(references)
     longest = max(map(len, lists))
     return [[some[min(i, len(some) - 1)] for some in lists] for i in range(longest)]

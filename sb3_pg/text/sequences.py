@@ -32,7 +32,7 @@ def prefix_chains(rows: np.ndarray, prompt_length: int) -> tuple[np.ndarray, np.
 
 
 def response_lengths(rows: np.ndarray, prompt_length: int) -> np.ndarray:
-    """Number of response tokens in each row, (n,)."""
+    """Return the number of response tokens in each row, (n,)."""
     lengths: np.ndarray = (rows[:, prompt_length:] != EMPTY).sum(axis=1)
     return lengths
 

@@ -1,6 +1,5 @@
 """rl_zoo3's ExperimentManager for our algorithms: their settings, schedules and environments, and clear errors."""
 
-import difflib
 import inspect
 import typing
 import warnings
@@ -17,7 +16,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import Schedule
 
-from sb3_pg.common.errors import ArgumentError, NonFiniteError, check_count, check_number
+from sb3_pg.common.errors import ArgumentError, NonFiniteError, check_count, check_number, did_you_mean
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
 from sb3_pg.common.vec_env import DummyVecEnv, VecNormalize
 from sb3_pg.zoo.configs import CONFIGS
@@ -137,8 +136,7 @@ class ExperimentManager(exp_manager.ExperimentManager):
             return
         if key in COMMAND_LINE_ARGUMENTS:
             raise ArgumentError(f"{where}: {key!r} is set by {COMMAND_LINE_ARGUMENTS[key]} on the command line only.")
-        near = difflib.get_close_matches(key, [*known, *ZOO_KEYS], n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else " Take it out."
+        hint = did_you_mean(key, [*known, *ZOO_KEYS]) or " Take it out."
         raise ArgumentError(f"{where}: {key!r} is neither an argument of {self.algo} nor rl-zoo's.{hint}")
 
     def _preprocess_schedules(self, hyperparams: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
@@ -183,7 +181,7 @@ class ExperimentManager(exp_manager.ExperimentManager):
         return made
 
     def _warn_of_joint_kl(self, model: Any, given: dict[str, Any]) -> None:
-        """Settings from elsewhere may mean the KL averaged over action dimensions, as sb3-contrib's do."""
+        """Say that settings from elsewhere may mean the KL averaged over action dimensions, as sb3-contrib's do."""
         space = model.action_space
         n = int(np.prod(space.shape)) if isinstance(space, (spaces.Box, spaces.MultiBinary)) else 1
         if n > 1:

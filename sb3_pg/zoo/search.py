@@ -10,7 +10,7 @@ Sampler = Callable[[optuna.Trial, int, int, dict[str, Any]], dict[str, Any]]
 
 
 def suggest_common(trial: optuna.Trial) -> None:
-    """What the three have in common."""
+    """Return what the three have in common."""
     trial.suggest_float("one_minus_gamma", 1e-4, 0.03, log=True)
     trial.suggest_float("one_minus_gae_lambda", 1e-4, 0.1, log=True)
     trial.suggest_categorical("net_arch", ["small", "medium"])

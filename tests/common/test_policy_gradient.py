@@ -134,6 +134,40 @@ def test_actions_are_judged_by_the_policy_that_chose_them(name, kinds):
             np.testing.assert_allclose(log_probs[steps].ravel(), log_prob, atol=1e-5)
 
 
+@ALGORITHMS
+@pytest.mark.parametrize("how", ["data", "share_memory"])
+def test_parameters_may_move_to_other_memory(name, how):
+    """By a callback: the next action is chosen by what is there."""
+
+    class Moving(BaseCallback):
+        def _on_step(self):
+            if self.n_calls == 6:
+                policy = self.model.policy
+                if how == "share_memory":
+                    policy.share_memory()
+                for p in policy.action_net.parameters():
+                    numbers = th.zeros_like(p)
+                    if p.ndim == 1:
+                        numbers[2] = 100.0
+                    if how == "data":
+                        p.data = numbers
+                    else:
+                        p.data.copy_(numbers)
+            elif self.n_calls > 6:
+                assert (self.locals["actions"] == 2).all()
+            return True
+
+    model = make(name, learning_rate=0.0)
+    model.learn(1, Moving())
+    assert model.network.description == "closed-form"
+
+
+def test_archives_name_sb3s_policy_whatever_was_given(tmp_path):
+    first = make("ppo")
+    PPO(type(first.policy), envs()).save(tmp_path / "model")
+    assert PPO.load(tmp_path / "model").policy_class is ActorCriticPolicy
+
+
 class StopAt(BaseCallback):
     """Stops after so many calls, after something was done."""
 

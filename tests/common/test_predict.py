@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from sb3_pg import PPO
 from sb3_pg.common.errors import ArgumentError
+from sb3_pg.common.policies import class_of
 
 FLAT = [name for name in OBSERVATION_SPACES if name not in ("dict", "image")]
 
@@ -140,6 +141,10 @@ CHANGES = {
     "replaced method": (no_latent, False),
     "other distribution": (squash, False),
     "other bounds": (lambda policy: setattr(policy, "action_space", spaces.Box(-0.01, 0.01, (2,))), True),
+    "unequal bounds": (
+        lambda policy: setattr(policy, "action_space", spaces.Box(np.array([-0.1, -0.01]), np.array([0.02, 0.2]))),
+        True,
+    ),
     "frozen": (lambda policy: policy.requires_grad_(False), True),
 }
 
@@ -156,6 +161,14 @@ def test_changes_between_two_calls_are_seen(change):
     deed(policy)
     check_same(policy, x, quick)
     assert change in ("frozen", "added dropout") or np.abs(both(policy, x)[0] - before).max() > 1e-4
+
+
+def test_a_policy_that_is_to_scale_its_actions_is_seen():
+    policy = tiny(PPO, FakeEnv(action_space=spaces.Box(-3.0, 5.0, (2,)))).policy
+    x = np.ones((2, 3), np.float32)
+    for scales in (False, True):
+        policy._squash_output = scales
+        check_same(policy, x, quick=not scales)
 
 
 def test_a_hook_of_all_modules_is_seen():
@@ -176,3 +189,11 @@ def test_the_mode_is_evaluation_afterwards():
     policy.predict(np.zeros(3, np.float32))
     assert not policy.training
     assert not policy.action_net.training
+
+
+def test_the_quick_policy_goes_for_sb3s_own():
+    kind = type(tiny(PPO, FakeEnv()).policy)
+    assert kind.__name__ == "QuickMlpPolicy"
+    assert class_of(kind) is class_of("MlpPolicy") is class_of(ActorCriticPolicy) is ActorCriticPolicy
+    with pytest.raises(ArgumentError, match="MultiInputPolicy"):
+        PPO(kind, FakeEnv(OBSERVATION_SPACES["dict"]))

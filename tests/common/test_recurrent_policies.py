@@ -84,9 +84,9 @@ def test_archives_of_another_kind_are_refused(algorithm, tmp_path):
     make(algorithm).save(tmp_path / "lstm")
     algorithm("MlpPolicy", "CartPole-v1", **SETTINGS[algorithm]).save(tmp_path / "mlp")
     mlp, lstm = (algorithm.load(tmp_path / name, env="CartPole-v1") for name in ("mlp", "lstm"))
-    with pytest.raises(ArgumentError, match="RecurrentActorCriticPolicy.*ActorCriticPolicy"):
+    with pytest.raises(ArgumentError, match=r"RecurrentActorCriticPolicy.*ActorCriticPolicy"):
         mlp.set_parameters(str(tmp_path / "lstm"))
-    with pytest.raises(ArgumentError, match="ActorCriticPolicy.*RecurrentActorCriticPolicy"):
+    with pytest.raises(ArgumentError, match=r"ActorCriticPolicy.*RecurrentActorCriticPolicy"):
         lstm.set_parameters(str(tmp_path / "mlp"))
 
 

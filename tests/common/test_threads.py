@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -13,6 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from threadpoolctl import threadpool_info
 
 from sb3_pg import PPO, REINFORCE, TRPO
+from sb3_pg.common import products
 from sb3_pg.common.products import MATRIX_LIMIT, VECTOR_LIMIT, inner, product, row_sums
 from sb3_pg.common.threads import WORTH_A_THREAD, choose_threads, threads_to_choose
 
@@ -26,7 +28,27 @@ def two_threads():
 
 
 SHAPES = [(1, 5, 3), (7, 5, 3), (64, 64, 64), (128, 64, 64), (257, 64, 6), (2048, 64, 64), (2048, 64, 1)]
-SHAPES += [(1, 256, 256), (1, 1024, 1024), (3, 1024, 1024), (1, 20_000, 64), (65, 20_000, 3), (1, 3000, 64)]
+SHAPES += [
+    (64, 256, 17),
+    (257, 64, 64),
+    (64, 300, 64),
+    (1, 1, 300_000),
+    (2, 300_000, 1),
+    (3, 65_537, 2),
+    (65, 70_000, 3),
+]
+SHAPES += [
+    (1, 140_000, 2),
+    (70_000, 2, 3),
+    (2, 3, 140_000),
+    (1, 300_000, 1),
+    (1, 256, 256),
+    (1, 1024, 1024),
+    (3, 1024, 1024),
+    (1, 20_000, 64),
+    (65, 20_000, 3),
+    (1, 3000, 64),
+]
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -43,6 +65,25 @@ def test_product(n, k, m, dtype, count, two_threads):
     for found in (out, product(a, b.T), product(np.asfortranarray(a), b.T)):
         assert found.dtype == dtype
         np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * k)
+
+
+@pytest.mark.parametrize("n, k, m", SHAPES)
+def test_no_product_of_numpy_is_above_the_limits(n, k, m, two_threads, monkeypatch):
+    """Not even where there is nothing but NumPy, since torch has several threads."""
+    shapes = []
+
+    def noting(function):
+        return lambda a, b, *rest, **more: shapes.append((*a.shape[-2:], b.shape[-1])) or function(a, b, *rest, **more)
+
+    monkeypatch.setattr(
+        products, "np", SimpleNamespace(**{**vars(np), "dot": noting(np.dot), "matmul": noting(np.matmul)})
+    )
+    a, b = np.ones((n, k), np.float32), np.ones((k, m), np.float32)
+    assert (product(a, b) == k).all()
+    assert shapes
+    for rows, depth, columns in shapes:
+        size = rows * depth * columns
+        assert size < VECTOR_LIMIT or (size <= MATRIX_LIMIT and rows > 1 and columns > 1)
 
 
 @pytest.mark.parametrize("n", [0, 1, 8192, 8193, 30_000])

@@ -73,19 +73,16 @@ def draw(family: Family, parameters: Parameters, deterministic: bool) -> Any:
     return family.sample(parameters, family.noise(len(parameters[0])))
 
 
-class _Memory(threading.local):
-    def __init__(self) -> None:
-        self.scratch = lru_cache(maxsize=64)(_allocate)
-
-
 def _allocate(n_rows: int, n_columns: int) -> tuple[th.Tensor, np.ndarray]:
     numbers = th.empty(n_rows, n_columns)
     return numbers, numbers.numpy()
 
 
-_memory = _Memory()
+class _Memory(threading.local):
+    """Memory for noise, as torch and NumPy see it, until the thread next asks for the same shape."""
+
+    def __init__(self) -> None:
+        self.of_shape = lru_cache(maxsize=64)(_allocate)
 
 
-def scratch(n_rows: int, n_columns: int) -> tuple[th.Tensor, np.ndarray]:
-    """Return memory for noise, as torch and NumPy see it, until this thread next asks for the same shape."""
-    return _memory.scratch(n_rows, n_columns)
+memory = _Memory()

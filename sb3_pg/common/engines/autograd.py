@@ -20,6 +20,7 @@ from sb3_pg.common.batch import Batch
 from sb3_pg.common.distributions import Family, Gaussian, Parameters, describe, draw, family_of, masked, masking
 from sb3_pg.common.distributions.family import column
 from sb3_pg.common.distributions.recognition import detached
+from sb3_pg.common.engines.blueprint import reason_against
 from sb3_pg.common.engines.optimizer import use_fused_adam
 from sb3_pg.common.engines.protocol import Acted, Fisher, Look, Seen
 from sb3_pg.common.engines.rows import RowEngine
@@ -73,7 +74,7 @@ class GraphEvaluation:
             th.autograd.backward(tensors, gradients, inputs=inputs)
 
     def _of_actor(self, d_log_prob: Any, d_entropy: Any) -> Derivatives:
-        """Tensors in the actor's graph with the derivatives of the loss by them."""
+        """Return tensors in the actor's graph with the derivatives of the loss by them."""
         raise AssertionError("only the critic was evaluated")
 
 
@@ -114,11 +115,13 @@ class AutogradEngine(RowEngine):
     """Acts, judges and steps through the policy's own methods.
 
     :param policy: any ActorCriticPolicy, SB3's or a subclass with its own modules, distributions or features
-    :param why: what keeps it from the closed form, for the description
+    :param why: it and not the closed form, for the description
+    :param is_stopgap: until ``why`` is no longer the reason against the closed form
     """
 
-    def __init__(self, policy: ActorCriticPolicy, why: str = "") -> None:
+    def __init__(self, policy: ActorCriticPolicy, why: str = "", *, is_stopgap: bool = False) -> None:
         self.policy = policy
+        self._why, self._is_stopgap = why, is_stopgap
         self.description = "autograd" + (f" ({why})" if why else "")
         self._device = policy.device
         use_fused_adam(policy.optimizer)
@@ -126,10 +129,7 @@ class AutogradEngine(RowEngine):
 
     def refresh(self) -> bool:
         policy = self.policy
-        self._forward_acts = any(
-            getattr(type(policy), name) is not getattr(ActorCriticPolicy, name) or name in policy.__dict__
-            for name in _ACTING
-        )
+        self._forward_acts = is_replaced(policy, ActorCriticPolicy, *_ACTING)
         extractors = {type(policy.pi_features_extractor), type(policy.vf_features_extractor)}
         # Where actor and critic share a convolution, what else acting could compute costs next to nothing.
         self._heads_are_cheap = policy.share_features_extractor and extractors != {FlattenExtractor}
@@ -137,14 +137,12 @@ class AutogradEngine(RowEngine):
         self._actor_parameters: list[th.nn.Parameter] | None = None  # until they are asked for
         self._largest_layer = largest_layer(policy)
         self._family = None if self._forward_acts else self.known_family()
-        return policy.device == self._device
+        return policy.device == self._device and not (self._is_stopgap and reason_against(policy) != self._why)
 
     def known_family(self) -> Family | None:
         """Return the formulas of the policy's distribution, if they are known and ``action_net`` alone makes it."""
-        policy, method = self.policy, "_get_action_dist_from_latent"
-        if getattr(type(policy), method) is not getattr(ActorCriticPolicy, method) or method in policy.__dict__:
-            return None
-        return family_of(policy.action_dist)
+        is_own = is_replaced(self.policy, ActorCriticPolicy, "_get_action_dist_from_latent")
+        return None if is_own else family_of(self.policy.action_dist)
 
     def _arranged(self, observations: Any) -> Any:
         return mapped(channels_last, observations) if self._likes_channels_last else observations
@@ -262,7 +260,7 @@ class AutogradEngine(RowEngine):
         return values, log_probs
 
     def _chunks(self, observations: Any) -> list[slice]:
-        """Pieces of a pass over many observations."""
+        """Return the pieces of a pass over many observations."""
         arrays = observations.values() if isinstance(observations, dict) else [observations]
         numbers = sum(int(np.prod(x.shape[1:])) for x in arrays)
         n, size = length(observations), max(1, _CHUNK_NUMBERS // max(numbers, 1))
@@ -348,7 +346,7 @@ class GraphActor:
 
     @property
     def vector(self) -> Array:
-        """The present parameters, flat."""
+        """Return the present parameters, flat."""
         return _flat([p.detach() for p in self._parameters], self._parameters)
 
     @vector.setter
@@ -364,7 +362,7 @@ class GraphActor:
 
     @property
     def old(self) -> Look:
-        """The look at the old parameters."""
+        """Return the look at the old parameters."""
         return self._old[1]
 
     def look(self) -> Look:
@@ -441,7 +439,7 @@ class GraphActor:
         return product
 
     def _fisher_from_kl(self, distribution: Distribution, scale: Any) -> Fisher:
-        """For a distribution of unknown kind: the Hessian of KL(old || new) at new = old, by double backward."""
+        """Return the Hessian of KL(old || new) at new = old by double backward, for a distribution of unknown kind."""
         parameters = self._parameters
         kl = (_torch_kl(detached(distribution), distribution) * scale).sum()
         gradient = _flat(list(th.autograd.grad(kl, parameters, create_graph=True, materialize_grads=True)), parameters)
@@ -475,10 +473,17 @@ def largest_layer(policy: th.nn.Module) -> float:
     return max((p.numel() for p in weights), default=0)
 
 
-def channels_last(x: Any) -> Any:
-    """Images in the layout that convolutions, and above all their backward passes, run fastest in: the same numbers.
+def is_replaced(policy: ActorCriticPolicy, kind: type[ActorCriticPolicy], *methods: str) -> bool:
+    """Return whether a policy has one of its own in place of these methods of a class."""
+    own = vars(policy).keys()
+    return any(m in own or getattr(type(policy), m) is not getattr(kind, m) for m in methods)
 
-    Only for SB3's own convolutions, since it spreads to their outputs, and ``view`` does not take every shape of it.
+
+def channels_last(x: Any) -> Any:
+    """Return images in the layout that convolutions, and above all their backward passes, run fastest in.
+
+    The numbers are the same. Only for SB3's own convolutions, since it spreads to their outputs, and ``view`` does not
+    take every shape of it.
     """
     if x.ndim != 4:
         return x

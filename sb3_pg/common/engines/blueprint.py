@@ -1,5 +1,6 @@
-"""Whether a policy is SB3's MlpPolicy to the letter, and what it is made of."""
+"""Tell whether a policy is SB3's MlpPolicy to the letter, and what it is made of."""
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,10 @@ class Unsuitable(Exception):  # noqa: N818  # an answer, not an error
 #: A linear layer and the activation after it.
 Layers = list[tuple[nn.Linear, nn.Module | None]]
 
-_METHODS = frozenset(name for name in dir(ActorCriticPolicy) if callable(getattr(ActorCriticPolicy, name)))
+_METHODS = frozenset(name for name, _ in inspect.getmembers(ActorCriticPolicy, callable))
 _OWN_CODE = frozenset(("forward", "forward_actor", "forward_critic"))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 DTYPES = {th.float32: np.float32, th.float64: np.float64}
-
 
 #: Policy classes that compute what SB3's MlpPolicy does.
 PLAIN: set[type[ActorCriticPolicy]] = {ActorCriticPolicy}
@@ -57,14 +57,23 @@ class Blueprint:
         _check_parameters(self.parameters, trained)
 
     def fingerprint(self) -> list[Any]:
-        """Equal for two blueprints if views made for one are right for the other."""
+        """Return what is equal for two blueprints if views made for one are right for the other."""
         memory: list[Any] = [(id(p), p.data_ptr(), p.dtype) for p in self.parameters]
         activations = [f and (type(f), f.extra_repr()) for _, f in [*self.actor, *self.critic]]
         return [*memory, *activations, type(self.family), *vars(self.family).items()]
 
 
+def reason_against(policy: ActorCriticPolicy) -> str | None:
+    """Return why a policy cannot be computed in closed form; None if it can."""
+    try:
+        Blueprint(policy)
+    except Unsuitable as reason:
+        return str(reason)
+    return None
+
+
 def _check_code(policy: ActorCriticPolicy) -> None:
-    """Whether it is SB3's code, all of it and nothing else, that the policy runs."""
+    """Refuse a policy that runs anything but SB3's code."""
     if type(policy) not in PLAIN:
         raise Unsuitable(f"{type(policy).__name__} is not SB3's MlpPolicy")
     if policy.use_sde:
@@ -89,7 +98,7 @@ def _check_code(policy: ActorCriticPolicy) -> None:
 
 
 def _check_space(space: spaces.Space[Any]) -> None:
-    """Whether observations of it can be encoded."""
+    """Refuse a space whose observations cannot be encoded."""
     # SB3 one-hot encodes from 0 and refuses observations that start elsewhere
     if not isinstance(space, PLAIN_SPACES) or np.any(start_of(space)):
         raise Unsuitable(f"observations are of {space}")
@@ -115,7 +124,7 @@ def _linear(module: nn.Module) -> nn.Linear:
 
 
 def _check_parameters(parameters: list[th.Tensor], trained: bool) -> None:
-    """Whether NumPy can see all of them, each in one place and trained by plain gradients."""
+    """Refuse parameters unless NumPy sees all of them, each in one place and trained by plain gradients."""
     if any(p is None for p in parameters):
         raise Unsuitable("a layer has no bias")
     if any(p.device.type != "cpu" for p in parameters):
@@ -131,5 +140,5 @@ def _check_parameters(parameters: list[th.Tensor], trained: bool) -> None:
         raise Unsuitable("parameters are frozen")
     if len({id(p) for p in parameters}) < len(parameters):
         raise Unsuitable("layers share parameters")
-    if any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
         raise Unsuitable("a parameter has a hook")

@@ -1,11 +1,11 @@
-"""Which engine computes a policy."""
+"""Choose the engine that computes a policy."""
 
 import copyreg
 
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_pg.common.engines.autograd import AutogradEngine
-from sb3_pg.common.engines.blueprint import Unsuitable
+from sb3_pg.common.engines.blueprint import reason_against
 from sb3_pg.common.engines.closed_form import ClosedFormEngine
 from sb3_pg.common.engines.protocol import Engine
 from sb3_pg.common.registry import engine_class
@@ -22,10 +22,8 @@ def make_engine(policy: ActorCriticPolicy, engine: str = "auto") -> Engine:
     own: type[Engine] | None = engine_class(type(policy))
     if own is not None:
         return own(policy)  # type: ignore[call-arg]  # a protocol says nothing of constructors
-    try:
-        return ClosedFormEngine(policy)
-    except Unsuitable as reason:
-        return AutogradEngine(policy, str(reason))
+    reason = reason_against(policy)
+    return ClosedFormEngine(policy) if reason is None else AutogradEngine(policy, reason, is_stopgap=True)
 
 
 # A copy of views would see the original's memory: a copied or unpickled engine is made anew for its own policy.

@@ -58,15 +58,14 @@ class Encoder:
     def __init__(self, space: spaces.Space[Any], normalize_images: bool, dtype: Any) -> None:
         self.dtype = dtype
         self._divisor = 255.0 if normalize_images and is_image_space(space) else None
-        sizes = np.atleast_1d(getattr(space, "nvec", getattr(space, "n", 0)))
-        self._space, self._sizes = space, sizes
-        self._is_choice = isinstance(space, spaces.Discrete | spaces.MultiDiscrete)
-        self._width = int(sizes.sum())
-        self._offsets = np.cumsum(sizes) - sizes
+        self._space, sizes = space, np.empty(0, np.intp)
+        if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+            sizes = np.atleast_1d(space.n if isinstance(space, spaces.Discrete) else space.nvec)
+        self._sizes, self._width, self._offsets = sizes, int(sizes.sum()), np.cumsum(sizes) - sizes
 
     def __call__(self, x: Any) -> np.ndarray:
         flat: np.ndarray = x if x.ndim == 2 else x.reshape(len(x), -1)
-        if self._is_choice:
+        if self._width:
             if ((flat < 0) | (flat >= self._sizes)).any():
                 raise ArgumentError(f"An observation of {self._space} is outside of it: {x[:1]}.")
             encoded = np.zeros((len(x), self._width), self.dtype)
@@ -129,6 +128,9 @@ class ClosedFormEngine(RowEngine):
         optimizer = self.policy.optimizer
         self._adam = QuickAdam(optimizer) if is_plain_adam(optimizer) else None
         return True
+
+    def is_current(self) -> bool:
+        return [p.data_ptr() for p in self._trained] == self._memory
 
     # Act
 
@@ -213,7 +215,7 @@ class ClosedFormEngine(RowEngine):
         self.actor_mlp.backward(trace, d[0], pieces)
 
     def split(self, flat: np.ndarray) -> ActorPieces:
-        """Views of a flat vector of the actor's parameters: log_std, and weights and biases."""
+        """Return views of a flat vector of the actor's parameters: log_std, and weights and biases."""
         if self.log_std is None:
             return None, self.actor_mlp.split(flat)
         n = self.log_std.size
@@ -243,7 +245,7 @@ class ClosedFormEngine(RowEngine):
             self._adam.step((actor_moves, critic_moves))
             return norm
         self.policy.optimizer.step()
-        if [p.data_ptr() for p in self._trained] != self._memory:  # not torch's own, but some replace ``p.data``
+        if not self.is_current():  # not torch's own, but some replace ``p.data``
             self._build(Blueprint(self.policy))
         return norm
 
@@ -251,7 +253,7 @@ class ClosedFormEngine(RowEngine):
 
     @property
     def actor_arrays(self) -> list[np.ndarray]:
-        """Views of the actor's parameters, in the order of ``split``."""
+        """Return views of the actor's parameters, in the order of ``split``."""
         first = [] if self.log_std is None else [self.log_std]
         return first + [x for piece in self.actor_mlp.pieces for x in piece]
 
@@ -303,7 +305,7 @@ class ClosedFormActor:
 
     @property
     def vector(self) -> Array:
-        """The present parameters, flat."""
+        """Return the present parameters, flat."""
         return np.concatenate([x.reshape(-1) for x in self._engine.actor_arrays])
 
     @vector.setter
@@ -315,14 +317,14 @@ class ClosedFormActor:
 
     @cached_property
     def _pass(self) -> tuple[Trace, Parameters]:
-        """The forward pass at the old parameters; a trust-region step asks three times for the same."""
+        """Return the forward pass at the old parameters; a trust-region step asks three times for the same."""
         outputs, trace = self._engine.actor_mlp.forward(self._engine.encode(self._batch.observations))
         return trace, tuple(x.copy() for x in self._engine.parameters(outputs, self._batch.masks))  # type: ignore[union-attr]
 
     @property
     @_quiet
     def old(self) -> Look:
-        """The look at the old parameters."""
+        """Return the look at the old parameters."""
         family, parameters = self._engine.family, self._pass[1]
         log_prob: Any = family.log_prob(parameters, self._batch.actions)
         return Look(log_prob, family.entropy(parameters), np.zeros_like(log_prob))

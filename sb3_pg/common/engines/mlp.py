@@ -69,7 +69,7 @@ def _silu(_: Any) -> Activation:
 
 
 def _gelu(module: Any) -> Activation:
-    """``z Phi(z)`` with the normal distribution's Phi, or its usual approximation by tanh."""
+    """Return ``z Phi(z)`` with the normal distribution's Phi, or its usual approximation by tanh."""
     if module.approximate == "none":
         root = math.sqrt(0.5)
 
@@ -108,8 +108,7 @@ ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Activation]] = {
 #: Weight and bias of each layer, or gradients or changes of them in the same shapes.
 Pieces = list[tuple[np.ndarray, np.ndarray]]
 
-
-#: of two matrices, the result perhaps into memory made before
+#: Of two matrices, the result perhaps into memory made before
 Product = Callable[..., np.ndarray]
 
 
@@ -186,7 +185,7 @@ class Mlp:
         return x, trace
 
     def backward(self, trace: Trace, d: np.ndarray, gradient: Pieces) -> None:
-        """J^T d: from the derivative by the outputs, (n, outputs), to the gradient.
+        """Write the gradient J^T d, from the derivative by the outputs, (n, outputs).
 
         Per layer ``dz = dh f'(z)``, ``dW = dz^T h_before``, ``db = sum of dz``, ``dh_before = dz W``.
 
@@ -205,7 +204,9 @@ class Mlp:
                 d = dot(d, self.pieces[layer][0])
 
     def tangent(self, trace: Trace, change: Pieces) -> np.ndarray:
-        """J v: how the outputs change with the weights. Per layer ``dh = f'(z) (dh_before W^T + h_before dW^T + db)``.
+        """Return J v, how the outputs change with the weights.
+
+        Per layer ``dh = f'(z) (dh_before W^T + h_before dW^T + db)``.
 
         :param change: of weights and biases
         """
@@ -222,7 +223,7 @@ class Mlp:
         return t
 
     def split(self, flat: np.ndarray) -> Pieces:
-        """Views of a flat vector in the shapes of the weights and biases."""
+        """Return views of a flat vector in the shapes of the weights and biases."""
         views, start = [], 0
         for weight, bias in self.pieces:
             middle, end = start + weight.size, start + weight.size + bias.size

@@ -15,6 +15,14 @@ from sb3_pg.common.engines.blueprint import DTYPES, Blueprint, Unsuitable
 from sb3_pg.common.engines.closed_form import Encoder, mlp_of, view
 from sb3_pg.common.products import inner
 
+#: What a policy and its MLP extractor have that actions do not depend on.
+_OF_THE_CRITIC = frozenset(("features_extractor", "vf_features_extractor", "value_net"))
+
+#: What actions depend on besides modules and parameters.
+_ATTRIBUTES = frozenset(
+    ("action_dist", "action_space", "observation_space", "_squash_output", "negative_slope", "alpha", "approximate")
+)
+
 
 class Predictor:
     """The actor of a policy as NumPy sees it.
@@ -27,26 +35,38 @@ class Predictor:
         blueprint = Blueprint(policy, trained=False)
         if is_image_space(policy.observation_space):
             raise Unsuitable("images, whose channels SB3 looks for")
+        if policy.squash_output:
+            raise Unsuitable("SB3 scales the actions to the space")
         self._family, self._mlp = blueprint.family, mlp_of(blueprint.actor)
         self._log_std = None if blueprint.log_std is None else view(blueprint.log_std)
         dtype = DTYPES[blueprint.parameters[0].dtype]
         self._encode = Encoder(policy.observation_space, policy.normalize_images, dtype)
         self._shape: tuple[int, ...] = policy.observation_space.shape  # type: ignore[assignment]
         self._action_shape: tuple[int, ...] = policy.action_space.shape  # type: ignore[assignment]
-        self._box = policy.action_space if isinstance(policy.action_space, spaces.Box) else None
+        self._bounds: tuple[np.ndarray, np.ndarray] | None = None
+        if isinstance(policy.action_space, spaces.Box):
+            self._bounds = _one_if_equal(policy.action_space.low), _one_if_equal(policy.action_space.high)
+        self._watch(policy)
+
+    def _watch(self, policy: ActorCriticPolicy) -> None:
+        """Note what the actions are made of, for ``is_current``."""
         modules = [policy, policy.mlp_extractor, policy.action_net]
         modules += [*policy.pi_features_extractor.modules(), *policy.mlp_extractor.policy_net.modules()]
-        its = [module.__dict__ for module in modules]
-        tables = [*its, *(own[kind] for own in its for kind in ("_modules", "_parameters"))]
-        parts = [(table, name, part) for table in tables[len(its) :] for name, part in table.items()]
-        names = ("action_dist", "action_space", "observation_space", "negative_slope", "alpha", "approximate")
-        #: how many there are of each, so that a layer or a replaced method that is added shows
-        self._sizes = [(table, len(table)) for table in tables]
-        self._parts = parts + [(own, name, own[name]) for own in its for name in names if name in own]
+        its = [vars(module) for module in modules]
+        parts = [
+            (table, name, part)
+            for own in its
+            for table in (own["_modules"], own["_parameters"])
+            for name, part in table.items()
+            if name not in _OF_THE_CRITIC
+        ]
+        self._parts = parts + [(own, name, own[name]) for own in its for name in _ATTRIBUTES & own.keys()]
+        counted = [*its, *(vars(module)["_modules"] for module in modules if isinstance(module, nn.Sequential))]
+        #: how many there are, so that a layer or a replaced method that is added shows
+        self._sizes = [(table, len(table)) for table in counted]
         self._hooks = [own[kind] for own in its for kind in ("_forward_hooks", "_forward_pre_hooks")]
         self._hooks += [global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks]
-        parameters = [part for _, _, part in parts if isinstance(part, nn.Parameter)]
-        self._memory = [(p, p.data_ptr()) for p in parameters]
+        self._memory = [(part, part.data_ptr()) for _, _, part in parts if isinstance(part, nn.Parameter)]
 
     @classmethod
     def of(cls, policy: ActorCriticPolicy) -> "Predictor | None":
@@ -74,7 +94,7 @@ class Predictor:
         if type(observation) is not np.ndarray or observation.dtype.kind not in "fiub":
             return None
         is_single = observation.shape == self._shape
-        if not is_single and (observation.ndim != len(self._shape) + 1 or observation.shape[1:] != self._shape):
+        if not is_single and observation.shape[1:] != self._shape:
             return None
         x = self._encode(observation[None] if is_single else observation)
         try:
@@ -82,12 +102,20 @@ class Predictor:
         except FloatingPointError:  # by ``np.seterr``; torch does not raise
             return None
         numbers, log_std = outputs.ravel(), self._log_std
-        if not math.isfinite(inner(numbers, numbers)) or not (log_std is None or math.isfinite(log_std.dot(log_std))):
+        size = inner(numbers, numbers) if log_std is None else inner(numbers, numbers) + log_std.dot(log_std)
+        if not math.isfinite(size):
             return None  # SB3 says what is wrong
         parameters: Parameters = (masked(outputs, masks),) if log_std is None else (outputs, log_std)
         actions = draw(self._family, parameters, deterministic)
-        actions = actions.reshape(-1, *self._action_shape)
-        if self._box is not None:
-            actions = np.minimum(np.maximum(actions, self._box.low), self._box.high)
+        if actions.shape[1:] != self._action_shape:
+            actions = actions.reshape(-1, *self._action_shape)
+        if self._bounds is not None:
+            low, high = self._bounds
+            actions = np.minimum(np.maximum(actions, low), high)
         predicted: np.ndarray = actions[0, ...] if is_single else actions
         return predicted
+
+
+def _one_if_equal(bounds: np.ndarray) -> np.ndarray:
+    """Return bounds that are all the same as one number, which is faster, others as they are."""
+    return np.asarray(bounds.flat[0]) if (bounds == bounds.flat[0]).all() else bounds

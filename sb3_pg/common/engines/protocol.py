@@ -55,15 +55,15 @@ class Evaluation(Protocol):
 
     @property
     def log_prob(self) -> Array:
-        """Log pi(a|s), (n,)."""
+        """Return log pi(a|s), (n,)."""
 
     @property
     def entropy(self) -> Array:
-        """In nats, (n,)."""
+        """Return the entropy in nats, (n,)."""
 
     @property
     def value(self) -> Array:
-        """V(s), (n,)."""
+        """Return V(s), (n,)."""
 
     def backward(
         self, d_log_prob: Array | None = None, d_entropy: float | None = None, d_value: Array | None = None
@@ -99,14 +99,14 @@ class Actor(Protocol):
 
     @property
     def vector(self) -> Array:
-        """A copy of the present parameters, flat. Setting it writes them."""
+        """Return a copy of the present parameters, flat. Setting it writes them."""
 
     @vector.setter
     def vector(self, vector: Array) -> None: ...
 
     @property
     def old(self) -> Look:
-        """The look at the old parameters."""
+        """Return the look at the old parameters."""
 
     def gradient(self, d_log_prob: Array, d_entropy: float) -> Array:
         """Return the gradient of the mean loss at the old parameters, flat; derivatives as in ``backward``."""
@@ -131,8 +131,11 @@ class Engine(Protocol):
     def refresh(self) -> bool:
         """Look at the policy's parameters anew; called before every rollout and every update.
 
-        :return: False if the policy has become one that this engine cannot compute
+        :return: False if the policy has become one that needs another engine
         """
+
+    def is_current(self) -> bool:
+        """Return whether the parameters are still where ``refresh`` found them; quick enough to ask at each step."""
 
     def act(self, seen: Seen, deterministic: bool = False) -> Acted:
         """Choose an action for each environment: sample it, or take the most likely one."""

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from sb3_pg.common.arrays import length, take
 from sb3_pg.common.batch import Batch
 from sb3_pg.common.distributions import draw
-from sb3_pg.common.engines.autograd import AutogradEngine, GraphActor
+from sb3_pg.common.engines.autograd import AutogradEngine, GraphActor, is_replaced
 from sb3_pg.common.engines.protocol import Acted, Fisher, Judged, Seen
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.rollout import Rollout
@@ -42,7 +42,7 @@ class RecurrentEngine(AutogradEngine):
 
     def __init__(self, policy: RecurrentActorCriticPolicy) -> None:
         for name in _REPLACED:
-            if getattr(type(policy), name) is not getattr(RecurrentActorCriticPolicy, name) or name in policy.__dict__:
+            if is_replaced(policy, RecurrentActorCriticPolicy, name):
                 raise ArgumentError(f"{type(policy).__name__} has a `{name}` of its own, which is not supported.")
         super().__init__(policy)
         self.description = "recurrent, by autograd"

@@ -4,6 +4,7 @@ import copy
 from types import MethodType
 
 import pytest
+import torch as th
 from conftest import ACTION_SPACES, OBSERVATION_SPACES, make_envs
 from engine_cases import make_policy
 from gymnasium import spaces
@@ -98,6 +99,32 @@ def test_an_engine_knows_when_its_policy_has_left_closed_form(change):
     change(policy)
     assert not engine.refresh()
     assert all(p.grad is None for p in policy.parameters())
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+def test_the_closed_form_comes_back_when_nothing_is_against_it(engine):
+    model = PPO("MlpPolicy", make_envs(), n_steps=8, batch_size=8, n_epochs=1, engine=engine)
+    descriptions = []
+    for freeze in (False, True, False):
+        model.policy.action_net.requires_grad_(not freeze)
+        before = model.policy.action_net.weight.detach().clone()
+        model.learn(8, reset_num_timesteps=False)
+        assert th.equal(model.policy.action_net.weight, before) == freeze
+        descriptions.append(model.network.description)
+    if engine == "auto":
+        assert descriptions == ["closed-form", "autograd (parameters are frozen)", "closed-form"]
+    else:
+        assert descriptions == ["autograd (engine='autograd')"] * 3
+
+
+def test_another_reason_is_told():
+    policy = make_policy()
+    frozen(policy)
+    engine = make_engine(policy)
+    assert engine.refresh()
+    hooked(policy)
+    assert not engine.refresh()
+    assert "hook" in make_engine(policy).description
 
 
 def test_a_copy_looks_at_its_own_policy():

@@ -278,7 +278,7 @@ def test_actions_have_their_shape_and_type(action, n):
     policy = make_policy(action)
     engine = make_engine(policy)
     for _ in range(100):  # more than one block of noise
-        actions, values, log_probs = engine.act(Seen(draw(policy, n)[0]))
+        actions, values, log_probs, _ = engine.act(Seen(draw(policy, n)[0]))
         assert values is None
         assert log_probs is None
         assert actions.shape == (n, *policy.action_space.shape)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -13,6 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.common.arrays import take
 from sb3_pg.common.engines.protocol import Seen
+from sb3_pg.common.errors import ArgumentError
 
 ACTIONS = {
     "discrete": spaces.Discrete(3),
@@ -128,7 +130,10 @@ class AtEnds(BaseCallback):
         self.n_looks += 1
 
 
-@pytest.mark.parametrize("policy, observations", [("MlpLstmPolicy", "vector"), ("MultiInputLstmPolicy", "dict")])
+@pytest.mark.parametrize(
+    "policy, observations",
+    [("MlpLstmPolicy", "vector"), ("MultiInputLstmPolicy", "dict"), ("MlpGruPolicy", "vector")],
+)
 @EVERY_KIND
 @N_ENVS
 @pytest.mark.parametrize("sequence_length", [None, 7])
@@ -218,7 +223,15 @@ def test_all_learn(algorithm, actions, n_envs, sequence_length):
 
 
 @ALL
-@pytest.mark.parametrize("policy, observations", [("CnnLstmPolicy", "image"), ("MultiInputLstmPolicy", "dict")])
+@pytest.mark.parametrize(
+    "policy, observations",
+    [
+        ("CnnLstmPolicy", "image"),
+        ("MultiInputLstmPolicy", "dict"),
+        ("CnnGruPolicy", "image"),
+        ("MlpGruPolicy", "vector"),
+    ],
+)
 @EVERY_KIND
 def test_all_learn_from_images_and_dictionaries(algorithm, policy, observations, kind):
     model = make(algorithm, policy, kind=kind, env=envs(2, observations=observations))
@@ -286,3 +299,30 @@ def test_predicting_with_state_is_acting(algorithm, kind):
         for x, y in zip(memory[:2], state, strict=True):
             np.testing.assert_allclose(x, y, atol=1e-6)
         observations, _, starts, _ = env.step(actions)
+
+
+@ALL
+def test_gru(algorithm, tmp_path):
+    model = make(algorithm, "MlpGruPolicy")
+    names = {name for name, _ in model.policy.named_parameters()}
+    assert model.policy.lstm_actor.weight_hh_l0.shape == (3 * 8, 8)
+    assert {id(p) for group in model.policy.optimizer.param_groups for p in group["params"]} == set(
+        map(id, model.policy.parameters())
+    )
+    model.learn(100)
+    model.save(tmp_path / "gru")
+    again = algorithm.load(tmp_path / "gru")
+    assert {name for name, _ in again.policy.named_parameters()} == names
+    observations = np.zeros((2, 3), np.float32)
+    (a, state), (b, other) = (m.predict(observations, deterministic=True) for m in (model, again))
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(state[0], other[0])
+
+
+def test_policies_that_use_their_memory_otherwise_are_refused():
+    class Own(RecurrentActorCriticPolicy):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    with pytest.raises(ArgumentError, match="Own has a `forward` of its own"):
+        make(PPO, Own).learn(10)
