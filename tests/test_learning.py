@@ -1,6 +1,7 @@
 """Each algorithm learns: short runs on CartPole and Pendulum, and what the defaults of REINFORCE promise."""
 
 import pytest
+import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
@@ -27,13 +28,16 @@ def test_cartpole(algorithm, options, steps, at_least):
     assert score(model, "CartPole-v1") >= at_least
 
 
+RELU = {"policy_kwargs": {"activation_fn": th.nn.ReLU}}
+
+
 @pytest.mark.parametrize(
     "algorithm, options, at_least",
     [
         (PPO, {"n_steps": 512, "batch_size": 64, "learning_rate": 1e-3}, -750),
         (TRPO, {"n_steps": 512, "target_kl": 0.03, "n_critic_updates": 15}, -750),
-        # One plain gradient step per sample only begins to swing the pendulum in this time: seeds 1 to 3 -969 to -837.
-        (REINFORCE, {"n_steps": 16, "gae_lambda": 0.9, "learning_rate": 2e-3, "n_critic_updates": 8}, -1100),
+        # tanh stays near -1000 in this time, with seeds 1 to 3; ReLU reaches -171, -192 and -139.
+        (REINFORCE, {"n_steps": 16, "gae_lambda": 0.9, "learning_rate": 3e-3, "n_critic_updates": 8, **RELU}, -750),
     ],
 )
 def test_pendulum(algorithm, options, at_least):
