@@ -97,21 +97,21 @@ def n_rows(space: spaces.Space[Any], observation: Any) -> int:
     return shape[0] if len(shape) > len(space.shape or ()) else 1
 
 
-#: Functions that step the environment named ``env`` by ``model.predict``, without telling it the masks.
-STEPPERS = {evaluate_policy.__code__}
+#: Files whose code steps an environment named ``env`` by ``model.predict``, without telling it the masks.
+STEPPERS = {evaluate_policy.__code__.co_filename}
 
 _known: WeakKeyDictionary[VecEnv, AskMasks | None] = WeakKeyDictionary()
 
 
 def masks_of_caller() -> Any:
-    """Return the masks of the environment that one of ``STEPPERS`` acts in by asking for predictions; else None.
+    """Return the masks of the environment that code of ``STEPPERS`` acts in by asking for predictions; else None.
 
     SB3's evaluation has no argument for masks, and so neither have EvalCallback and whatever else calls it. What it
     asks for must not depend on that: a policy that has learned with masks knows nothing of forbidden actions.
     """
     frame = sys._getframe(1)
     for _ in range(4):  # its subclasses' ``predict`` may call the model's
-        if frame.f_code in STEPPERS:
+        if frame.f_code.co_filename in STEPPERS and "env" in frame.f_locals:
             env = frame.f_locals["env"]
             if env not in _known:
                 _known[env] = masks_of(env)

@@ -4,9 +4,11 @@
 Needs the extra ``zoo``; importing this package does not.
 """
 
+import importlib.util
 import sys
 
 import sb3_pg
+from sb3_pg.common.masks import STEPPERS
 from sb3_pg.zoo.configs import CONFIGS
 
 __all__ = ["CONFIGS", "register"]
@@ -28,6 +30,8 @@ def register() -> None:
     ALGOS.update({"reinforce": sb3_pg.REINFORCE, "trpo": sb3_pg.TRPO, "ppo": sb3_pg.PPO})
     hyperparams_opt.HYPERPARAMS_SAMPLER.update(search.SAMPLERS)
     hyperparams_opt.HYPERPARAMS_CONVERTER.update(search.CONVERTERS)
+    for name in ("enjoy", "record_video"):
+        STEPPERS.add(str(importlib.util.find_spec(f"rl_zoo3.{name}").origin))  # type: ignore[union-attr]
     exp_manager.ExperimentManager = ExperimentManager  # type: ignore[misc]
     if "rl_zoo3.train" in sys.modules:  # which has looked the name up already
         sys.modules["rl_zoo3.train"].ExperimentManager = ExperimentManager  # type: ignore[attr-defined]
