@@ -1,0 +1,326 @@
+"""A stack of LSTM layers in NumPy: one step of it for acting, and the three passes over packed sequences.
+
+Each layer has four gates ``z = x W_ih^T + b_ih + h_before W_hh^T + b_hh``, in torch's order i, f, g, o. With the
+sigmoid of i, f and o and the tanh of g it remembers ``c = f c_before + i g``, and its output is ``h = o tanh(c)``.
+
+Rows are those of torch's PackedSequence: of sequences sorted by length, longest first, first the first step of all,
+then the second step of those that have one, and so on. Only the products with W_hh are made step by step; all others
+are made once for all rows. Arrays of gates are (4, rows, H), so that each gate lies in one piece.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sb3_pg.common.products import MATRIX_LIMIT, VECTOR_LIMIT, product
+
+#: Weights by inputs and by h and biases of both, of each layer, or gradients or changes of them in the same shapes.
+Pieces = list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
+
+#: h and c, each (layers, sequences, H)
+Memory = tuple[np.ndarray, np.ndarray]
+
+
+class LayerTrace(NamedTuple):
+    """What a forward pass leaves of one layer."""
+
+    x: np.ndarray  # (N, inputs)
+    h_before: np.ndarray  # (N, H)
+    h: np.ndarray  # (N, H)
+    c: np.ndarray  # (N, H)
+    slopes: np.ndarray  # (6, N, H): dc / dz of i, f and g, dh / dz of o with c fixed, dc / dc_before, dh / dc
+
+
+class Trace(NamedTuple):
+    """What a forward pass leaves for the other two."""
+
+    steps: list[tuple[int, int, int]]  # where the rows of each start and end, and those of the memory before it start
+    layers: list[LayerTrace]
+
+
+def memory_after(trace: Trace, rows: slice | np.ndarray = np.s_[:]) -> Memory:
+    """Return the memory after each row, or after some of them."""
+    h, c = zip(*((layer.h[rows], layer.c[rows]) for layer in trace.layers), strict=True)
+    return np.stack(h), np.stack(c)
+
+
+@functools.lru_cache(maxsize=1024)
+def _width(n: int, k: int, m: int, blas_has_one_thread: bool) -> int:
+    """Return of how many columns the blocks of a (k, m) matrix are, by which to multiply (n, k); 0 for no blocks.
+
+    Up to ``MATRIX_LIMIT`` they stay on this thread. And what has few rows OpenBLAS multiplies with the weights as they
+    lie if the result has up to 1024 numbers; else it packs them first, which takes five times as long.
+    """
+    most = min(MATRIX_LIMIT // k, 1024) // n
+    if n == 1:
+        most = m if blas_has_one_thread else (VECTOR_LIMIT - 1) // k
+    width = next((w for w in range(min(m, most), 0, -1) if m % w == 0), 0)
+    return width if width >= min(m, 16) else 0
+
+
+def _blocks(matrices: np.ndarray, width: int) -> np.ndarray:
+    """View (4, k, m) as (4, m / width, k, width)."""
+    gates, k, m = matrices.shape
+    return matrices.reshape(gates, k, m // width, width).swapaxes(1, 2)
+
+
+def _steps(sizes: Sequence[int]) -> list[tuple[int, int, int]]:
+    steps, before, start = [], 0, 0
+    for n in map(int, sizes):
+        steps.append((start, start + n, before))
+        before, start = start + int(sizes[0]), start + n
+    return steps
+
+
+class Lstm:
+    """LSTM layers, one on the other.
+
+    :param pieces: weight_ih, (4 H, inputs), weight_hh, (4 H, H), bias_ih and bias_hh, (4 H,), of each layer
+    """
+
+    def __init__(self, pieces: Pieces) -> None:
+        self.pieces = pieces
+        self.size = sum(array.size for layer in pieces for array in layer)
+        self.blas_has_one_thread = False  # so that its products need no care; to be set where that is looked at
+        self._by_gate = [tuple(array.reshape(4, -1, array[0].size) for array in layer) for layer in pieces]
+        weight = pieces[0][1]
+        self._width, self._dtype = weight.shape[1], weight.dtype
+        # The sigmoid of z is 0.5 + 0.5 tanh(0.5 z), and so one call of tanh does for all four.
+        self._scale = np.full((4, 1, self._width), 0.5, self._dtype)
+        self._scale[2] = 1.0
+        self._tiles: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def step(self, x: np.ndarray, memory: Memory) -> tuple[np.ndarray, Memory]:
+        """Return the outputs (n, H) for inputs (n, inputs) and the memory after them, of which they are a view."""
+        h, c = (np.empty_like(array) for array in memory)
+        tile, z, recurrent = self._tile(len(x)), *np.empty((2, 4, len(x), self._width), self._dtype)
+        for layer, (weight, weight_hh, bias, bias_hh) in enumerate(self._by_gate):
+            self._multiplier(weight.swapaxes(1, 2), z)(x)
+            self._multiplier(weight_hh.swapaxes(1, 2), recurrent)(memory[0][layer])
+            z += recurrent
+            z += bias.reshape(4, 1, -1)
+            z += bias_hh.reshape(4, 1, -1)
+            x = h[layer]
+            _cell(z, tile, z, memory[1][layer], c[layer], x, x)
+        return x, (h, c)
+
+    def forward(self, x: np.ndarray, sizes: Sequence[int], memory: Memory) -> tuple[np.ndarray, Trace]:
+        """Return the outputs, (N, H) and not to be written to, and what ``backward`` and ``tangent`` need.
+
+        :param x: inputs, (N, inputs)
+        :param sizes: how many sequences have a first step, a second, ...; N together
+        :param memory: before each sequence
+        """
+        trace = Trace(_steps(sizes), [])
+        for layer, (h, c) in enumerate(zip(*memory, strict=True)):
+            trace.layers.append(self._forward(layer, x, trace.steps, h, c))
+            x = trace.layers[-1].h
+        return x, trace
+
+    def _forward(
+        self, layer: int, x: np.ndarray, steps: list[tuple[int, int, int]], h_start: np.ndarray, c_start: np.ndarray
+    ) -> LayerTrace:
+        weight, weight_hh, bias, bias_hh = self._by_gate[layer]
+        n_start, width = h_start.shape
+        h, c = np.empty((2, n_start + len(x), width), self._dtype)  # the rows before the first step come first
+        h[:n_start], c[:n_start] = h_start, c_start
+        slopes = np.empty((6, len(x), width), self._dtype)
+        gates, tanh_c = slopes[:4], slopes[5]
+        self._multiplier(weight.swapaxes(1, 2), gates)(x)
+        gates += (bias + bias_hh).reshape(4, 1, -1)
+        n, weight_hh = 0, weight_hh.swapaxes(1, 2)
+        for start, end, before in steps:
+            if n != end - start:
+                n = end - start
+                z, tile = np.empty((4, n, width), self._dtype), self._tile(n)
+                multiply = self._multiplier(weight_hh, z)
+            multiply(h[before : before + n])
+            z += gates[:, start:end]
+            now = slice(start + n_start, end + n_start)
+            _cell(z, tile, gates[:, start:end], c[before : before + n], c[now], tanh_c[start:end], h[now])
+        starts, ends, befores = np.array(steps).T
+        rows = np.arange(len(x)) + np.repeat(befores - starts, ends - starts)
+        found = LayerTrace(x, h[rows], h[n_start:], c[n_start:], slopes)
+        _differentiate(slopes, c[rows], found.h)
+        return found
+
+    def backward(self, trace: Trace, d: np.ndarray, gradient: Pieces, wants_dx: bool = False) -> np.ndarray | None:
+        """J^T d: from the derivative by the outputs, (N, H), to the gradient, back through each sequence.
+
+        :param gradient: where to write it
+        :param wants_dx: return the derivative by the inputs, (N, inputs)
+        """
+        for layer in range(len(self.pieces) - 1, -1, -1):
+            x, h_before = trace.layers[layer][:2]
+            d_weight, d_weight_hh, d_bias, d_bias_hh = gradient[layer]
+            dz = self._backward(layer, trace, d)
+            self._write_gradient(dz, x, d_weight)
+            self._write_gradient(dz, h_before, d_weight_hh)
+            np.add.reduce(dz, axis=1, out=d_bias.reshape(4, -1))
+            d_bias_hh[...] = d_bias
+            if layer or wants_dx:
+                parts = np.empty((4, *x.shape), self._dtype)
+                self._multiplier(self._by_gate[layer][0], parts)(dz[:, None])
+                d = np.add.reduce(parts, axis=0)
+        return d if wants_dx else None
+
+    def _backward(self, layer: int, trace: Trace, d: np.ndarray) -> np.ndarray:
+        """Return the derivative by z, (4, N, H)."""
+        slopes, weight_hh = trace.layers[layer].slopes, self._by_gate[layer][1]
+        dz = np.empty((4, *d.shape), self._dtype)
+        dh_after, dc_after = np.zeros((2, trace.steps[0][1], self._width), self._dtype)  # of sequences that are over, 0
+        n = 0
+        for start, end, _ in reversed(trace.steps):
+            if n != end - start:
+                n = end - start
+                parts = np.empty((4, n, self._width), self._dtype)
+                multiply = self._multiplier(weight_hh, parts)
+            i, f, g, o, c_by_before, h_by_c = slopes[:, start:end]
+            here = dz[:, start:end]
+            di, df, dg, do = here
+            dh = d[start:end] + dh_after[:n]
+            dc = dh * h_by_c
+            dc += dc_after[:n]
+            np.multiply(dc, i, out=di)
+            np.multiply(dc, f, out=df)
+            np.multiply(dc, g, out=dg)
+            np.multiply(dh, o, out=do)
+            if start:
+                np.multiply(dc, c_by_before, out=dc_after[:n])
+                multiply(here[:, None])
+                np.add.reduce(parts, axis=0, out=dh_after[:n])
+        return dz
+
+    def tangent(self, trace: Trace, change: Pieces, d_x: np.ndarray | None = None) -> np.ndarray:
+        """J v: how the outputs, (N, H), change with the weights.
+
+        :param change: of weights and biases
+        :param d_x: of the inputs, (N, inputs); None for none
+        """
+        for layer, pieces in enumerate(change):
+            d_x = self._tangent(layer, trace, pieces, d_x)
+        assert d_x is not None
+        return d_x
+
+    def _tangent(self, layer: int, trace: Trace, change: tuple[np.ndarray, ...], d_x: np.ndarray | None) -> np.ndarray:
+        x, h_before, _, _, slopes = trace.layers[layer]
+        weight, weight_hh = (array.swapaxes(1, 2) for array in self._by_gate[layer][:2])
+        d_weight, d_weight_hh = (array.reshape(4, -1, array.shape[1]).swapaxes(1, 2) for array in change[:2])
+        dz, part = np.empty((2, 4, len(x), self._width), self._dtype)
+        self._multiplier(d_weight, dz)(x)
+        self._multiplier(d_weight_hh, part)(h_before)
+        dz += part
+        if d_x is not None:
+            self._multiplier(weight, part)(d_x)
+            dz += part
+        dz += (change[2] + change[3]).reshape(4, 1, -1)
+        n, n_start = 0, trace.steps[0][1]
+        dh, dc = np.zeros((n_start + len(x), self._width), self._dtype), np.zeros((n_start, self._width), self._dtype)
+        for start, end, before in trace.steps:
+            if n != end - start:
+                n = end - start
+                dc = dc[:n]
+                now = np.empty((4, n, self._width), self._dtype)
+                multiply = self._multiplier(weight_hh, now)
+            multiply(dh[before : before + n])
+            now += dz[:, start:end]
+            now *= slopes[:4, start:end]
+            i, f, g, o = now
+            dc *= slopes[4, start:end]
+            dc += i
+            dc += f
+            dc += g
+            np.multiply(dc, slopes[5, start:end], out=i)
+            np.add(i, o, out=dh[start + n_start : end + n_start])
+        return dh[n_start:]
+
+    def split(self, flat: np.ndarray) -> Pieces:
+        """Views of a flat vector in the shapes of the weights and biases."""
+        views, start = [], 0
+        for layer in self.pieces:
+            ends = start + np.cumsum([array.size for array in layer])
+            parts = np.split(flat[start : ends[-1]], ends[:-1] - start)
+            a, b, c, d = (part.reshape(array.shape) for part, array in zip(parts, layer, strict=True))
+            views.append((a, b, c, d))
+            start = ends[-1]
+        return views
+
+    def _tile(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return by what to multiply n rows before and after the tanh, and what to add then."""
+        if n > 16:
+            n = 1
+        if n not in self._tiles:
+            scale = self._scale.repeat(n, axis=1)  # of the same shape, few rows are multiplied twice as fast
+            self._tiles[n] = scale, 1.0 - scale
+        return self._tiles[n]
+
+    # Products
+
+    def _multiplier(self, b: np.ndarray, out: np.ndarray) -> Callable[[np.ndarray], None]:
+        """Return what writes the products of a matrix (n, k), or of four as (4, 1, n, k), with four (k, m).
+
+        :param out: where to, (4, n, m)
+        """
+        n, (k, m) = out.shape[1], b.shape[1:]
+        width = _width(n, k, m, self.blas_has_one_thread) or (m if self.blas_has_one_thread else 0)
+
+        def multiply(a: np.ndarray) -> None:
+            np.matmul(a, b_blocks, out=out_blocks)
+
+        def multiply_with_care(a: np.ndarray) -> None:
+            for x, y, z in zip(np.broadcast_to(a, (4, 1, n, k))[:, 0], b, out, strict=True):
+                product(x, y, z)
+
+        if not width:
+            return multiply_with_care
+        b_blocks, out_blocks = _blocks(b, width), _blocks(out, width)
+        return multiply
+
+    def _write_gradient(self, dz: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
+        """Write the sum over all rows of dz (4, N, H) times x (N, k) to the weights' gradient, (4 H, k)."""
+        n, k = x.shape
+        width = _width(k, n, self._width, self.blas_has_one_thread)
+        if width or self.blas_has_one_thread:
+            width = width or self._width
+            blocks = dz.swapaxes(1, 2).reshape(4, self._width // width, width, n)
+            np.matmul(blocks, x, out=out.reshape(4, -1, width, k))
+        else:
+            for d, where in zip(dz, out.reshape(4, -1, k), strict=True):
+                product(d.T, x, where)
+
+
+def _cell(
+    z: np.ndarray,
+    tile: tuple[np.ndarray, np.ndarray],
+    gates: np.ndarray,
+    c_before: np.ndarray,
+    c: np.ndarray,
+    tanh_c: np.ndarray,
+    h: np.ndarray,
+) -> None:
+    """Compute what follows from z, which is overwritten; ``h`` may be ``tanh_c``."""
+    scale, shift = tile
+    z *= scale
+    np.tanh(z, out=z)
+    z *= scale
+    np.add(z, shift, out=gates)
+    i, f, g, o = gates
+    np.multiply(f, c_before, out=c)
+    c += i * g
+    np.tanh(c, out=tanh_c)
+    np.multiply(o, tanh_c, out=h)
+
+
+def _differentiate(slopes: np.ndarray, c_before: np.ndarray, h: np.ndarray) -> None:
+    """Overwrite i, f, g, o, memory and tanh(c) by the slopes."""
+    i, f, g, o, forget, tanh_c = slopes
+    forget[...] = f
+    ig = i * g
+    np.subtract(i, ig * g, out=g)
+    np.subtract(ig, ig * i, out=i)
+    np.multiply(f, c_before, out=ig)
+    np.subtract(ig, ig * f, out=f)
+    np.subtract(o, h * tanh_c, out=tanh_c)
+    np.subtract(h, h * o, out=o)
