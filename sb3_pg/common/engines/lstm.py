@@ -9,6 +9,7 @@ are made once for all rows. Arrays of gates are (4, rows, H), so that each gate 
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ class LayerTrace(NamedTuple):
 class Trace(NamedTuple):
     """What a forward pass leaves for the other two."""
 
-    steps: list[tuple[int, int, int]]  # where the rows of each start and end, and those of the memory before it start
+    runs: list[tuple[int, slice]]  # of steps with as many sequences: how many, and the rows of all these steps
     layers: list[LayerTrace]
 
 
@@ -50,14 +51,19 @@ def memory_after(trace: Trace, rows: slice | np.ndarray = np.s_[:]) -> Memory:
 def _width(n: int, k: int, m: int, blas_has_one_thread: bool) -> int:
     """Return of how many columns the blocks of a (k, m) matrix are, by which to multiply (n, k); 0 for no blocks.
 
-    Up to ``MATRIX_LIMIT`` they stay on this thread. And what has few rows OpenBLAS multiplies with the weights as they
-    lie if the result has up to 1024 numbers; else it packs them first, which takes five times as long.
+    Up to ``MATRIX_LIMIT`` they stay on this thread. And few rows OpenBLAS multiplies with narrow blocks of weights as
+    they lie, while it first copies wide ones, which takes five times as long: measured, 64 columns are best or close.
     """
-    most = min(MATRIX_LIMIT // k, 1024) // n
+    most = min(64, 1024 // n, MATRIX_LIMIT // (n * k))
     if n == 1:
         most = m if blas_has_one_thread else (VECTOR_LIMIT - 1) // k
     width = next((w for w in range(min(m, most), 0, -1) if m % w == 0), 0)
     return width if width >= min(m, 16) else 0
+
+
+def _by_gate(weight: np.ndarray) -> np.ndarray:
+    """View (4 H, k) as (4, H, k)."""
+    return weight.reshape(4, -1, weight.shape[1])
 
 
 def _blocks(matrices: np.ndarray, width: int) -> np.ndarray:
@@ -66,12 +72,30 @@ def _blocks(matrices: np.ndarray, width: int) -> np.ndarray:
     return matrices.reshape(gates, k, m // width, width).swapaxes(1, 2)
 
 
-def _steps(sizes: Sequence[int]) -> list[tuple[int, int, int]]:
-    steps, before, start = [], 0, 0
-    for n in map(int, sizes):
-        steps.append((start, start + n, before))
-        before, start = start + int(sizes[0]), start + n
-    return steps
+def _runs(sizes: list[int]) -> list[tuple[int, slice]]:
+    runs, start = [], 0
+    for n, steps in itertools.groupby(sizes):
+        end = start + n * len(list(steps))
+        runs.append((n, slice(start, end)))
+        start = end
+    return runs
+
+
+def _rows_before(sizes: list[int]) -> slice | np.ndarray:
+    """Return where the memory before each row lies, in that before the first step and after all rows."""
+    total = sum(sizes)
+    if sizes[0] == sizes[-1]:
+        return slice(0, total)
+    offsets = sizes[0] - np.array([sizes[0], *sizes[:-1]])
+    rows: np.ndarray = np.arange(total) + offsets.repeat(sizes)
+    return rows
+
+
+def _by_step(array: np.ndarray, rows: slice, n: int) -> np.ndarray:
+    """View a run of rows, (..., N, H), as (steps, ..., n, H)."""
+    if array.ndim == 2:
+        return array[rows].reshape(-1, n, array.shape[1])
+    return array[:, rows].reshape(len(array), -1, n, array.shape[2]).swapaxes(0, 1)
 
 
 class Lstm:
@@ -84,7 +108,6 @@ class Lstm:
         self.pieces = pieces
         self.size = sum(array.size for layer in pieces for array in layer)
         self.blas_has_one_thread = False  # so that its products need no care; to be set where that is looked at
-        self._by_gate = [tuple(array.reshape(4, -1, array[0].size) for array in layer) for layer in pieces]
         weight = pieces[0][1]
         self._width, self._dtype = weight.shape[1], weight.dtype
         # The sigmoid of z is 0.5 + 0.5 tanh(0.5 z), and so one call of tanh does for all four.
@@ -93,17 +116,25 @@ class Lstm:
         self._tiles: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def step(self, x: np.ndarray, memory: Memory) -> tuple[np.ndarray, Memory]:
-        """Return the outputs (n, H) for inputs (n, inputs) and the memory after them, of which they are a view."""
-        h, c = (np.empty_like(array) for array in memory)
-        tile, z, recurrent = self._tile(len(x)), *np.empty((2, 4, len(x), self._width), self._dtype)
-        for layer, (weight, weight_hh, bias, bias_hh) in enumerate(self._by_gate):
-            self._multiplier(weight.swapaxes(1, 2), z)(x)
-            self._multiplier(weight_hh.swapaxes(1, 2), recurrent)(memory[0][layer])
-            z += recurrent
-            z += bias.reshape(4, 1, -1)
-            z += bias_hh.reshape(4, 1, -1)
+        """Return the outputs (n, H) for inputs (n, inputs), a view of the memory after them, and this memory."""
+        n = len(x)
+        h, c = np.empty_like(memory[0]), np.empty_like(memory[1])
+        for layer, (weight, weight_hh, bias, bias_hh) in enumerate(self.pieces):
+            h_before = memory[0][layer]
+            if n == 1 and (self.blas_has_one_thread or max(weight.size, weight_hh.size) < VECTOR_LIMIT):
+                z = weight_hh.dot(h_before[0])  # of vectors is faster
+                z += weight.dot(x[0])
+                z += bias
+                z += bias_hh
+                z = z.reshape(4, 1, -1)
+            else:
+                z, recurrent = np.empty((2, 4, n, self._width), self._dtype)
+                self._multiplier(_by_gate(weight).swapaxes(1, 2), z)(x)
+                self._multiplier(_by_gate(weight_hh).swapaxes(1, 2), recurrent)(h_before)
+                z += recurrent
+                z += (bias + bias_hh).reshape(4, 1, -1)
             x = h[layer]
-            _cell(z, tile, z, memory[1][layer], c[layer], x, x)
+            _cell(z, self._tile(n), z, memory[1][layer], c[layer], x, x)
         return x, (h, c)
 
     def forward(self, x: np.ndarray, sizes: Sequence[int], memory: Memory) -> tuple[np.ndarray, Trace]:
@@ -113,38 +144,43 @@ class Lstm:
         :param sizes: how many sequences have a first step, a second, ...; N together
         :param memory: before each sequence
         """
-        trace = Trace(_steps(sizes), [])
+        counts = [int(n) for n in sizes]
+        trace, before = Trace(_runs(counts), []), _rows_before(counts)
         for layer, (h, c) in enumerate(zip(*memory, strict=True)):
-            trace.layers.append(self._forward(layer, x, trace.steps, h, c))
+            trace.layers.append(self._forward(layer, x, trace.runs, before, h, c))
             x = trace.layers[-1].h
         return x, trace
 
     def _forward(
-        self, layer: int, x: np.ndarray, steps: list[tuple[int, int, int]], h_start: np.ndarray, c_start: np.ndarray
+        self,
+        layer: int,
+        x: np.ndarray,
+        runs: list[tuple[int, slice]],
+        before: slice | np.ndarray,
+        h_start: np.ndarray,
+        c_start: np.ndarray,
     ) -> LayerTrace:
-        weight, weight_hh, bias, bias_hh = self._by_gate[layer]
-        n_start, width = h_start.shape
-        h, c = np.empty((2, n_start + len(x), width), self._dtype)  # the rows before the first step come first
-        h[:n_start], c[:n_start] = h_start, c_start
-        slopes = np.empty((6, len(x), width), self._dtype)
+        weight, weight_hh, bias, bias_hh = self.pieces[layer]
+        n_start = len(h_start)
+        all_h, all_c = np.empty((2, n_start + len(x), self._width), self._dtype)
+        all_h[:n_start], all_c[:n_start] = h_start, c_start
+        h, c = all_h[n_start:], all_c[n_start:]
+        slopes = np.empty((6, len(x), self._width), self._dtype)
         gates, tanh_c = slopes[:4], slopes[5]
-        self._multiplier(weight.swapaxes(1, 2), gates)(x)
+        self._multiplier(_by_gate(weight).swapaxes(1, 2), gates)(x)
         gates += (bias + bias_hh).reshape(4, 1, -1)
-        n, weight_hh = 0, weight_hh.swapaxes(1, 2)
-        for start, end, before in steps:
-            if n != end - start:
-                n = end - start
-                z, tile = np.empty((4, n, width), self._dtype), self._tile(n)
-                multiply = self._multiplier(weight_hh, z)
-            multiply(h[before : before + n])
-            z += gates[:, start:end]
-            now = slice(start + n_start, end + n_start)
-            _cell(z, tile, gates[:, start:end], c[before : before + n], c[now], tanh_c[start:end], h[now])
-        starts, ends, befores = np.array(steps).T
-        rows = np.arange(len(x)) + np.repeat(befores - starts, ends - starts)
-        found = LayerTrace(x, h[rows], h[n_start:], c[n_start:], slopes)
-        _differentiate(slopes, c[rows], found.h)
-        return found
+        h_before, c_before = h_start, c_start
+        for n, rows in runs:
+            z, tile = np.empty((4, n, self._width), self._dtype), self._tile(n)
+            multiply = self._multiplier(_by_gate(weight_hh).swapaxes(1, 2), z)
+            h_before, c_before = h_before[:n], c_before[:n]
+            for gate, h_now, c_now, t in zip(*(_by_step(a, rows, n) for a in (gates, h, c, tanh_c)), strict=True):
+                multiply(h_before)
+                z += gate
+                _cell(z, tile, gate, c_before, c_now, t, h_now)
+                h_before, c_before = h_now, c_now
+        _differentiate(slopes, all_c[before], h)
+        return LayerTrace(x, all_h[before], h, c, slopes)
 
     def backward(self, trace: Trace, d: np.ndarray, gradient: Pieces, wants_dx: bool = False) -> np.ndarray | None:
         """J^T d: from the derivative by the outputs, (N, H), to the gradient, back through each sequence.
@@ -162,35 +198,31 @@ class Lstm:
             d_bias_hh[...] = d_bias
             if layer or wants_dx:
                 parts = np.empty((4, *x.shape), self._dtype)
-                self._multiplier(self._by_gate[layer][0], parts)(dz[:, None])
+                self._multiplier(_by_gate(self.pieces[layer][0]), parts)(dz[:, None])
                 d = np.add.reduce(parts, axis=0)
         return d if wants_dx else None
 
     def _backward(self, layer: int, trace: Trace, d: np.ndarray) -> np.ndarray:
         """Return the derivative by z, (4, N, H)."""
-        slopes, weight_hh = trace.layers[layer].slopes, self._by_gate[layer][1]
+        slopes, weight_hh = trace.layers[layer].slopes, _by_gate(self.pieces[layer][1])
         dz = np.empty((4, *d.shape), self._dtype)
-        dh_after, dc_after = np.zeros((2, trace.steps[0][1], self._width), self._dtype)  # of sequences that are over, 0
-        n = 0
-        for start, end, _ in reversed(trace.steps):
-            if n != end - start:
-                n = end - start
-                parts = np.empty((4, n, self._width), self._dtype)
-                multiply = self._multiplier(weight_hh, parts)
-            i, f, g, o, c_by_before, h_by_c = slopes[:, start:end]
-            here = dz[:, start:end]
-            di, df, dg, do = here
-            dh = d[start:end] + dh_after[:n]
-            dc = dh * h_by_c
-            dc += dc_after[:n]
-            np.multiply(dc, i, out=di)
-            np.multiply(dc, f, out=df)
-            np.multiply(dc, g, out=dg)
-            np.multiply(dh, o, out=do)
-            if start:
-                np.multiply(dc, c_by_before, out=dc_after[:n])
-                multiply(here[:, None])
-                np.add.reduce(parts, axis=0, out=dh_after[:n])
+        dh_after, dc_after = np.zeros((2, trace.runs[0][0], self._width), self._dtype)  # 0 at the end of a sequence
+        for n, rows in reversed(trace.runs):
+            parts, dh_next, dc_next = np.empty((4, n, self._width), self._dtype), dh_after[:n], dc_after[:n]
+            multiply = self._multiplier(weight_hh, parts)
+            steps = zip(*(_by_step(a, rows, n)[::-1] for a in (slopes, dz, d)), strict=True)
+            for (i, f, g, o, c_by_before, h_by_c), dz_now, d_now in steps:
+                di, df, dg, do = dz_now
+                dh_next += d_now
+                dc = dh_next * h_by_c
+                dc += dc_next
+                np.multiply(dc, i, out=di)
+                np.multiply(dc, f, out=df)
+                np.multiply(dc, g, out=dg)
+                np.multiply(dh_next, o, out=do)
+                np.multiply(dc, c_by_before, out=dc_next)
+                multiply(dz_now[:, None])
+                np.add.reduce(parts, axis=0, out=dh_next)
         return dz
 
     def tangent(self, trace: Trace, change: Pieces, d_x: np.ndarray | None = None) -> np.ndarray:
@@ -206,8 +238,8 @@ class Lstm:
 
     def _tangent(self, layer: int, trace: Trace, change: tuple[np.ndarray, ...], d_x: np.ndarray | None) -> np.ndarray:
         x, h_before, _, _, slopes = trace.layers[layer]
-        weight, weight_hh = (array.swapaxes(1, 2) for array in self._by_gate[layer][:2])
-        d_weight, d_weight_hh = (array.reshape(4, -1, array.shape[1]).swapaxes(1, 2) for array in change[:2])
+        weight, weight_hh = (_by_gate(array).swapaxes(1, 2) for array in self.pieces[layer][:2])
+        d_weight, d_weight_hh = (_by_gate(array).swapaxes(1, 2) for array in change[:2])
         dz, part = np.empty((2, 4, len(x), self._width), self._dtype)
         self._multiplier(d_weight, dz)(x)
         self._multiplier(d_weight_hh, part)(h_before)
@@ -216,25 +248,25 @@ class Lstm:
             self._multiplier(weight, part)(d_x)
             dz += part
         dz += (change[2] + change[3]).reshape(4, 1, -1)
-        n, n_start = 0, trace.steps[0][1]
-        dh, dc = np.zeros((n_start + len(x), self._width), self._dtype), np.zeros((n_start, self._width), self._dtype)
-        for start, end, before in trace.steps:
-            if n != end - start:
-                n = end - start
-                dc = dc[:n]
-                now = np.empty((4, n, self._width), self._dtype)
-                multiply = self._multiplier(weight_hh, now)
-            multiply(dh[before : before + n])
-            now += dz[:, start:end]
-            now *= slopes[:4, start:end]
-            i, f, g, o = now
-            dc *= slopes[4, start:end]
-            dc += i
-            dc += f
-            dc += g
-            np.multiply(dc, slopes[5, start:end], out=i)
-            np.add(i, o, out=dh[start + n_start : end + n_start])
-        return dh[n_start:]
+        n_start = trace.runs[0][0]
+        dh, dc = np.empty_like(h_before), np.zeros((n_start, self._width), self._dtype)
+        dh_before = np.zeros_like(dc)
+        for n, rows in trace.runs:
+            z, dc, dh_before = np.empty((4, n, self._width), self._dtype), dc[:n], dh_before[:n]
+            multiply = self._multiplier(weight_hh, z)
+            i, f, g, o = z
+            for slope, dz_now, dh_now in zip(*(_by_step(a, rows, n) for a in (slopes, dz, dh)), strict=True):
+                multiply(dh_before)
+                z += dz_now
+                z *= slope[:4]
+                dc *= slope[4]
+                dc += i
+                dc += f
+                dc += g
+                np.multiply(dc, slope[5], out=dh_now)
+                dh_now += o
+                dh_before = dh_now
+        return dh
 
     def split(self, flat: np.ndarray) -> Pieces:
         """Views of a flat vector in the shapes of the weights and biases."""
