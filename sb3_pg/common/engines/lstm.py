@@ -17,8 +17,11 @@ import numpy as np
 
 from sb3_pg.common.products import MATRIX_LIMIT, VECTOR_LIMIT, product
 
-#: Weights by inputs and by h and biases of both, of each layer, or gradients or changes of them in the same shapes.
-Pieces = list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
+#: weight_ih, (4 H, inputs), weight_hh, (4 H, H), bias_ih and bias_hh, (4 H,), or what has their shapes
+Layer = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+#: Of each layer, or gradients or changes of them in the same shapes.
+Pieces = list[Layer]
 
 #: h and c, each (layers, sequences, H)
 Memory = tuple[np.ndarray, np.ndarray]
@@ -49,16 +52,18 @@ def memory_after(trace: Trace, rows: slice | np.ndarray = np.s_[:]) -> Memory:
 
 @functools.lru_cache(maxsize=1024)
 def _width(n: int, k: int, m: int, blas_has_one_thread: bool) -> int:
-    """Return of how many columns the blocks of a (k, m) matrix are, by which to multiply (n, k); 0 for no blocks.
+    """Return of how many columns the blocks of a (k, m) matrix are to be, by which to multiply an (n, k) matrix.
 
-    Up to ``MATRIX_LIMIT`` they stay on this thread. And few rows OpenBLAS multiplies with narrow blocks of weights as
-    they lie, while it first copies wide ones, which takes five times as long: measured, 64 columns are best or close.
+    Few rows OpenBLAS multiplies with narrow blocks of weights as they lie, while it first copies wide ones, which takes
+    five times as long: measured, 64 columns are best or close. 0 if no blocks are small enough to stay on this thread.
     """
-    most = min(64, 1024 // n, MATRIX_LIMIT // (n * k))
-    if n == 1:
-        most = m if blas_has_one_thread else (VECTOR_LIMIT - 1) // k
-    width = next((w for w in range(min(m, most), 0, -1) if m % w == 0), 0)
-    return width if width >= min(m, 16) else 0
+    limit = VECTOR_LIMIT - 1 if 1 in (n, m) else MATRIX_LIMIT
+    most = min(m, 64, 1024 // n, limit // (n * k))
+    width = next((w for w in range(most, 0, -1) if m % w == 0), 0)
+    is_wide = width >= min(m, 16)  # else it takes too many
+    if blas_has_one_thread:
+        return width if is_wide and n > 1 else m
+    return width if is_wide else 0
 
 
 def _by_gate(weight: np.ndarray) -> np.ndarray:
@@ -101,18 +106,17 @@ def _by_step(array: np.ndarray, rows: slice, n: int) -> np.ndarray:
 class Lstm:
     """LSTM layers, one on the other.
 
-    :param pieces: weight_ih, (4 H, inputs), weight_hh, (4 H, H), bias_ih and bias_hh, (4 H,), of each layer
+    :param pieces: weights and biases of each layer
     """
 
     def __init__(self, pieces: Pieces) -> None:
         self.pieces = pieces
         self.size = sum(array.size for layer in pieces for array in layer)
         self.blas_has_one_thread = False  # so that its products need no care; to be set where that is looked at
-        weight = pieces[0][1]
-        self._width, self._dtype = weight.shape[1], weight.dtype
-        # The sigmoid of z is 0.5 + 0.5 tanh(0.5 z), and so one call of tanh does for all four.
-        self._scale = np.full((4, 1, self._width), 0.5, self._dtype)
-        self._scale[2] = 1.0
+        # Views of the weights, those of W_ih and those of W_hh, as z, (n, k) by (4, k, H), and its derivative take them
+        self._weights = [(_by_gate(weight), _by_gate(weight_hh)) for weight, weight_hh, _, _ in pieces]
+        self._turned = [(a.swapaxes(1, 2), b.swapaxes(1, 2)) for a, b in self._weights]
+        self._h, self._dtype = pieces[0][1].shape[1], pieces[0][1].dtype
         self._tiles: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def step(self, x: np.ndarray, memory: Memory) -> tuple[np.ndarray, Memory]:
@@ -128,9 +132,10 @@ class Lstm:
                 z += bias_hh
                 z = z.reshape(4, 1, -1)
             else:
-                z, recurrent = np.empty((2, 4, n, self._width), self._dtype)
-                self._multiplier(_by_gate(weight).swapaxes(1, 2), z)(x)
-                self._multiplier(_by_gate(weight_hh).swapaxes(1, 2), recurrent)(h_before)
+                z, recurrent = np.empty((2, 4, n, self._h), self._dtype)
+                turned, turned_hh = self._turned[layer]
+                self._multiplier(turned, z)(x)
+                self._multiplier(turned_hh, recurrent)(h_before)
                 z += recurrent
                 z += (bias + bias_hh).reshape(4, 1, -1)
             x = h[layer]
@@ -146,8 +151,8 @@ class Lstm:
         """
         counts = [int(n) for n in sizes]
         trace, before = Trace(_runs(counts), []), _rows_before(counts)
-        for layer, (h, c) in enumerate(zip(*memory, strict=True)):
-            trace.layers.append(self._forward(layer, x, trace.runs, before, h, c))
+        for layer, start in enumerate(zip(*memory, strict=True)):
+            trace.layers.append(self._forward(layer, x, trace.runs, before, start))
             x = trace.layers[-1].h
         return x, trace
 
@@ -157,30 +162,27 @@ class Lstm:
         x: np.ndarray,
         runs: list[tuple[int, slice]],
         before: slice | np.ndarray,
-        h_start: np.ndarray,
-        c_start: np.ndarray,
+        start: tuple[np.ndarray, np.ndarray],
     ) -> LayerTrace:
-        weight, weight_hh, bias, bias_hh = self.pieces[layer]
-        n_start = len(h_start)
-        all_h, all_c = np.empty((2, n_start + len(x), self._width), self._dtype)
-        all_h[:n_start], all_c[:n_start] = h_start, c_start
-        h, c = all_h[n_start:], all_c[n_start:]
-        slopes = np.empty((6, len(x), self._width), self._dtype)
+        (weight, weight_hh), (_, _, bias, bias_hh), n_start = self._turned[layer], self.pieces[layer], len(start[0])
+        memory = np.empty((2, n_start + len(x), self._h), self._dtype)
+        memory[:, :n_start] = start
+        (h_before, c_before), (h, c) = memory[:, :n_start], memory[:, n_start:]
+        slopes = np.empty((6, len(x), self._h), self._dtype)
         gates, tanh_c = slopes[:4], slopes[5]
-        self._multiplier(_by_gate(weight).swapaxes(1, 2), gates)(x)
+        self._multiplier(weight, gates)(x)
         gates += (bias + bias_hh).reshape(4, 1, -1)
-        h_before, c_before = h_start, c_start
         for n, rows in runs:
-            z, tile = np.empty((4, n, self._width), self._dtype), self._tile(n)
-            multiply = self._multiplier(_by_gate(weight_hh).swapaxes(1, 2), z)
+            z, tile = np.empty((4, n, self._h), self._dtype), self._tile(n)
+            multiply = self._multiplier(weight_hh, z)
             h_before, c_before = h_before[:n], c_before[:n]
             for gate, h_now, c_now, t in zip(*(_by_step(a, rows, n) for a in (gates, h, c, tanh_c)), strict=True):
                 multiply(h_before)
                 z += gate
                 _cell(z, tile, gate, c_before, c_now, t, h_now)
                 h_before, c_before = h_now, c_now
-        _differentiate(slopes, all_c[before], h)
-        return LayerTrace(x, all_h[before], h, c, slopes)
+        _differentiate(slopes, memory[1, before], h)
+        return LayerTrace(x, memory[0, before], h, c, slopes)
 
     def backward(self, trace: Trace, d: np.ndarray, gradient: Pieces, wants_dx: bool = False) -> np.ndarray | None:
         """J^T d: from the derivative by the outputs, (N, H), to the gradient, back through each sequence.
@@ -198,17 +200,17 @@ class Lstm:
             d_bias_hh[...] = d_bias
             if layer or wants_dx:
                 parts = np.empty((4, *x.shape), self._dtype)
-                self._multiplier(_by_gate(self.pieces[layer][0]), parts)(dz[:, None])
+                self._multiplier(self._weights[layer][0], parts)(dz[:, None])
                 d = np.add.reduce(parts, axis=0)
         return d if wants_dx else None
 
     def _backward(self, layer: int, trace: Trace, d: np.ndarray) -> np.ndarray:
         """Return the derivative by z, (4, N, H)."""
-        slopes, weight_hh = trace.layers[layer].slopes, _by_gate(self.pieces[layer][1])
+        slopes, (_, weight_hh) = trace.layers[layer].slopes, self._weights[layer]
         dz = np.empty((4, *d.shape), self._dtype)
-        dh_after, dc_after = np.zeros((2, trace.runs[0][0], self._width), self._dtype)  # 0 at the end of a sequence
+        dh_after, dc_after = np.zeros((2, trace.runs[0][0], self._h), self._dtype)  # 0 at the end of a sequence
         for n, rows in reversed(trace.runs):
-            parts, dh_next, dc_next = np.empty((4, n, self._width), self._dtype), dh_after[:n], dc_after[:n]
+            parts, dh_next, dc_next = np.empty((4, n, self._h), self._dtype), dh_after[:n], dc_after[:n]
             multiply = self._multiplier(weight_hh, parts)
             steps = zip(*(_by_step(a, rows, n)[::-1] for a in (slopes, dz, d)), strict=True)
             for (i, f, g, o, c_by_before, h_by_c), dz_now, d_now in steps:
@@ -236,23 +238,20 @@ class Lstm:
         assert d_x is not None
         return d_x
 
-    def _tangent(self, layer: int, trace: Trace, change: tuple[np.ndarray, ...], d_x: np.ndarray | None) -> np.ndarray:
+    def _tangent(self, layer: int, trace: Trace, change: Layer, d_x: np.ndarray | None) -> np.ndarray:
         x, h_before, _, _, slopes = trace.layers[layer]
-        weight, weight_hh = (_by_gate(array).swapaxes(1, 2) for array in self.pieces[layer][:2])
-        d_weight, d_weight_hh = (_by_gate(array).swapaxes(1, 2) for array in change[:2])
-        dz, part = np.empty((2, 4, len(x), self._width), self._dtype)
-        self._multiplier(d_weight, dz)(x)
-        self._multiplier(d_weight_hh, part)(h_before)
+        weight, weight_hh = self._turned[layer]
+        dz, part = np.empty((2, 4, len(x), self._h), self._dtype)
+        self._multiplier(_by_gate(change[0]).swapaxes(1, 2), dz)(x)
+        self._multiplier(_by_gate(change[1]).swapaxes(1, 2), part)(h_before)
         dz += part
         if d_x is not None:
             self._multiplier(weight, part)(d_x)
             dz += part
         dz += (change[2] + change[3]).reshape(4, 1, -1)
-        n_start = trace.runs[0][0]
-        dh, dc = np.empty_like(h_before), np.zeros((n_start, self._width), self._dtype)
-        dh_before = np.zeros_like(dc)
+        dh, (dh_before, dc) = np.empty_like(h_before), np.zeros((2, trace.runs[0][0], self._h), self._dtype)
         for n, rows in trace.runs:
-            z, dc, dh_before = np.empty((4, n, self._width), self._dtype), dc[:n], dh_before[:n]
+            z, dc, dh_before = np.empty((4, n, self._h), self._dtype), dc[:n], dh_before[:n]
             multiply = self._multiplier(weight_hh, z)
             i, f, g, o = z
             for slope, dz_now, dh_now in zip(*(_by_step(a, rows, n) for a in (slopes, dz, dh)), strict=True):
@@ -280,11 +279,15 @@ class Lstm:
         return views
 
     def _tile(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return by what to multiply n rows before and after the tanh, and what to add then."""
+        """Return by what to multiply n rows of gates before and after the tanh, and what to add then.
+
+        The sigmoid of z is 0.5 + 0.5 tanh(0.5 z), and so one call does for all gates.
+        """
         if n > 16:
             n = 1
         if n not in self._tiles:
-            scale = self._scale.repeat(n, axis=1)  # of the same shape, few rows are multiplied twice as fast
+            scale = np.full((4, n, self._h), 0.5, self._dtype)  # in the shape of few rows, as that is twice as fast
+            scale[2] = 1.0
             self._tiles[n] = scale, 1.0 - scale
         return self._tiles[n]
 
@@ -295,14 +298,13 @@ class Lstm:
 
         :param out: where to, (4, n, m)
         """
-        n, (k, m) = out.shape[1], b.shape[1:]
-        width = _width(n, k, m, self.blas_has_one_thread) or (m if self.blas_has_one_thread else 0)
+        width = _width(out.shape[1], *b.shape[1:], self.blas_has_one_thread)
 
         def multiply(a: np.ndarray) -> None:
             np.matmul(a, b_blocks, out=out_blocks)
 
         def multiply_with_care(a: np.ndarray) -> None:
-            for x, y, z in zip(np.broadcast_to(a, (4, 1, n, k))[:, 0], b, out, strict=True):
+            for x, y, z in zip(a[:, 0] if a.ndim == 4 else [a] * 4, b, out, strict=True):
                 product(x, y, z)
 
         if not width:
@@ -313,10 +315,9 @@ class Lstm:
     def _write_gradient(self, dz: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
         """Write the sum over all rows of dz (4, N, H) times x (N, k) to the weights' gradient, (4 H, k)."""
         n, k = x.shape
-        width = _width(k, n, self._width, self.blas_has_one_thread)
-        if width or self.blas_has_one_thread:
-            width = width or self._width
-            blocks = dz.swapaxes(1, 2).reshape(4, self._width // width, width, n)
+        width = _width(k, n, self._h, self.blas_has_one_thread)
+        if width:
+            blocks = dz.swapaxes(1, 2).reshape(4, self._h // width, width, n)
             np.matmul(blocks, x, out=out.reshape(4, -1, width, k))
         else:
             for d, where in zip(dz, out.reshape(4, -1, k), strict=True):
