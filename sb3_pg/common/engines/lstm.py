@@ -54,13 +54,14 @@ def memory_after(trace: Trace, rows: slice | np.ndarray = np.s_[:]) -> Memory:
 def _width(n: int, k: int, m: int, blas_has_one_thread: bool) -> int:
     """Return of how many columns the blocks of a (k, m) matrix are to be, by which to multiply an (n, k) matrix.
 
-    Few rows OpenBLAS multiplies with narrow blocks of weights as they lie, while it first copies wide ones, which takes
-    five times as long: measured, 64 columns are best or close. 0 if no blocks are small enough to stay on this thread.
+    OpenBLAS multiplies with weights as they lie if a product has up to 1024 numbers, and else copies them first, which
+    takes five times as long as to multiply few rows; measured, 64 columns are best or close. 0 stands for no blocks, as
+    none that are worth it would stay on this thread.
     """
     limit = VECTOR_LIMIT - 1 if 1 in (n, m) else MATRIX_LIMIT
     most = min(m, 64, 1024 // n, limit // (n * k))
     width = next((w for w in range(most, 0, -1) if m % w == 0), 0)
-    is_wide = width >= min(m, 16)  # else it takes too many
+    is_wide = width >= min(m, 16)  # else there are too many
     if blas_has_one_thread:
         return width if is_wide and n > 1 else m
     return width if is_wide else 0
@@ -78,6 +79,7 @@ def _blocks(matrices: np.ndarray, width: int) -> np.ndarray:
 
 
 def _runs(sizes: list[int]) -> list[tuple[int, slice]]:
+    """Return the runs of steps with as many sequences, as in a trace."""
     runs, start = [], 0
     for n, steps in itertools.groupby(sizes):
         end = start + n * len(list(steps))
@@ -125,9 +127,9 @@ class Lstm:
         h, c = np.empty_like(memory[0]), np.empty_like(memory[1])
         for layer, (weight, weight_hh, bias, bias_hh) in enumerate(self.pieces):
             h_before = memory[0][layer]
-            if n == 1 and (self.blas_has_one_thread or max(weight.size, weight_hh.size) < VECTOR_LIMIT):
-                z = weight_hh.dot(h_before[0])  # of vectors is faster
-                z += weight.dot(x[0])
+            if n == 1:  # of vectors is faster
+                z = self._times_vector(weight_hh, h_before[0])
+                z += self._times_vector(weight, x[0])
                 z += bias
                 z += bias_hh
                 z = z.reshape(4, 1, -1)
@@ -164,6 +166,11 @@ class Lstm:
         before: slice | np.ndarray,
         start: tuple[np.ndarray, np.ndarray],
     ) -> LayerTrace:
+        """Run one layer.
+
+        :param before: where the memory before each row lies
+        :param start: memory before each sequence
+        """
         (weight, weight_hh), (_, _, bias, bias_hh), n_start = self._turned[layer], self.pieces[layer], len(start[0])
         memory = np.empty((2, n_start + len(x), self._h), self._dtype)
         memory[:, :n_start] = start
@@ -311,6 +318,16 @@ class Lstm:
             return multiply_with_care
         b_blocks, out_blocks = _blocks(b, width), _blocks(out, width)
         return multiply
+
+    def _times_vector(self, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """Return the product of weights (4 H, k) with (k,)."""
+        m, k = weight.shape
+        width = m if self.blas_has_one_thread or weight.size < VECTOR_LIMIT else _width(1, k, m, False)
+        if width == m:
+            found: np.ndarray = weight.dot(x)
+            return found
+        found = np.matmul(weight.reshape(-1, width, k), x) if width else product(weight, x[:, None])
+        return found.reshape(m)
 
     def _write_gradient(self, dz: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
         """Write the sum over all rows of dz (4, N, H) times x (N, k) to the weights' gradient, (4 H, k)."""

@@ -1,6 +1,9 @@
 """The closed-form LSTM against torch's, on packed sequences."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +11,8 @@ import torch as th
 from threadpoolctl import threadpool_limits
 from torch.nn.utils.rnn import PackedSequence
 
-from sb3_pg.common.engines.lstm import Lstm, memory_after
+from sb3_pg.common.engines.lstm import Lstm, _width, memory_after
+from sb3_pg.common.products import MATRIX_LIMIT, VECTOR_LIMIT
 
 LENGTHS = [[7, 4, 4, 2, 1], [1, 1, 1], [9], [1], [5, 5, 5, 5]]
 TOLERANCES = {th.float64: {"rtol": 1e-10, "atol": 1e-12}, th.float32: {"rtol": 1e-4, "atol": 1e-5}}
@@ -89,15 +93,22 @@ def test_the_three_passes(lengths, layers, dtype):
 WIDTHS = [(3, 1), (1, 67), (4, 96), (4, 256)]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.fixture(params=["one", "one of torch", "two"])
+def has_one_thread(request):
+    """Whether the BLAS has; torch, which takes large products then if it has one itself, may have two as well."""
+    before = th.get_num_threads()
+    th.set_num_threads(2 if request.param == "two" else 1)
+    with threadpool_limits(1 if request.param == "one" else 2, user_api="blas"):
+        yield request.param == "one"
+    th.set_num_threads(before)
+
+
 @pytest.mark.parametrize("inputs, width", WIDTHS)
 @pytest.mark.parametrize("lengths", [[6] + [3] * 40 + [2] * 40, [12, 9, 5, 4, 2, 2, 1]], ids=len)
-def test_layers_of_any_width_on_any_number_of_threads(lengths, inputs, width, threads):
+def test_layers_of_any_width_on_any_number_of_threads(lengths, inputs, width, has_one_thread):
     case = Case(lengths, 2, inputs=inputs, width=width)
-    with threadpool_limits(2):
-        th.set_num_threads(threads)  # torch's, which takes part in large products if it has one
-        case.lstm.blas_has_one_thread = threads == 1
-        case.check_passes()
+    case.lstm.blas_has_one_thread = has_one_thread
+    case.check_passes()
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -129,17 +140,63 @@ def test_steps_are_those_of_the_forward_pass(n, layers, dtype):
             case.check(found, th.from_numpy(expected))
 
 
-@pytest.mark.parametrize("width", [31, 96, 256])
+@pytest.mark.parametrize("inputs, width", [*WIDTHS, (10_000, 8)])
 @pytest.mark.parametrize("n", [1, 8, 70])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_step_against_torch(threads, n, width):
-    case = Case([1] * n, 2, inputs=4, width=width)
-    with threadpool_limits(2):
-        case.lstm.blas_has_one_thread = threads == 1
-        output, memory = case.lstm.step(case.x.numpy(), case.memory)
+def test_a_step_on_any_number_of_threads(n, inputs, width, has_one_thread):
+    case = Case([1] * n, 2, inputs=inputs, width=width)
+    case.lstm.blas_has_one_thread = has_one_thread
+    output, memory = case.lstm.step(case.x.numpy(), case.memory)
     expected, expected_memory = case.run_torch(case.x)
     for found, right in zip((output, *memory), (expected, *expected_memory), strict=True):
         case.check(found, right)
+
+
+CPU_TIME = """
+import time
+import numpy as np, torch as th
+from sb3_pg.common.engines.lstm import Lstm
+th.set_num_threads(1)
+def share(inputs, width, sizes, passes, steps):
+    lstm = Lstm([tuple(p.detach().numpy() for p in th.nn.LSTM(inputs, width).parameters())])
+    x, d = np.ones((sum(sizes), inputs), np.float32), np.ones((sum(sizes), width), np.float32)
+    memory, gradient = np.zeros((2, 1, sizes[0], width), np.float32), lstm.split(np.ones(lstm.size, np.float32))
+    time.sleep(0.3)  # threads that have initialised the weights still wait for more
+    process, thread = time.process_time(), time.thread_time()
+    for _ in range(passes):
+        _, trace = lstm.forward(x, sizes, memory)
+        lstm.tangent(trace, gradient, x)
+        lstm.backward(trace, d, gradient, wants_dx=True)
+    for _ in range(steps):
+        lstm.step(x[: sizes[0]], memory)
+    thread = time.thread_time() - thread
+    return (time.process_time() - process - thread) / thread
+print(share(4, 256, [8] * 20 + [3] * 20, 10, 0))
+print(share(4, 256, [1] * 60, 10, 0))
+print(share(1, 64, [1] * 900, 5, 0))
+print(share(4, 67, [30] * 5, 10, 0))
+print(share(2000, 64, [2] * 5, 10, 0))
+print(share(1024, 256, [1], 0, 100))
+print(share(300, 128, [8], 0, 200))
+"""
+
+
+def test_no_other_thread_works():
+    """By the processor's account, with no variable set: threads that wait in a loop show there too."""
+    free = {name: value for name, value in os.environ.items() if "NUM_THREADS" not in name}
+    command = [sys.executable, "-W", "ignore", "-c", CPU_TIME]
+    shares = subprocess.run(command, env=free, capture_output=True, text=True, check=True).stdout.split()
+    assert len(shares) == 7
+    assert max(map(float, shares)) < 0.1, shares
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 64, 65, 2000])
+@pytest.mark.parametrize("k", [1, 4, 64, 256, 1000, 10_000])
+@pytest.mark.parametrize("m", [1, 2, 67, 96, 256])
+def test_products_of_blocks_stay_on_this_thread(n, k, m):
+    width = _width(n, k, m, blas_has_one_thread=False)
+    assert width == 0 or m % width == 0
+    assert n * k * width <= (VECTOR_LIMIT - 1 if 1 in (n, width) else MATRIX_LIMIT)
+    assert 1 <= _width(n, k, m, blas_has_one_thread=True) <= m
 
 
 def test_nothing_given_is_written_to():
