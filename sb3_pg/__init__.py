@@ -18,4 +18,4 @@ for _name in ("MlpLstmPolicy", "CnnLstmPolicy", "MultiInputLstmPolicy"):
 for _name in ("MlpGruPolicy", "CnnGruPolicy", "MultiInputGruPolicy"):
     POLICY_PLACES[_name] = f"sb3_pg.recurrent:{_name}"
 _RECURRENT = "sb3_contrib.common.recurrent.policies:RecurrentActorCriticPolicy"
-ENGINE_PLACES[_RECURRENT] = "sb3_pg.common.engines.recurrent:RecurrentEngine"
+ENGINE_PLACES[_RECURRENT] = "sb3_pg.common.engines.closed_recurrent:recurrent_engine"

@@ -10,8 +10,9 @@ from typing import Any
 #: Where a policy is that goes by a name, as in ``PPO("CausalLMPolicy", env)``.
 POLICY_PLACES: dict[str, str] = {}
 
-#: Where the engine of a policy is, by where the policy is; subclasses of the policy have it too. It is a class whose
-#: constructor takes the policy, see :class:`sb3_pg.common.engines.protocol.Engine`.
+#: Where the engine of a policy is, by where the policy is; subclasses of the policy have it too. It is a class, or a
+#: function, that takes the policy and the argument ``engine`` of the algorithm and gives what
+#: :class:`sb3_pg.common.engines.protocol.Engine` describes.
 ENGINE_PLACES: dict[str, str] = {}
 
 

@@ -24,6 +24,14 @@ class Packing(NamedTuple):
         places[self.rows] = np.arange(len(self.rows))
         return places
 
+    @property
+    def last(self) -> np.ndarray:
+        """Where the last sample of each sequence is in the packed order, in the order of ``numbers``."""
+        n = len(self.numbers)
+        lengths = (self.sizes[:, None] > np.arange(n)).sum(axis=0)
+        last: np.ndarray = (np.cumsum(self.sizes) - self.sizes)[lengths - 1] + np.arange(n)
+        return last
+
 
 def packed(sequences: np.ndarray) -> Packing:
     """Return how to read samples sequence by sequence.

@@ -24,6 +24,8 @@ def test_packing_is_torchs(seed, mixed):
     np.testing.assert_array_equal(packing.sizes, expected.batch_sizes)
     np.testing.assert_array_equal(np.asarray(x[packing.rows])[packing.back], x)
     np.testing.assert_array_equal(packing.numbers, numbers[expected.sorted_indices])
+    ends = [np.flatnonzero(sequences == number)[-1] for number in packing.numbers]
+    np.testing.assert_array_equal(packing.rows[packing.last], ends)
 
 
 @pytest.mark.parametrize("length", [None, 1, 2, 3, 100])

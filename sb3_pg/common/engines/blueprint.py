@@ -40,8 +40,11 @@ class Blueprint:
     :raises Unsuitable: this one needs autograd
     """
 
+    #: Policy classes that it is for.
+    kinds = PLAIN
+
     def __init__(self, policy: ActorCriticPolicy, *, trained: bool = True) -> None:
-        _check_code(policy)
+        _check_code(policy, self.kinds)
         _check_space(policy.observation_space)
         self.actor: Layers = [*_layers(policy.mlp_extractor.policy_net), (_linear(policy.action_net), None)]
         self.critic: Layers = [*_layers(policy.mlp_extractor.value_net), (_linear(policy.value_net), None)]
@@ -50,11 +53,23 @@ class Blueprint:
             raise Unsuitable(f"the action distribution is {type(policy.action_dist).__name__}")
         self.family: Family = family
         self.log_std: nn.Parameter | None = policy.log_std if isinstance(self.family, Gaussian) else None
-        #: the actor's and then the critic's, each in the order of ``policy.parameters()``
-        self.parameters: list[th.Tensor] = [] if self.log_std is None else [self.log_std]
-        for layer, _ in [*self.actor, *self.critic]:
-            self.parameters += (layer.weight, layer.bias)
+        first = [] if self.log_std is None else [self.log_std]
+        self.actor_parameters: list[th.Tensor] = [*first, *self.before_actor(policy), *_of_layers(self.actor)]
+        self.critic_parameters: list[th.Tensor] = [*self.before_critic(policy), *_of_layers(self.critic)]
         _check_parameters(self.parameters, trained)
+
+    @property
+    def parameters(self) -> list[th.Tensor]:
+        """Return the actor's and then the critic's."""
+        return self.actor_parameters + self.critic_parameters
+
+    def before_actor(self, policy: Any) -> list[th.Tensor]:
+        """Return the parameters of what comes before the actor's layers."""
+        return []
+
+    def before_critic(self, policy: Any) -> list[th.Tensor]:
+        """Return the parameters of what comes before the critic's layers."""
+        return []
 
     def fingerprint(self) -> list[Any]:
         """Return what is equal for two blueprints if views made for one are right for the other."""
@@ -72,9 +87,13 @@ def reason_against(policy: ActorCriticPolicy) -> str | None:
     return None
 
 
-def _check_code(policy: ActorCriticPolicy) -> None:
+def _of_layers(layers: Layers) -> list[th.Tensor]:
+    return [p for layer, _ in layers for p in (layer.weight, layer.bias)]
+
+
+def _check_code(policy: ActorCriticPolicy, kinds: set[type[ActorCriticPolicy]]) -> None:
     """Refuse a policy that runs anything but SB3's code."""
-    if type(policy) not in PLAIN:
+    if type(policy) not in kinds:
         raise Unsuitable(f"{type(policy).__name__} is not SB3's MlpPolicy")
     if policy.use_sde:
         raise Unsuitable("generalised state-dependent exploration")

@@ -1,6 +1,7 @@
 """Choose the engine that computes a policy."""
 
 import copyreg
+from collections.abc import Callable
 
 from stable_baselines3.common.policies import ActorCriticPolicy
 
@@ -17,11 +18,11 @@ def make_engine(policy: ActorCriticPolicy, engine: str = "auto") -> Engine:
     :param policy: any ActorCriticPolicy; one with an engine of its own, see :mod:`sb3_pg.common.registry`, gets that
     :param engine: "autograd" always takes torch's
     """
+    own: Callable[..., Engine] | None = engine_class(type(policy))
+    if own is not None:
+        return own(policy, engine)
     if engine == "autograd":
         return AutogradEngine(policy, "engine='autograd'")
-    own: type[Engine] | None = engine_class(type(policy))
-    if own is not None:
-        return own(policy)  # type: ignore[call-arg]  # a protocol says nothing of constructors
     reason = reason_against(policy)
     return ClosedFormEngine(policy) if reason is None else AutogradEngine(policy, reason, is_stopgap=True)
 

@@ -39,7 +39,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 ActorPieces = tuple[np.ndarray | None, Pieces]
 
 
-def _quiet(function: Function) -> Function:
+def quiet(function: Function) -> Function:
     """Let a caller's ``np.seterr(all="raise")`` not reach into a function.
 
     What its numbers underflow to is right, and the algorithm itself looks for those that are not finite.
@@ -90,7 +90,26 @@ class ClosedFormEngine(RowEngine):
         use_fused_adam(policy.optimizer)
         self._errors_raise = True
         self._adam: QuickAdam | None = None  # until ``refresh``
-        self._build(Blueprint(policy))
+        self._build(self.blueprint())
+
+    def blueprint(self) -> Blueprint:
+        """Return the parts of the policy.
+
+        :raises Unsuitable: it needs autograd
+        """
+        return Blueprint(self.policy)
+
+    def nets(self, blueprint: Any) -> tuple[Any, Any]:
+        """Return actor and critic as NumPy sees them."""
+        return mlp_of(blueprint.actor), mlp_of(blueprint.critic)
+
+    def reading(self, batch: Batch) -> tuple[Any, ...]:
+        """Return what actor and critic need beside the encoded observations to read a batch."""
+        return ()
+
+    def thinned(self, batch: Batch, every: int) -> Any:
+        """Return the rows of every n-th sample."""
+        return slice(None, None, every)
 
     def _build(self, blueprint: Blueprint) -> None:
         """Make views of the parameters and of one flat vector of all gradients, the actor's first."""
@@ -100,17 +119,17 @@ class ClosedFormEngine(RowEngine):
         self.family = blueprint.family
         self.dtype = DTYPES[parameters[0].dtype]
         self._action_shape: tuple[int, ...] = self.policy.action_space.shape  # type: ignore[assignment]
-        self.actor_mlp, self.critic_mlp = mlp_of(blueprint.actor), mlp_of(blueprint.critic)
+        self.actor_net, self.critic_net = self.nets(blueprint)
         self.log_std = None if blueprint.log_std is None else view(blueprint.log_std)
         self.encode = Encoder(self.policy.observation_space, self.policy.normalize_images, self.dtype)
 
-        self.actor_size = self.actor_mlp.size + (0 if self.log_std is None else self.log_std.size)
-        self.gradient = np.zeros(self.actor_size + self.critic_mlp.size, self.dtype)
+        self.actor_size = self.actor_net.size + (0 if self.log_std is None else self.log_std.size)
+        self.gradient = np.zeros(self.actor_size + self.critic_net.size, self.dtype)
         self._actor_gradient = self.split(self.gradient)
-        self._critic_gradient = self.critic_mlp.split(self.gradient[self.actor_size :])
+        self._critic_gradient = self.critic_net.split(self.gradient[self.actor_size :])
         pieces = th.split(th.from_numpy(self.gradient), [p.numel() for p in parameters])
         offered = [(p, g.view_as(p)) for p, g in zip(parameters, pieces, strict=True)]
-        n_actor = len(parameters) - 2 * len(blueprint.critic)
+        n_actor = len(blueprint.actor_parameters)
         self._offered = (offered[:n_actor], offered[n_actor:])
         self.offer(actor=False, critic=False)
 
@@ -118,13 +137,13 @@ class ClosedFormEngine(RowEngine):
         choose_threads(0.0)  # torch computes what is too large for one thread of NumPy's BLAS, on one of its own
         self._errors_raise = not {"ignore", "warn"}.issuperset(np.geterr().values())
         try:
-            blueprint = Blueprint(self.policy)
+            blueprint = self.blueprint()
         except Unsuitable:
             self.offer(actor=False, critic=False)
             return False
         if blueprint.fingerprint() != self._fingerprint:
             self._build(blueprint)
-        self.actor_mlp.blas_has_one_thread = self.critic_mlp.blas_has_one_thread = blas_has_one_thread()
+        self.actor_net.blas_has_one_thread = self.critic_net.blas_has_one_thread = blas_has_one_thread()
         optimizer = self.policy.optimizer
         self._adam = QuickAdam(optimizer) if is_plain_adam(optimizer) else None
         return True
@@ -139,13 +158,13 @@ class ClosedFormEngine(RowEngine):
 
     def _act(self, seen: Seen, deterministic: bool) -> Acted:
         x = self.encode(seen.observations)
-        parameters = self.parameters(self.actor_mlp(x), seen.masks)
+        parameters = self.parameters(self.actor_net(x), seen.masks)
         actions = draw(self.family, parameters, deterministic)
         if actions.dtype == np.float64:
             actions = actions.astype(np.float32)
         return Acted(actions.reshape(len(x), *self._action_shape))
 
-    _act_quietly = _quiet(_act)  # takes as much longer as one of the layers
+    _act_quietly = quiet(_act)  # takes as much longer as one of the layers
 
     def parameters(self, outputs: np.ndarray, masks: Any = None) -> Parameters:
         """Turn the actor's outputs into its distribution's parameters."""
@@ -162,35 +181,36 @@ class ClosedFormEngine(RowEngine):
             return choices.reshape(-1) if isinstance(self.policy.action_space, spaces.Discrete) else choices
         return x.astype(self.dtype, copy=False)
 
-    @_quiet
+    @quiet
     def row_values(self, observations: Any) -> np.ndarray:
-        found = [self.critic_mlp(self.encode(observations[chunk])) for chunk in _chunks(len(observations))]
+        found = [self.critic_net(self.encode(observations[chunk])) for chunk in _chunks(len(observations))]
         return np.concatenate(found, dtype=np.float32).reshape(-1)
 
-    @_quiet
+    @quiet
     def judge_rows(
         self, observations: Any, actions: np.ndarray, masks: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         log_probs: list[Any] = []
         for chunk in _chunks(len(observations)):
             allowed = None if masks is None else masks[chunk]
-            parameters = self.parameters(self.actor_mlp(self.encode(observations[chunk])), allowed)
+            parameters = self.parameters(self.actor_net(self.encode(observations[chunk])), allowed)
             log_probs.append(self.family.log_prob(parameters, self.actions(actions[chunk])))
         return self.row_values(observations), np.concatenate(log_probs, dtype=np.float32)
 
     # Step
 
-    @_quiet
+    @quiet
     def evaluate(self, batch: Batch) -> "ClosedFormEvaluation":
-        x = self.encode(batch.observations)
-        outputs, actor_trace = self.actor_mlp.forward(x)
+        x, reading = self.encode(batch.observations), self.reading(batch)
+        outputs, actor_trace = self.actor_net.forward(x, *reading)
         likelihood = self.family.evaluate(self.parameters(outputs, batch.masks), batch.actions)
-        values, critic_trace = self.critic_mlp.forward(x)
+        values, critic_trace = self.critic_net.forward(x, *reading)
         return ClosedFormEvaluation(self, batch, values, critic_trace, likelihood, actor_trace)
 
-    @_quiet
+    @quiet
     def evaluate_critic(self, batch: Batch) -> "ClosedFormEvaluation":
-        return ClosedFormEvaluation(self, batch, *self.critic_mlp.forward(self.encode(batch.observations)))
+        x, reading = self.encode(batch.observations), self.reading(batch)
+        return ClosedFormEvaluation(self, batch, *self.critic_net.forward(x, *reading))
 
     def actor(self, batch: Batch) -> "ClosedFormActor":
         return ClosedFormActor(self, batch)
@@ -204,7 +224,7 @@ class ClosedFormEngine(RowEngine):
         if actor is not None:
             self.actor_backward(*actor, self._actor_gradient)
         if critic is not None:
-            self.critic_mlp.backward(*critic, self._critic_gradient)
+            self.critic_net.backward(*critic, self._critic_gradient)
         self.offer(actor=actor is not None, critic=critic is not None)
 
     def actor_backward(self, trace: Trace, d: Any, gradient: ActorPieces) -> None:
@@ -212,14 +232,14 @@ class ClosedFormEngine(RowEngine):
         d_log_std, pieces = gradient
         if d_log_std is not None:
             product(row_of_ones(len(d[1]), d[1].dtype), d[1], d_log_std[None])
-        self.actor_mlp.backward(trace, d[0], pieces)
+        self.actor_net.backward(trace, d[0], pieces)
 
     def split(self, flat: np.ndarray) -> ActorPieces:
         """Return views of a flat vector of the actor's parameters: log_std, and weights and biases."""
         if self.log_std is None:
-            return None, self.actor_mlp.split(flat)
+            return None, self.actor_net.split(flat)
         n = self.log_std.size
-        return flat[:n], self.actor_mlp.split(flat[n:])
+        return flat[:n], self.actor_net.split(flat[n:])
 
     def offer(self, *, actor: bool, critic: bool) -> None:
         """Show the optimizer the gradients of those that move, and None for the others: momentum would move zeros."""
@@ -230,7 +250,7 @@ class ClosedFormEngine(RowEngine):
             for parameter, gradient in offered:
                 parameter.grad = gradient if moves else None
 
-    @_quiet
+    @quiet
     def step(self, max_grad_norm: float | None) -> float:
         actor_moves, critic_moves = (offered[0][0].grad is not None for offered in self._offered)
         if not (actor_moves or critic_moves):
@@ -246,7 +266,7 @@ class ClosedFormEngine(RowEngine):
             return norm
         self.policy.optimizer.step()
         if not self.is_current():  # not torch's own, but some replace ``p.data``
-            self._build(Blueprint(self.policy))
+            self._build(self.blueprint())
         return norm
 
     # The actor's parameters as one vector
@@ -255,7 +275,7 @@ class ClosedFormEngine(RowEngine):
     def actor_arrays(self) -> list[np.ndarray]:
         """Return views of the actor's parameters, in the order of ``split``."""
         first = [] if self.log_std is None else [self.log_std]
-        return first + [x for piece in self.actor_mlp.pieces for x in piece]
+        return first + [x for piece in self.actor_net.pieces for x in piece]
 
 
 class ClosedFormEvaluation:
@@ -283,7 +303,7 @@ class ClosedFormEvaluation:
         if likelihood is not None:
             self.log_prob, self.entropy = likelihood.log_prob, likelihood.entropy
 
-    @_quiet
+    @quiet
     def backward(self, d_log_prob: Any = None, d_entropy: float | None = None, d_value: Any = None) -> None:
         # What the passes have left is let go of, so that the next evaluation finds its memory in the cache.
         (critic_trace, actor_trace, likelihood), self._passes = self._passes, ()
@@ -318,28 +338,29 @@ class ClosedFormActor:
     @cached_property
     def _pass(self) -> tuple[Trace, Parameters]:
         """Return the forward pass at the old parameters; a trust-region step asks three times for the same."""
-        outputs, trace = self._engine.actor_mlp.forward(self._engine.encode(self._batch.observations))
-        return trace, tuple(x.copy() for x in self._engine.parameters(outputs, self._batch.masks))  # type: ignore[union-attr]
+        engine, batch = self._engine, self._batch
+        outputs, trace = engine.actor_net.forward(engine.encode(batch.observations), *engine.reading(batch))
+        return trace, tuple(x.copy() for x in engine.parameters(outputs, batch.masks))  # type: ignore[union-attr]
 
     @property
-    @_quiet
+    @quiet
     def old(self) -> Look:
         """Return the look at the old parameters."""
         family, parameters = self._engine.family, self._pass[1]
         log_prob: Any = family.log_prob(parameters, self._batch.actions)
         return Look(log_prob, family.entropy(parameters), np.zeros_like(log_prob))
 
-    @_quiet
+    @quiet
     def look(self) -> Look:
         engine, old = self._engine, self._pass[1]
-        outputs = engine.actor_mlp(engine.encode(self._batch.observations))
+        outputs = engine.actor_net(engine.encode(self._batch.observations), *engine.reading(self._batch))
         now = engine.parameters(outputs, self._batch.masks)
         # In float64: rounding to float32 is as large as a small trust region's KL is exact.
         exact = [tuple(np.asarray(x, np.float64) for x in parameters) for parameters in (old, now)]
         log_prob = engine.family.log_prob(now, self._batch.actions)
         return Look(log_prob, engine.family.entropy(now), engine.family.kl(*exact))
 
-    @_quiet
+    @quiet
     def gradient(self, d_log_prob: Any, d_entropy: float) -> Array:
         engine, scale, (trace, parameters) = self._engine, self._batch.scale, self._pass
         weighted = np.asarray(d_log_prob * scale, engine.dtype)
@@ -348,21 +369,20 @@ class ClosedFormActor:
         engine.actor_backward(trace, likelihood.pull(weighted, d_entropy * scale), engine.split(gradient))
         return gradient
 
-    @_quiet
+    @quiet
     def fisher(self, every: int = 1) -> Fisher:
         """Return products ``J^T M J v``, averaged, where M is the family's own Fisher matrix of each row."""
-        engine, (trace, parameters) = self._engine, self._pass
+        engine, batch, (trace, parameters) = self._engine, self._batch, self._pass
         if every > 1:
-            slopes = [None if x is None else x[::every] for x in trace.slopes]
-            trace = Trace([x[::every] for x in trace.inputs], slopes)
-            parameters = tuple(x[::every] if x.ndim > 1 else x for x in parameters)
-        shape, scale = parameters[0].shape, column(self._batch[::every].normalised().scale)
+            batch = batch[engine.thinned(batch, every)].normalised()
+            trace, parameters = ClosedFormActor(engine, batch)._pass
+        shape, scale = parameters[0].shape, column(batch.scale)
         of_family = engine.family.fisher(parameters)
 
-        @_quiet
+        @quiet
         def times(vector: Any) -> np.ndarray:
             d_log_std, pieces = engine.split(np.asarray(vector, engine.dtype))
-            tangent: Parameters = (engine.actor_mlp.tangent(trace, pieces),)
+            tangent: Parameters = (engine.actor_net.tangent(trace, pieces),)
             if d_log_std is not None:
                 tangent = (tangent[0], np.broadcast_to(d_log_std, shape))
             weighted = tuple(x * scale for x in of_family(tangent))

@@ -184,12 +184,13 @@ class Mlp:
             trace.slopes.append(slope)
         return x, trace
 
-    def backward(self, trace: Trace, d: np.ndarray, gradient: Pieces) -> None:
+    def backward(self, trace: Trace, d: np.ndarray, gradient: Pieces, wants_dx: bool = False) -> np.ndarray | None:
         """Write the gradient J^T d, from the derivative by the outputs, (n, outputs).
 
         Per layer ``dz = dh f'(z)``, ``dW = dz^T h_before``, ``db = sum of dz``, ``dh_before = dz W``.
 
         :param gradient: where to write it
+        :param wants_dx: return the derivative by the inputs, (n, inputs)
         """
         ones, dot = row_of_ones(len(d), d.dtype), self._dot(len(d))  # a product with ones sums faster than ``sum``
         last = len(self.pieces) - 1
@@ -200,26 +201,29 @@ class Mlp:
             d_weight, d_bias = gradient[layer]
             dot(d.T, trace.inputs[layer], d_weight)
             dot(ones, d, d_bias[None])
-            if layer:
+            if layer or wants_dx:
                 d = dot(d, self.pieces[layer][0])
+        return d if wants_dx else None
 
-    def tangent(self, trace: Trace, change: Pieces) -> np.ndarray:
+    def tangent(self, trace: Trace, change: Pieces, d_x: np.ndarray | None = None) -> np.ndarray:
         """Return J v, how the outputs change with the weights.
 
         Per layer ``dh = f'(z) (dh_before W^T + h_before dW^T + db)``.
 
         :param change: of weights and biases
+        :param d_x: of the inputs, (n, inputs); None for none, as of observations
         """
-        t, dot = np.empty(0), self._dot(len(trace.inputs[0]))
+        t, dot = d_x, self._dot(len(trace.inputs[0]))
         for layer, (d_weight, d_bias) in enumerate(change):
             slope = trace.slopes[layer]
             dz = dot(trace.inputs[layer], d_weight.T)
             dz += d_bias
-            if layer:  # observations do not change
+            if t is not None:
                 dz += dot(t, self.pieces[layer][0].T)
             if slope is not None:
                 dz *= slope
             t = dz
+        assert t is not None
         return t
 
     def split(self, flat: np.ndarray) -> Pieces:

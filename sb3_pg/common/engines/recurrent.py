@@ -15,21 +15,21 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import obs_as_tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from sb3_pg.common.arrays import length, take
+from sb3_pg.common.arrays import length
 from sb3_pg.common.batch import Batch
 from sb3_pg.common.distributions import draw
 from sb3_pg.common.engines.autograd import AutogradEngine, GraphActor, is_replaced
-from sb3_pg.common.engines.protocol import Acted, Fisher, Judged, Seen
+from sb3_pg.common.engines.protocol import Acted, Fisher, Seen
+from sb3_pg.common.engines.sequences import SequenceEngine
 from sb3_pg.common.errors import ArgumentError
-from sb3_pg.common.rollout import Rollout
-from sb3_pg.common.sequences import Memory, at_starts, packed
+from sb3_pg.common.sequences import Memory, packed
 from sb3_pg.common.threads import choose_threads
 
 #: Methods that the engine has its own way of calling; a policy that changes one would not be computed as it says.
 _REPLACED = ("forward", "evaluate_actions", "get_distribution", "predict_values", "_process_sequence")
 
 
-class RecurrentEngine(AutogradEngine):
+class RecurrentEngine(SequenceEngine, AutogradEngine):
     """Acts step by step, judges and steps on whole sequences.
 
     Memory is hidden and cell state of the actor's LSTM, then of the critic's, (layers, n, size) each.
@@ -40,12 +40,12 @@ class RecurrentEngine(AutogradEngine):
 
     policy: RecurrentActorCriticPolicy
 
-    def __init__(self, policy: RecurrentActorCriticPolicy) -> None:
+    def __init__(self, policy: RecurrentActorCriticPolicy, why: str = "") -> None:
         for name in _REPLACED:
             if is_replaced(policy, RecurrentActorCriticPolicy, name):
                 raise ArgumentError(f"{type(policy).__name__} has a `{name}` of its own, which is not supported.")
-        super().__init__(policy)
-        self.description = "recurrent, by autograd"
+        super().__init__(policy, why)
+        self.description = f"recurrent, {self.description}"
 
     def refresh(self) -> bool:
         is_fine = super().refresh()
@@ -57,7 +57,7 @@ class RecurrentEngine(AutogradEngine):
 
     def act(self, seen: Seen, deterministic: bool = False) -> Acted:
         n = length(seen.observations)
-        memory = self._memory(seen, n)
+        memory = self.remembered(seen, n)
         choose_threads(n * self._largest_layer)
         with th.no_grad():
             batch = Batch(
@@ -75,17 +75,6 @@ class RecurrentEngine(AutogradEngine):
                     distribution = self.policy._get_action_dist_from_latent(latent)
                 actions = distribution.get_actions(deterministic).cpu().numpy()
         return Acted(self._in_shape(actions), memory=(hidden, cell, *memory[2:]))
-
-    def _memory(self, seen: Seen, n: int) -> Memory:
-        """Return what is remembered of each environment; nothing where an episode begins, or if it does not fit."""
-        memory, nothing = seen.memory, self._nothing(n)
-        if memory is None or [x.shape for x in memory] != [x.shape for x in nothing]:
-            return nothing
-        return memory if seen.starts is None else at_starts(memory, seen.starts)
-
-    def _nothing(self, n: int) -> Memory:
-        layers, _, size = self.policy.lstm_hidden_state_shape
-        return tuple(np.zeros((layers, n, size), np.float32) for _ in range(4))
 
     # The passes through the memory
 
@@ -158,83 +147,31 @@ class RecurrentEngine(AutogradEngine):
 
     # Judge
 
-    @th.no_grad()
-    def judge(self, rollout: Rollout) -> Judged:
-        stretches, n = rollout.stretches, rollout.n_steps
-        number, n_stretches = stretches.numbers, len(stretches.level)
-        starts, ends = self._nothing(n_stretches), self._nothing(n_stretches)
-        first = np.flatnonzero(stretches.goes_on & (stretches.level == 0))
-        if rollout.memory is not None:
-            before = self._memory(Seen(rollout.last_observations, memory=rollout.memory), rollout.n_envs)
-            for x, y in zip(starts, before, strict=True):
-                x[:, first] = y[:, stretches.first[1][first]]
-        values, log_probs = (np.empty(number.size, np.float32) for _ in range(2))
-        columns = rollout.column("observations"), rollout.column("actions"), rollout.mask_rows()
-        choose_threads(number.size * self._largest_layer)
-        for level in range(int(stretches.level.max()) + 1):
-            at = np.flatnonzero(stretches.level == level)
-            if level:
-                for x, y in zip(starts, ends, strict=True):
-                    x[:, at] = y[:, at - 1]
-            rows = np.flatnonzero((stretches.level == level)[number.ravel()])
-            observations, actions, masks = (None if x is None else take(x, rows) for x in columns)
-            batch = Batch(
-                self._arranged(self._asarrays(observations)),
-                self.actions(actions),  # type: ignore[arg-type]
-                masks,
-                number.ravel()[rows],
-                starts,
-            )
-            value, log_prob, after = self._judged(batch)
-            values[rows], log_probs[rows] = value, log_prob
-            for x, y in zip(ends, after, strict=True):
-                x[:, at] = y
-        known, shape = rollout.n_known * rollout.n_envs, number.shape
-        values[:known], log_probs[:known] = rollout.column("values")[:known], rollout.column("log_probs")[:known]
-        return Judged(
-            values.reshape(shape),
-            log_probs.reshape(shape),
-            self._final_values(rollout, number, ends),
-            memory=tuple(x[:, number[n - 1]] for x in ends),
-            starting_memory=starts,
-        )
+    def row_batch(self, observations: Any, *more: Any) -> Batch:
+        batch = super().row_batch(observations, *more)
+        batch.observations = self._arranged(batch.observations)
+        return batch
 
-    def _judged(self, batch: Batch) -> tuple[Any, Any, Memory]:
-        """Return V, log pi(a|s), and the memory after each sequence."""
+    @th.no_grad()
+    def judged(self, batch: Batch) -> tuple[Any, Any, Memory]:
+        choose_threads(len(batch) * self._largest_layer)
         latent, value, after = self._both(batch)
         if self._family is not None:
-            log_prob: Any = self._family.log_prob(
-                self._parameters(self.policy.action_net(latent), batch.masks), batch.actions
-            )
+            outputs = self._parameters(self.policy.action_net(latent), batch.masks)
+            log_prob: Any = self._family.log_prob(outputs, batch.actions)
         else:
             log_prob = self._made(latent, batch).log_prob(batch.actions)  # type: ignore[arg-type]
         return value.flatten().cpu().numpy(), log_prob.cpu().numpy(), after
 
-    def _final_values(self, rollout: Rollout, number: np.ndarray, ends: Memory) -> np.ndarray:
-        """Return V of the observations after the last step, and of those at which an episode was cut."""
-        cuts = np.array([number[cut.step, cut.env] for cut in rollout.cuts], dtype=int)
-        memory = at_starts(tuple(x[:, number[-1]] for x in ends), rollout.last_dones)
-        memory = tuple(np.concatenate([x, y[:, cuts]], axis=1) for x, y in zip(memory, ends, strict=True))
-        observations = self._arranged(self._asarrays(rollout.final_observations))
-        batch = Batch(observations, sequences=np.arange(memory[0].shape[1]), memory=memory)
+    @th.no_grad()
+    def values_of(self, batch: Batch) -> np.ndarray:
         values: np.ndarray = self._values(batch).flatten().cpu().numpy()
         return values
 
     # Step
 
-    def batch(self, rollout: Rollout, keep: np.ndarray | None = None) -> Batch:
-        batch, numbers = super().batch(rollout, keep), rollout.stretches.numbers
-        batch.sequences = numbers.ravel()[batch.rows]
-        batch.memory = rollout.starting_memory or self._nothing(int(numbers.max()) + 1)
-        return batch
-
     def pieces(self, batch: Batch) -> list[Any]:
         return [slice(None)]
-
-    def thinned(self, batch: Batch, every: int) -> Any:
-        """Return the rows of every n-th sequence."""
-        sequences: Any = batch.sequences
-        return np.flatnonzero(np.unique(sequences, return_inverse=True)[1] % every == 0)
 
     def actor(self, batch: Batch) -> "RecurrentActor":
         return RecurrentActor(self, batch)

@@ -76,7 +76,7 @@ def test_agrees_on_every_observation_space(observation, shared):
     observations, actions = draw(policy)
     closed, autograd = both(policy)
     assert_same(closed, autograd, observations, actions, tolerance=2e-4)
-    close(closed.actor_mlp(closed.encode(observations)), logits(policy, observations), 1e-5)
+    close(closed.actor_net(closed.encode(observations)), logits(policy, observations), 1e-5)
 
 
 def logits(policy, observations):
