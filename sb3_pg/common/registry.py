@@ -10,16 +10,18 @@ from typing import Any
 #: Where a policy is that goes by a name, as in ``PPO("CausalLMPolicy", env)``.
 POLICY_PLACES: dict[str, str] = {}
 
-#: Where the engine of a policy is, by where the policy is; subclasses of the policy have it too. It is a class, or a
-#: function, that takes the policy and the argument ``engine`` of the algorithm and gives what
-#: :class:`sb3_pg.common.engines.protocol.Engine` describes.
+#: Where the engine of a policy is, by where the policy is; subclasses of the policy have it too. It is a class whose
+#: constructor takes the policy, see :class:`sb3_pg.common.engines.protocol.Engine`, or a function that makes one.
 ENGINE_PLACES: dict[str, str] = {}
 
+#: The same for ``engine="autograd"``, if that of all policies will not do.
+AUTOGRAD_PLACES: dict[str, str] = {}
 
-def engine_class(policy: type) -> Any:
+
+def engine_class(policy: type, entered: dict[str, str]) -> Any:
     """Return the engine class of a policy class, None if none is entered for it or its bases."""
     places = (f"{kind.__module__}:{kind.__qualname__}" for kind in policy.__mro__)
-    return next((at(ENGINE_PLACES[place]) for place in places if place in ENGINE_PLACES), None)
+    return next((at(entered[place]) for place in places if place in entered), None)
 
 
 def at(place: str) -> Any:

@@ -30,7 +30,7 @@ class TextEngine(AutogradEngine):
 
     policy: LanguageModelPolicy
 
-    def __init__(self, policy: LanguageModelPolicy, engine: str = "auto") -> None:
+    def __init__(self, policy: LanguageModelPolicy) -> None:
         self._decoder = Decoder(policy)
         super().__init__(policy)
         self.description = "text (key/value cache, whole sequences)"

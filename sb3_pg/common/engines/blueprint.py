@@ -1,7 +1,7 @@
 """Tell whether a policy is SB3's MlpPolicy to the letter, and what it is made of."""
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -41,7 +41,7 @@ class Blueprint:
     """
 
     #: Policy classes that it is for.
-    kinds = PLAIN
+    kinds: ClassVar[set[type[ActorCriticPolicy]]] = PLAIN
 
     def __init__(self, policy: ActorCriticPolicy, *, trained: bool = True) -> None:
         _check_code(policy, self.kinds)

@@ -9,7 +9,7 @@ from sb3_pg.common.engines.autograd import AutogradEngine
 from sb3_pg.common.engines.blueprint import reason_against
 from sb3_pg.common.engines.closed_form import ClosedFormEngine
 from sb3_pg.common.engines.protocol import Engine
-from sb3_pg.common.registry import engine_class
+from sb3_pg.common.registry import AUTOGRAD_PLACES, ENGINE_PLACES, engine_class
 
 
 def make_engine(policy: ActorCriticPolicy, engine: str = "auto") -> Engine:
@@ -18,9 +18,11 @@ def make_engine(policy: ActorCriticPolicy, engine: str = "auto") -> Engine:
     :param policy: any ActorCriticPolicy; one with an engine of its own, see :mod:`sb3_pg.common.registry`, gets that
     :param engine: "autograd" always takes torch's
     """
-    own: Callable[..., Engine] | None = engine_class(type(policy))
+    own: Callable[..., Engine] | None = engine_class(
+        type(policy), AUTOGRAD_PLACES if engine == "autograd" else ENGINE_PLACES
+    )
     if own is not None:
-        return own(policy, engine)
+        return own(policy)
     if engine == "autograd":
         return AutogradEngine(policy, "engine='autograd'")
     reason = reason_against(policy)

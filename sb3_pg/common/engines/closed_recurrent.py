@@ -1,7 +1,7 @@
 """sb3-contrib's MlpLstmPolicy on the CPU, differentiated by hand in NumPy through its memory."""
 
 import copyreg
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
@@ -23,23 +23,19 @@ from sb3_pg.common.engines.sequences import SequenceEngine
 from sb3_pg.common.sequences import Memory, Packing, packed
 
 
-def recurrent_engine(policy: RecurrentActorCriticPolicy, engine: str = "auto") -> Engine:
-    """Return the fastest engine that computes a recurrent policy.
-
-    :param engine: "autograd" always takes torch's
-    """
-    if engine == "autograd":
-        return RecurrentEngine(policy, "engine='autograd'")
+def recurrent_engine(policy: RecurrentActorCriticPolicy) -> Engine:
+    """Return the fastest engine that computes a recurrent policy."""
     try:
         return ClosedRecurrentEngine(policy)
     except Unsuitable as reason:
-        return RecurrentEngine(policy, str(reason))
+        by_autograd: Any = RecurrentEngine(policy, str(reason))
+        return by_autograd  # type: ignore[no-any-return]
 
 
 class RecurrentBlueprint(Blueprint):
     """The parts of an MlpLstmPolicy."""
 
-    kinds: set[type[ActorCriticPolicy]] = {RecurrentActorCriticPolicy}
+    kinds: ClassVar[set[type[ActorCriticPolicy]]] = {RecurrentActorCriticPolicy}
 
     def before_actor(self, policy: Any) -> list[th.Tensor]:
         self.lstm_actor = _checked(policy.lstm_actor)
@@ -111,7 +107,7 @@ class RecurrentNet:
     def read(self, x: np.ndarray, reading: Reading) -> tuple[np.ndarray, Memory]:
         """Return the outputs of each sample, and the memory after each sequence in the order of their numbers."""
         packing, (hidden, cell) = reading.packing, reading.memory[self._which]
-        said, trace = self.lstm.forward(x[packing.rows], packing.sizes, (hidden, cell))
+        said, trace = self.lstm.forward(x[packing.rows], packing.sizes.tolist(), (hidden, cell))
         by_number = packing.last[np.argsort(packing.numbers)]
         return self.mlp(said)[packing.back], memory_after(trace, by_number)
 
@@ -122,7 +118,7 @@ class RecurrentNet:
     def forward(self, x: np.ndarray, reading: Reading) -> tuple[np.ndarray, NetTrace]:
         """Return the outputs of each sample, and what ``backward`` and ``tangent`` need."""
         packing, (hidden, cell) = reading.packing, reading.memory[self._which]
-        said, of_lstm = self.lstm.forward(x[packing.rows], packing.sizes, (hidden, cell))
+        said, of_lstm = self.lstm.forward(x[packing.rows], packing.sizes.tolist(), (hidden, cell))
         outputs, of_mlp = self.mlp.forward(said)
         return outputs[packing.back], NetTrace(of_lstm if self._moves else None, of_mlp, packing)
 

@@ -275,7 +275,7 @@ class Lstm:
         return dh
 
     def split(self, flat: np.ndarray) -> Pieces:
-        """Views of a flat vector in the shapes of the weights and biases."""
+        """Return views of a flat vector in the shapes of the weights and biases."""
         views, start = [], 0
         for layer in self.pieces:
             ends = start + np.cumsum([array.size for array in layer])

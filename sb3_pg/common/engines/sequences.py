@@ -31,8 +31,8 @@ class SequenceEngine(RowEngine):
 
     def row_batch(self, observations: Any, actions: Any, masks: Any, sequences: np.ndarray, memory: Memory) -> Batch:
         """Return recorded rows in the form that the engine takes."""
-        arrays = mapped(self.asarray, observations)
-        return Batch(arrays, actions if actions is None else self.actions(actions), masks, sequences, memory)
+        taken: Any = actions if actions is None else self.actions(actions)
+        return Batch(mapped(self.asarray, observations), taken, masks, sequences, memory)
 
     def nothing(self, n: int) -> Memory:
         """Return the memory of those who remember nothing yet."""
@@ -56,8 +56,8 @@ class SequenceEngine(RowEngine):
             at, rows = np.flatnonzero(level == now), np.flatnonzero((level == now)[number.ravel()])
             if now:
                 _copy(starts, at, ends, at - 1)
-            of_rows = (x if x is None else take(x, rows) for x in columns)
-            batch = self.row_batch(*of_rows, number.ravel()[rows], starts)
+            observations, actions, masks = (x if x is None else take(x, rows) for x in columns)
+            batch = self.row_batch(observations, actions, masks, number.ravel()[rows], starts)
             values[rows], log_probs[rows], after = self.judged(batch)
             _copy(ends, at, after, np.arange(len(at)))
         known = rollout.n_known * rollout.n_envs
