@@ -40,6 +40,8 @@ import numpy as np
 import sb3_contrib
 import stable_baselines3
 import torch as th
+from board import FiveInARow
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from stable_baselines3.common import vec_env as sb3_vec_env
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
@@ -61,6 +63,8 @@ ENVS: dict[str, Any] = {
     "Images 84x84": lambda: FakeImageEnv(screen_height=84, screen_width=84, n_channels=1, discrete=True),
     "Images 84x84x4": lambda: FakeImageEnv(screen_height=84, screen_width=84, n_channels=4, discrete=True),
     "Dict of vector and image": lambda: SimpleMultiObsEnv(random_start=False),
+    "80 actions, 60 invalid": lambda: InvalidActionEnvDiscrete(dim=80, n_invalid_actions=60),
+    "Five in a row": FiveInARow,
 }
 
 
@@ -121,6 +125,21 @@ def main_rows() -> list[Row]:
     ]
     sbx = [(cart, 1, {}), (cheetah, 1, {}), (cart, 8, SMALL), (cheetah, 8, SMALL)]
     return rows + [Row("main", "PPO", "sbx PPO", env, n, settings, wanted=2) for env, n, settings in sbx]
+
+
+def masks_and_memory_rows() -> list[Row]:
+    """Action masks and recurrent policies, beside sb3-contrib's."""
+    cart, lstm, images = "CartPole-v1", "MlpLstmPolicy", "Images 84x84"
+    of_peer = {"n_steps": 128, "batch_size": 128}
+    few = {"n_steps": 64, "batch_size": 64, "n_epochs": 2}
+    return [
+        Row("masks and memory", "PPO", "MaskablePPO", "80 actions, 60 invalid", 1, wanted=8),
+        Row("masks and memory", "PPO", "MaskablePPO", "Five in a row", 1, wanted=8),
+        Row("masks and memory", "PPO", "MaskablePPO", "Five in a row", 8, SMALL),
+        Row("masks and memory", "PPO", "RecurrentPPO", cart, 1, of_peer, lstm, updates=4, wanted=6),
+        Row("masks and memory", "PPO", "RecurrentPPO", cart, 8, of_peer, lstm, updates=2, wanted=6),
+        Row("masks and memory", "PPO", "RecurrentPPO", images, 2, few, "CnnLstmPolicy", updates=1, wanted=1),
+    ]
 
 
 def growth_rows() -> list[Row]:
@@ -192,7 +211,7 @@ def evaluation_rows() -> list[Row]:
 
 
 def all_rows() -> list[Row]:
-    rows = main_rows() + growth_rows() + memory_rows()
+    rows = main_rows() + masks_and_memory_rows() + growth_rows() + memory_rows()
     return rows + thread_rows() + predict_rows() + evaluation_rows()
 
 
@@ -205,6 +224,8 @@ def algorithms() -> dict[str, Any]:
         "SB3 PPO": stable_baselines3.PPO,
         "SB3 A2C": stable_baselines3.A2C,
         "contrib TRPO": sb3_contrib.TRPO,
+        "MaskablePPO": sb3_contrib.MaskablePPO,
+        "RecurrentPPO": sb3_contrib.RecurrentPPO,
     }
     try:
         import sbx
@@ -253,13 +274,16 @@ def time_learn(model: Any, steps: int) -> float:
 
 
 def time_limit(row: Row, steps: int) -> float:
-    """Seconds per environment step with a constant action and nothing else."""
+    """Seconds per environment step with a constant action, and the masks if there are, and nothing else."""
     env = make_env(row, sb3_vec_env)
+    is_masked = env.has_attr("action_masks")
     env.reset()
     actions = np.stack([env.action_space.sample()] * row.n_envs)
     start = time.perf_counter()
     for _ in range(steps // row.n_envs):
         env.step(actions)
+        if is_masked:
+            env.env_method("action_masks")
     return (time.perf_counter() - start) / (steps // row.n_envs * row.n_envs)
 
 
@@ -530,6 +554,12 @@ def write_report(data: dict[str, Any], folder: Path) -> None:
         f"One thread; medians of {repeats_of(results, ['main'])} alternating runs.",
         "",
         table([r for r in results if r["group"] == "main"]),
+        "",
+        "## Masks and memory",
+        "",
+        "The limit includes asking for the masks.",
+        "",
+        table([r for r in results if r["group"] == "masks and memory"]),
         "",
         "## Growth",
         "",
