@@ -189,16 +189,19 @@ def epoch(
 def own_samples(rollout: Rollout, engine: Engine, batch_size: int | None) -> Generator[Batch, None, None]:
     """Yield what the user's buffer gives out; which samples of the rollout these are is not known.
 
-    :raises ArgumentError: it gives out nothing, or actions were masked
+    :raises ArgumentError: it gives out nothing, or the policy needs to know more of the samples than it tells
     """
 
     def asarray(x: th.Tensor) -> Array:
         return engine.asarray(x.cpu().numpy())
 
-    if rollout.masks:
+    if rollout.masks or rollout.starting_memory is not None:
+        what, advice = ("follow each other", "Use a policy without memory.")
+        if rollout.masks:
+            what, advice = "had which actions allowed", "Pass use_masking=False."
         raise ArgumentError(
             f"`rollout_buffer_class={type(rollout.buffer).__name__}` has a `get` of its own, which does not know which "
-            "actions were allowed. Pass use_masking=False."
+            f"samples {what}. {advice}"
         )
     n_batches = 0
     for data in rollout.buffer.get(batch_size):

@@ -18,7 +18,7 @@ from sb3_pg.common.distributions import masking
 from sb3_pg.common.distributions.recognition import detached
 from sb3_pg.common.engines.blueprint import PLAIN
 from sb3_pg.common.engines.prediction import Predictor
-from sb3_pg.common.errors import ArgumentError, did_you_mean
+from sb3_pg.common.errors import ArgumentError, check_count, did_you_mean
 from sb3_pg.common.masks import checked_masks, n_rows
 from sb3_pg.common.registry import POLICY_PLACES, at
 
@@ -194,6 +194,13 @@ def _check_values(kwargs: dict[str, Any]) -> None:
         raise ArgumentError(f"policy_kwargs: `log_std_init` must be a number, not {kwargs['log_std_init']!r}.")
     if "net_arch" in kwargs and kwargs["net_arch"] is not None:
         _check_net_arch(kwargs["net_arch"])
+    for name in ("lstm_hidden_size", "n_lstm_layers"):
+        check_count(f"policy_kwargs: {name}", kwargs.get(name, 1))
+    if kwargs.get("shared_lstm") and kwargs.get("enable_critic_lstm", True):
+        raise ArgumentError(
+            "policy_kwargs: `shared_lstm=True` and `enable_critic_lstm=True`, which is the default, contradict each "
+            "other. Pass enable_critic_lstm=False."
+        )
 
 
 def _check_net_arch(net_arch: Any) -> None:
@@ -210,21 +217,37 @@ def _check_net_arch(net_arch: Any) -> None:
                 raise ArgumentError(f"policy_kwargs: `net_arch` must be whole numbers >= 1, not {width!r}.")
 
 
+#: SB3's, sb3-contrib's and our policies whose observations are known: what they read, and the rest of their names.
+_READERS = {
+    "ActorCriticPolicy": ("Mlp", "Policy"),
+    "ActorCriticCnnPolicy": ("Cnn", "Policy"),
+    "MultiInputActorCriticPolicy": ("MultiInput", "Policy"),
+    "RecurrentActorCriticPolicy": ("Mlp", "LstmPolicy"),
+    "RecurrentActorCriticCnnPolicy": ("Cnn", "LstmPolicy"),
+    "RecurrentMultiInputActorCriticPolicy": ("MultiInput", "LstmPolicy"),
+    "MlpGruPolicy": ("Mlp", "GruPolicy"),
+    "CnnGruPolicy": ("Cnn", "GruPolicy"),
+    "MultiInputGruPolicy": ("MultiInput", "GruPolicy"),
+}
+
+
 def _check_observations(kind: type, space: spaces.Space[Any], kwargs: dict[str, Any]) -> None:
-    """Refuse observations that the usual features extractor of SB3's policies does not read."""
-    if "features_extractor_class" in kwargs or kind not in POLICIES.values():
+    """Refuse observations that a policy's usual features extractor does not read."""
+    is_known = kind.__module__.split(".")[0] in ("stable_baselines3", "sb3_contrib", "sb3_pg")
+    if "features_extractor_class" in kwargs or not is_known or kind.__name__ not in _READERS:
         return
-    name = f"{next(name for name, its in POLICIES.items() if its is kind)} ({kind.__name__})"
+    reader, rest = _READERS[kind.__name__]
+    name = f"{reader}{rest} ({kind.__name__})"
     is_dict = isinstance(space, spaces.Dict)
     normalized = not kwargs.get("normalize_images", True)
     is_image = is_image_space(space, normalized_image=normalized)
-    if is_dict != (kind is MultiInputActorCriticPolicy):
-        other = "'MultiInputPolicy'" if is_dict else "'CnnPolicy'" if is_image else "'MlpPolicy'"
-        raise ArgumentError(f"`policy` {name} does not read observations of {space}. Use {other}.")
-    if kind is not ActorCriticCnnPolicy:
+    if is_dict != (reader == "MultiInput"):
+        other = "MultiInput" if is_dict else "Cnn" if is_image else "Mlp"
+        raise ArgumentError(f"`policy` {name} does not read observations of {space}. Use '{other}{rest}'.")
+    if reader != "Cnn":
         return
     if not is_image:
-        advice = "Use 'MlpPolicy'."
+        advice = f"Use 'Mlp{rest}'."
         if isinstance(space, spaces.Box) and len(space.shape) == 3:
             advice = "If they are images divided by 255 already, pass policy_kwargs={'normalize_images': False}."
         raise ArgumentError(

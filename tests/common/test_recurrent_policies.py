@@ -1,10 +1,16 @@
 """Recurrent policies as users meet them: beside RecurrentPPO, in archives, in prediction."""
 
+import copy
+import pickle
+
+import cloudpickle
 import numpy as np
 import pytest
 from sb3_contrib import RecurrentPPO
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_pg import PPO, REINFORCE, TRPO
@@ -115,3 +121,47 @@ def test_a_stopped_rollout_goes_on_with_its_memory(algorithm):
     stopped, whole = run(True), run(False)
     for name, x in whole.items():
         np.testing.assert_allclose(stopped[name], x, atol=1e-6)
+
+
+class OwnGet(RolloutBuffer):
+    """Gives out samples in its own way."""
+
+    def get(self, batch_size=None):
+        yield from super().get(batch_size)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"policy": "MlpLstmPolcy"}, "Did you mean 'MlpLstmPolicy'"),
+        ({"policy": "CnnLstmPolicy"}, "Use 'MlpLstmPolicy'"),
+        ({"policy": "MultiInputGruPolicy"}, "Use 'MlpGruPolicy'"),
+        ({"env": SimpleMultiObsEnv()}, "Use 'MultiInputLstmPolicy'"),
+        ({"policy_kwargs": {"lstm_hiden_size": 3}}, "lstm_hidden_size"),
+        ({"policy_kwargs": {"lstm_hidden_size": 0}}, "`policy_kwargs: lstm_hidden_size` must be a whole number >= 1"),
+        ({"policy_kwargs": {"shared_lstm": True}}, "Pass enable_critic_lstm=False"),
+        ({"sequence_length": 0}, "`sequence_length` must be a whole number >= 1"),
+        ({"use_masking": "yes"}, "`use_masking` must be one of True, False"),
+        ({"rollout_buffer_class": OwnGet, "n_steps": 32}, "samples follow each other"),
+    ],
+)
+@ALL
+def test_what_cannot_work_is_named(algorithm, arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        make(algorithm, **arguments).learn(64)
+
+
+@ALL
+def test_copies(algorithm):
+    model = make(algorithm).learn(64)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), cloudpickle.loads(cloudpickle.dumps(model))):
+        assert_same_predictions(model, twin)
+        twin.learn(64)
+
+
+@ALL
+def test_generalised_exploration(algorithm):
+    model = make(algorithm, "Pendulum-v1", use_sde=True)
+    before = model.policy.parameters_to_vector()
+    model.learn(500)
+    assert not np.array_equal(model.policy.parameters_to_vector(), before)
