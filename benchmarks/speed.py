@@ -293,9 +293,17 @@ def time_limit(row: Row, steps: int) -> float:
 def peak_memory(row: Row, side: str) -> float:
     """Megabytes that one rollout and its update add to the process, at the worst moment."""
     model = make_model(row, side, algorithms()[side])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = highest_memory()
     model.learn(row.settings["n_steps"] * row.n_envs)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (highest_memory() - before) / 1024
+
+
+def highest_memory() -> int:
+    """Kilobytes that this process has had at most; ``ru_maxrss`` begins with what its parent had."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
 
 
 def learn_seconds(row: Row, condition: str) -> float:
