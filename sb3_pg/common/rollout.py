@@ -60,7 +60,7 @@ class Rollout:
     def __post_init__(self) -> None:
         self.n_finished = np.zeros(self.n_envs, dtype=int)
         self.last_end = np.full(self.n_envs, -1)
-        self._rewards: tuple[np.ndarray, np.ndarray] | None = None  # before and after judging
+        self._changed: tuple[Any, np.ndarray, np.ndarray] | None = None  # where, rewards before and after judging
 
     @property
     def n_steps(self) -> int:
@@ -91,12 +91,13 @@ class Rollout:
     def changing_rewards(self) -> Iterator[None]:
         """Let judging change the rewards in the block; what an earlier judging has changed is taken back before."""
         rewards = self.buffer.rewards[: self.n_steps]
-        if self._rewards is not None:
-            before, after = self._rewards
-            rewards[...] = np.where(rewards == after, before, rewards)
+        if self._changed is not None:
+            where, before, after = self._changed
+            rewards[where] = np.where(rewards[where] == after, before, rewards[where])
         before = rewards.copy()
         yield
-        self._rewards = before, rewards.copy()
+        where = np.nonzero(rewards != before)
+        self._changed = where, before[where], rewards[where]
 
     @property
     def dones(self) -> np.ndarray:

@@ -190,7 +190,7 @@ def test_stretches_number_the_pieces_of_episodes():
     for row in starts:
         buffer.add(np.zeros((2, 3)), np.zeros((2, 2)), np.zeros(2), row)
     rollout = Rollout(buffer, np.zeros((2, 3)), np.zeros(2, dtype=bool))
-    found = rollout.stretches.reshape(5, 2)
+    found = rollout.stretches.numbers
     groups = {}
     for (step, env), number in np.ndenumerate(found):
         groups.setdefault(number, []).append((step, env))

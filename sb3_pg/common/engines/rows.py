@@ -33,11 +33,11 @@ class RowEngine(ABC):
 
     def judge(self, rollout: Rollout) -> Judged:
         n, first, buffer = rollout.n_steps, rollout.n_known, rollout.buffer
-        values, log_probs = buffer.values[:n].copy(), buffer.log_probs[:n].copy()
+        parts = [[buffer.values[:first], buffer.log_probs[:first]]]
         if first < n:
             columns = rollout.column("observations", first), rollout.column("actions", first), rollout.mask_rows(first)
-            found = self.judge_rows(*columns)
-            values[first:], log_probs[first:] = (x.reshape(n - first, -1) for x in found)
+            parts.append([x.reshape(n - first, -1) for x in self.judge_rows(*columns)])
+        values, log_probs = (x[-1] if first in (0, n) else np.concatenate(x) for x in zip(*parts, strict=True))
         return Judged(values, log_probs, self.row_values(rollout.final_observations))
 
     def is_current(self) -> bool:
