@@ -1,5 +1,6 @@
 """What an archive holds."""
 
+import base64
 import importlib.util
 import inspect
 import json
@@ -38,6 +39,8 @@ class Portable(Protocol):
         """Return the policy's arguments with what is in the files in place of where they are."""
 
 
+_MASKABLE = "sb3_contrib.common.maskable.policies"
+
 #: sb3-contrib's policies that take masks, and those of SB3 with the same networks, which ours mask without more ado.
 _UNMASKED: dict[str, type[BasePolicy]] = {
     "MaskableActorCriticPolicy": ActorCriticPolicy,
@@ -48,7 +51,7 @@ _UNMASKED: dict[str, type[BasePolicy]] = {
 
 def unmasked(kind: Any) -> Any:
     """Return SB3's policy in place of one of sb3-contrib's that take masks; any other class as it is."""
-    is_contribs = inspect.isclass(kind) and kind.__module__ == "sb3_contrib.common.maskable.policies"
+    is_contribs = inspect.isclass(kind) and kind.__module__ == _MASKABLE
     return _UNMASKED.get(kind.__name__, kind) if is_contribs else kind
 
 
@@ -57,22 +60,24 @@ def maskable(kind: Any) -> Any:
     name = next((name for name, plain in _UNMASKED.items() if plain is kind), None)
     if name is None or importlib.util.find_spec("sb3_contrib") is None:
         return kind
-    return getattr(importlib.import_module("sb3_contrib.common.maskable.policies"), name)
+    return getattr(importlib.import_module(_MASKABLE), name)
 
 
-def with_one_output(parameters: dict[str, Any], n: int) -> dict[str, Any]:
+def with_one_output(own: ActorCriticPolicy, parameters: dict[str, Any], n: int) -> dict[str, Any]:
     """Return parameters of sb3-contrib's masked MultiBinary actions for SB3's policy.
 
     That has one output for each number, the logit of on, where sb3-contrib's has two, whose difference it is. The
     optimizer's moments are those of on: that the difference grows is that its output does.
 
+    :param own: the policy that they are for
     :param parameters: as in an archive; others are returned as they are
     :param n: numbers of the action space
     """
     policy = dict(parameters.get("policy", {}))
     if "action_net.bias" not in policy or len(policy["action_net.bias"]) != 2 * n:
         return parameters
-    index = [list(policy).index(name) for name in ("action_net.weight", "action_net.bias")]
+    # The optimizer numbers parameters, and a shared extractor has several names, but only one number for each.
+    index = [i for i, (name, _) in enumerate(own.named_parameters()) if name.startswith("action_net.")]
     for name in ("action_net.weight", "action_net.bias"):
         policy[name] = policy[name][1::2] - policy[name][::2]
     optimizer = dict(parameters.get("policy.optimizer", {}))
@@ -121,17 +126,32 @@ def check_overrides(kind: type, names: Collection[str]) -> None:
             raise ArgumentError(f"`{name}` is not an argument of {kind.__name__}.{did_you_mean(name, known)}")
 
 
-def algorithm_in(path: Any) -> str | None:
-    """Return which algorithm an archive holds, from the names of its attributes; None if that can't be told."""
+def data_of(path: Any) -> dict[str, Any]:
+    """Return the attributes in an archive as it writes them, without making objects of them; none if it has none."""
     file = open_path(path, "r", suffix="zip")
     start = file.tell()
     try:
         with zipfile.ZipFile(file) as archive:
-            names = json.loads(archive.read("data")).keys()
+            data: dict[str, Any] = json.loads(archive.read("data"))
     except (zipfile.BadZipFile, KeyError, json.JSONDecodeError):
-        return None  # SB3's own loading says what is wrong
+        return {}  # SB3's own loading says what is wrong
     finally:
         file.seek(start)
         if file is not path:
             file.close()
-    return next((algorithm for algorithm, mark in _MARKS.items() if mark in names), None)
+    return data
+
+
+def algorithm_in(data: dict[str, Any]) -> str | None:
+    """Return which algorithm an archive holds, from the names of its attributes; None if that can't be told."""
+    return next((algorithm for algorithm, mark in _MARKS.items() if mark in data), None)
+
+
+def without_contrib(data: dict[str, Any]) -> dict[str, Any]:
+    """Return what to read in place of sb3-contrib's classes in the archive of a masked PPO, if that is not installed."""
+    kind = data.get("policy_class")
+    if importlib.util.find_spec("sb3_contrib") or not isinstance(kind, dict) or kind.get("__module__") != _MASKABLE:
+        return {}
+    pickled = base64.b64decode(kind[":serialized:"])
+    found = next(plain for name, plain in _UNMASKED.items() if name.encode() in pickled)
+    return {"policy_class": found, "rollout_buffer_class": None}

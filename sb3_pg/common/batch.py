@@ -94,13 +94,15 @@ class Batch:
 
     def _edges(self, size: int, order: np.ndarray | None, even: bool) -> list[int]:
         """Where pieces begin, and where the last one ends."""
-        n = len(self)
-        edges = [int(x) for x in np.linspace(0, n, -(-n // size) + 1)] if even else [*range(0, n, size), n]
+        n, n_pieces = len(self), -(-len(self) // size)
         if self.sequences is None:
-            return edges
+            return [int(x) for x in np.linspace(0, n, n_pieces + 1)] if even else [*range(0, n, size), n]
         sequences = self.sequences if order is None else self.sequences[order]
         ends = np.append(np.flatnonzero(np.diff(sequences)) + 1, n)
-        return [0, *np.unique(ends[np.searchsorted(ends, edges[1:])]).tolist()]
+        size, edges = -(-n // n_pieces) if even else size, [0]
+        while edges[-1] < n:
+            edges.append(int(ends[np.searchsorted(ends, min(edges[-1] + size, n))]))
+        return edges
 
     def _gathered(self, edges: list[int], order: np.ndarray, size: int) -> Generator["Batch", None, None]:
         """Yield the pieces of a reordered batch.

@@ -6,9 +6,10 @@ each number of a MultiBinary one, as sb3-contrib has it.
 """
 
 import sys
+import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from gymnasium import spaces
@@ -19,8 +20,8 @@ from sb3_pg.common.errors import ArgumentError
 
 METHOD = "action_masks"
 
-#: Asks all environments at a step of the rollout, and returns booleans, (n_envs, options).
-AskMasks = Callable[[int], np.ndarray]
+#: Asks all environments, at a step of the rollout if it is during one, and returns booleans, (n_envs, options).
+AskMasks = Callable[[int | None], np.ndarray]
 
 
 def options_of(space: spaces.Space[Any]) -> list[int]:
@@ -38,25 +39,32 @@ def masks_of(env: VecEnv) -> AskMasks | None:
     sizes = options_of(space)
     if ask is None or not sizes:
         return None
-    return lambda step: _checked(space, sizes, ask(), n, f" at step {step} of this rollout")
+    return lambda step: _checked(space, sizes, ask(), n, "" if step is None else f" at step {step} of this rollout")
 
 
-def _asking(env: VecEnv) -> Callable[[], list[Any]] | None:
+def _asking(env: VecEnv) -> Callable[[], Any] | None:
+    """Return what asks the environments, unchecked."""
     inside = env.unwrapped
     try:
         if not env.has_attr(METHOD):
             return None
         if isinstance(inside, DummyVecEnv):  # each one directly takes half the time
             asked = [single.get_wrapper_attr(METHOD) for single in inside.envs]
-            return lambda: [ask() for ask in asked]
+            if all(map(callable, asked)):
+                return lambda: [ask() for ask in asked]
+            raise ArgumentError(
+                f"The environment's `{METHOD}` must be a method. Make it one, or pass use_masking=False."
+            )
     except (AttributeError, NotImplementedError):
         return None
-    return lambda: env.env_method(METHOD)
+    reference = weakref.ref(env)
+    return lambda: reference().env_method(METHOD)  # type: ignore[union-attr]
 
 
 def checked_masks(space: spaces.Space[Any], masks: Any, n: int) -> np.ndarray:
     """Return masks as booleans, (n, options).
 
+    :param space: of the actions
     :param masks: (n, options), or anything that reshapes to that
     :param n: rows of observations
     :raises ArgumentError: they are of another shape, not true or false, or allow nothing
@@ -100,24 +108,26 @@ def n_rows(space: spaces.Space[Any], observation: Any) -> int:
 #: Files whose code steps an environment named ``env`` by ``model.predict``, without telling it the masks.
 STEPPERS = {evaluate_policy.__code__.co_filename}
 
-_known: WeakKeyDictionary[VecEnv, AskMasks | None] = WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[VecEnv, AskMasks | None] = weakref.WeakKeyDictionary()
 
 
-def masks_of_caller() -> Any:
+def masks_of_caller(n: int) -> Any:
     """Return the masks of the environment that code of ``STEPPERS`` acts in by asking for predictions; else None.
 
     SB3's evaluation has no argument for masks, and so neither have EvalCallback and whatever else calls it. What it
     asks for must not depend on that: a policy that has learned with masks knows nothing of forbidden actions.
+
+    :param n: how many observations the prediction is for; if not one for each environment, it is another's
     """
-    frame = sys._getframe(1)
-    for _ in range(4):  # its subclasses' ``predict`` may call the model's
-        if frame.f_code.co_filename in STEPPERS and "env" in frame.f_locals:
-            env = frame.f_locals["env"]
-            if env not in _known:
-                _known[env] = masks_of(env)
-            ask = _known[env]
-            return None if ask is None else ask(0)
-        if frame.f_back is None:
-            break
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name == "predict":  # the model's, and those of its subclasses
         frame = frame.f_back
-    return None
+    if frame is None or frame.f_code.co_filename not in STEPPERS or "env" not in frame.f_locals:
+        return None
+    env = frame.f_locals["env"]
+    if env.num_envs != n:
+        return None
+    if env not in _known:
+        _known[env] = masks_of(env)
+    ask = _known[env]
+    return None if ask is None else ask(None)

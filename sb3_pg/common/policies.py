@@ -196,6 +196,9 @@ def _check_values(kwargs: dict[str, Any]) -> None:
         _check_net_arch(kwargs["net_arch"])
     for name in ("lstm_hidden_size", "n_lstm_layers"):
         check_count(f"policy_kwargs: {name}", kwargs.get(name, 1))
+    for name in kwargs.get("lstm_kwargs") or {}:
+        if name not in ("bias", "dropout"):
+            raise ArgumentError(f"policy_kwargs: `lstm_kwargs` has {name!r}; it may have 'bias' and 'dropout'.")
     if kwargs.get("shared_lstm") and kwargs.get("enable_critic_lstm", True):
         raise ArgumentError(
             "policy_kwargs: `shared_lstm=True` and `enable_critic_lstm=True`, which is the default, contradict each "

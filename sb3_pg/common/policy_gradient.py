@@ -38,9 +38,11 @@ from sb3_pg.common.archive import (
     algorithm_in,
     check_memory,
     check_overrides,
+    data_of,
     maskable,
     unmasked,
     with_one_output,
+    without_contrib,
 )
 from sb3_pg.common.arrays import Column, as_tensors, take
 from sb3_pg.common.batch import Batch, epoch
@@ -58,7 +60,7 @@ from sb3_pg.common.errors import (
 )
 from sb3_pg.common.estimation import estimate_by_comparison, estimate_by_values
 from sb3_pg.common.figures import Figures
-from sb3_pg.common.masks import masks_of, masks_of_caller
+from sb3_pg.common.masks import masks_of, masks_of_caller, n_rows
 from sb3_pg.common.objectives import squared_error
 from sb3_pg.common.options import check_common, check_learning
 from sb3_pg.common.policies import (
@@ -352,7 +354,8 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
     def _start_rollout(self, env: VecEnv, buffer: sb3_buffers.RolloutBuffer, horizon: Horizon) -> Rollout:
         """Return an empty rollout, unless a callback interrupted this very one and it can be completed."""
         rollout = self._rollout
-        if rollout is not None and rollout.is_paused and rollout.buffer is buffer:
+        is_same = rollout is not None and rollout.buffer is buffer and self.use_masking == rollout.may_be_masked
+        if rollout is not None and rollout.is_paused and is_same:
             rollout.is_paused = False
             return rollout
         buffer.reset()
@@ -361,6 +364,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         self._last_obs = checked_observations(env.observation_space, self._last_obs, env.num_envs)
         self._rollout = Rollout(buffer, self._last_obs, self._last_episode_starts)  # type: ignore[arg-type]
         self._rollout.memory, self._rollout.sequence_length = self._last_memory, self.sequence_length
+        self._rollout.may_be_masked = self.use_masking
         return self._rollout
 
     @property
@@ -436,7 +440,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         :raises ArgumentError: the masks are of the wrong shape, or allow nothing
         """
         if action_masks is None and self.use_masking:
-            action_masks = masks_of_caller()
+            action_masks = masks_of_caller(n_rows(self.observation_space, observation))
         actions, state = predict(self.policy, observation, state, episode_start, deterministic, action_masks)
         return shifted(self.action_space, actions), state
 
@@ -650,7 +654,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
             _, parameters, _ = load_from_zip_file(parameters, device=device, load_data=False)
         check_memory(self.policy, parameters)
         if isinstance(self.action_space, spaces.MultiBinary):
-            parameters = with_one_output(parameters, get_action_dim(self.action_space))
+            parameters = with_one_output(self.policy, parameters, get_action_dim(self.action_space))
         super().set_parameters(parameters, exact_match, device)
         self._rollout = None
 
@@ -670,13 +674,15 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         :raises ArgumentError: the archive holds another algorithm
         :raises ValueError: the archive's spaces are not those of ``env``
         """
-        holds = algorithm_in(path)
+        data = data_of(path)
+        holds = algorithm_in(data)
         if holds is not None and holds != cls.archive_name:
             raise ArgumentError(
                 f"{path} is an archive of {holds}, but {cls.__name__}.load() reads archives of {cls.archive_name}. "
                 f"Load it with {holds}.load()."
             )
         check_overrides(cls, kwargs)
+        custom_objects = {**without_contrib(data), **(custom_objects or {})}
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         if "learning_rate" in kwargs:  # the optimizer has the archive's
             update_learning_rate(model.policy.optimizer, model.lr_schedule(1.0))

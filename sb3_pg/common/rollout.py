@@ -31,6 +31,7 @@ class Rollout:
     :param last_dones: whether the last step ended an episode, (n_envs,)
     :param cuts: the episodes that ended by a time limit
     :param masks: of allowed actions at each step, bool (n_envs, options) each; empty if all were
+    :param may_be_masked: whether actions were masked if the environments have masks
     :param sequence_length: longer stretches of episodes are cut into pieces of so many steps; None leaves them whole
     :param memory: what the policy remembered of each environment before the first step
     :param starting_memory: and when each of the stretches begins, found by judging
@@ -47,6 +48,7 @@ class Rollout:
     last_dones: np.ndarray
     cuts: list[Cut] = field(default_factory=list)
     masks: list[np.ndarray] = field(default_factory=list)
+    may_be_masked: bool = True
     sequence_length: int | None = None
     memory: Memory | None = None
     starting_memory: Memory | None = None

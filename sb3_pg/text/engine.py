@@ -12,6 +12,7 @@ import torch as th
 from sb3_pg.common.batch import Batch
 from sb3_pg.common.engines.autograd import AutogradEngine, Described, GraphActor, GraphEvaluation
 from sb3_pg.common.engines.protocol import Acted, Fisher, Judged, Seen
+from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.rollout import Rollout
 from sb3_pg.common.threads import choose_threads
 from sb3_pg.text.decoding import Decoder
@@ -40,6 +41,8 @@ class TextEngine(AutogradEngine):
         return super().refresh()
 
     def act(self, seen: Seen, deterministic: bool = False) -> Acted:
+        if seen.masks is not None:
+            raise ArgumentError("Language models are not masked. Pass use_masking=False.")
         rows: Any = seen.observations
         choose_threads(len(rows) * self._largest_layer)
         with th.no_grad():

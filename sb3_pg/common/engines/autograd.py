@@ -28,7 +28,7 @@ from sb3_pg.common.threads import choose_threads
 
 #: The methods by which SB3's policy acts and judges. If a subclass changes one of them, its ``forward`` acts,
 #: as in SB3, and what ``forward`` says about values and log-probabilities is believed.
-_ACTING = ("forward", "evaluate_actions", "get_distribution", "predict_values", "extract_features")
+ACTING = ("forward", "evaluate_actions", "get_distribution", "predict_values", "extract_features")
 
 #: Numbers in the observations of one chunk of a judging pass: 4 MB of float32, so that a rollout of images does
 #: not become float32, and the activations of a convolution, all at once.
@@ -129,7 +129,7 @@ class AutogradEngine(RowEngine):
 
     def refresh(self) -> bool:
         policy = self.policy
-        self._forward_acts = is_replaced(policy, ActorCriticPolicy, *_ACTING)
+        self._forward_acts = is_replaced(policy, ActorCriticPolicy, *ACTING)
         extractors = {type(policy.pi_features_extractor), type(policy.vf_features_extractor)}
         # Where actor and critic share a convolution, what else acting could compute costs next to nothing.
         self._heads_are_cheap = policy.share_features_extractor and extractors != {FlattenExtractor}
@@ -270,10 +270,6 @@ class AutogradEngine(RowEngine):
     def pieces(self, batch: Batch) -> list[Any]:
         """Return the rows of pieces in which a batch is looked at, so that they take little memory."""
         return self._chunks(batch.observations)
-
-    def thinned(self, batch: Batch, every: int) -> Any:
-        """Return the rows of every n-th sample."""
-        return slice(None, None, every)
 
     # Step
 

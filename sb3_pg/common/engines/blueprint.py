@@ -46,8 +46,8 @@ class Blueprint:
     def __init__(self, policy: ActorCriticPolicy, *, trained: bool = True) -> None:
         _check_code(policy, self.kinds)
         _check_space(policy.observation_space)
-        self.actor: Layers = [*_layers(policy.mlp_extractor.policy_net), (_linear(policy.action_net), None)]
-        self.critic: Layers = [*_layers(policy.mlp_extractor.value_net), (_linear(policy.value_net), None)]
+        self.actor: Layers = [*_layers(policy.mlp_extractor.policy_net), (linear(policy.action_net), None)]
+        self.critic: Layers = [*_layers(policy.mlp_extractor.value_net), (linear(policy.value_net), None)]
         family = family_of(policy.action_dist)
         if family is None:
             raise Unsuitable(f"the action distribution is {type(policy.action_dist).__name__}")
@@ -132,11 +132,15 @@ def _layers(net: nn.Module) -> Layers:
         if type(module) in ACTIVATIONS and layers and layers[-1][1] is None:
             layers[-1] = (layers[-1][0], module)
         else:
-            layers.append((_linear(module), None))
+            layers.append((linear(module), None))
     return layers
 
 
-def _linear(module: nn.Module) -> nn.Linear:
+def linear(module: nn.Module) -> nn.Linear:
+    """Return a module that is a linear layer and nothing else.
+
+    :raises Unsuitable: this one is not
+    """
     if type(module) is not nn.Linear:
         raise Unsuitable(f"a layer is {type(module).__name__}")
     return module

@@ -107,10 +107,6 @@ class ClosedFormEngine(RowEngine):
         """Return what actor and critic need beside the encoded observations to read a batch."""
         return ()
 
-    def thinned(self, batch: Batch, every: int) -> Any:
-        """Return the rows of every n-th sample."""
-        return slice(None, None, every)
-
     def _build(self, blueprint: Blueprint) -> None:
         """Make views of the parameters and of one flat vector of all gradients, the actor's first."""
         parameters = self._trained = blueprint.parameters

@@ -11,7 +11,7 @@ from torch import nn
 
 from sb3_pg.common.batch import Batch
 from sb3_pg.common.distributions import draw
-from sb3_pg.common.engines.blueprint import Blueprint, Unsuitable
+from sb3_pg.common.engines.blueprint import Blueprint, Unsuitable, linear
 from sb3_pg.common.engines.closed_form import ClosedFormEngine, mlp_of, quiet, view
 from sb3_pg.common.engines.lstm import Lstm, memory_after
 from sb3_pg.common.engines.lstm import Pieces as LstmPieces
@@ -38,6 +38,8 @@ class RecurrentBlueprint(Blueprint):
     kinds: ClassVar[set[type[ActorCriticPolicy]]] = {RecurrentActorCriticPolicy}
 
     def before_actor(self, policy: Any) -> list[th.Tensor]:
+        if "_process_sequence" in vars(policy):
+            raise Unsuitable("the policy's _process_sequence is replaced")
         self.lstm_actor = _checked(policy.lstm_actor)
         return _of_lstm(self.lstm_actor)
 
@@ -45,7 +47,7 @@ class RecurrentBlueprint(Blueprint):
         self.lstm_critic = None if policy.lstm_critic is None else _checked(policy.lstm_critic)
         self.is_shared = policy.shared_lstm
         if policy.critic is not None:  # a layer in place of an LSTM
-            self.critic = [(policy.critic, None), *self.critic]
+            self.critic = [(linear(policy.critic), None), *self.critic]
         return [] if self.lstm_critic is None else _of_lstm(self.lstm_critic)
 
 

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from sb3_pg.common.arrays import length
 from sb3_pg.common.batch import Batch
 from sb3_pg.common.distributions import draw
-from sb3_pg.common.engines.autograd import AutogradEngine, GraphActor, is_replaced
+from sb3_pg.common.engines.autograd import ACTING, AutogradEngine, GraphActor, is_replaced
 from sb3_pg.common.engines.protocol import Acted, Fisher, Seen
 from sb3_pg.common.engines.sequences import SequenceEngine
 from sb3_pg.common.errors import ArgumentError
@@ -26,7 +26,7 @@ from sb3_pg.common.sequences import Memory, packed
 from sb3_pg.common.threads import choose_threads
 
 #: Methods that the engine has its own way of calling; a policy that changes one would not be computed as it says.
-_REPLACED = ("forward", "evaluate_actions", "get_distribution", "predict_values", "_process_sequence")
+_REPLACED = (*ACTING, "_process_sequence")
 
 
 class RecurrentEngine(SequenceEngine, AutogradEngine):
@@ -86,7 +86,10 @@ class RecurrentEngine(SequenceEngine, AutogradEngine):
         assert batch.sequences is not None and batch.memory is not None
         packing = packed(batch.sequences)
         before: Any = tuple(self.asarray(x[:, packing.numbers]) for x in batch.memory[which])
-        said, after = lstm(PackedSequence(features[packing.rows], th.as_tensor(packing.sizes)), before)
+        # cuDNN differentiates only what was computed in training mode, and not twice.
+        of_torch = th.is_grad_enabled() and lstm.weight_hh_l0.is_cuda and not lstm.training
+        with th.backends.cudnn.flags(enabled=False) if of_torch else nullcontext():
+            said, after = lstm(PackedSequence(features[packing.rows], th.as_tensor(packing.sizes)), before)
         by_number = np.argsort(packing.numbers)
         return said.data[packing.back], tuple(x.detach().cpu().numpy()[:, by_number] for x in after)
 
