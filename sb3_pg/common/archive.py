@@ -148,7 +148,7 @@ def algorithm_in(data: dict[str, Any]) -> str | None:
 
 
 def without_contrib(data: dict[str, Any]) -> dict[str, Any]:
-    """Return what to read in place of sb3-contrib's classes in the archive of a masked PPO, if that is not installed."""
+    """Return what to read in the archive of a masked PPO in place of sb3-contrib's classes, if there are none."""
     kind = data.get("policy_class")
     if importlib.util.find_spec("sb3_contrib") or not isinstance(kind, dict) or kind.get("__module__") != _MASKABLE:
         return {}

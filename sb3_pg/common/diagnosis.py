@@ -94,7 +94,8 @@ class LastGood:
         """Remember the present parameters as good."""
         present = self._numbers_of(policy)
         if policy is self._policy and [x.shape for x in self._kept] == [x.shape for x in present]:
-            th._foreach_copy_(self._kept, present)
+            if present:
+                th._foreach_copy_(self._kept, present)
         else:
             self._policy, self._kept = policy, [x.detach().clone() for x in present]
 

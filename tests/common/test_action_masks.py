@@ -1,5 +1,10 @@
 """Masks of allowed actions: acting, judging, stepping and predicting among what is allowed."""
 
+import gc
+import subprocess
+import sys
+import weakref
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -398,3 +403,96 @@ def test_archives_of_the_other_two_name_sb3s_policies(algorithm, tmp_path):
     model.learn(64)
     model.save(tmp_path / "model")
     assert algorithm.load(tmp_path / "model").policy_class is ActorCriticPolicy
+
+
+def test_moments_of_a_shared_extractor_are_numbered_once(tmp_path):
+    """Its parameters have several names, but one number each in the optimizer."""
+    env = Guarded("multibinary", "image")
+    theirs = MaskablePPO("CnnPolicy", env, n_steps=16, batch_size=16, n_epochs=1, seed=0).learn(16)
+    theirs.save(tmp_path / "theirs")
+    ours = PPO.load(tmp_path / "theirs", env=env)
+    for p, state in ours.policy.optimizer.state.items():
+        assert state["exp_avg"].shape == p.shape
+    ours.learn(16)
+
+
+@ALL
+def test_masks_that_are_no_method(algorithm):
+    class Attribute(Guarded):
+        action_masks = np.ones(6, bool)
+
+    with pytest.raises(ArgumentError, match="must be a method"):
+        algorithm("MlpPolicy", Attribute(), **SETTINGS[algorithm]).learn(10)
+    with pytest.raises(AssertionError):  # by an environment that refuses forbidden actions
+        algorithm("MlpPolicy", Attribute(), use_masking=False, **SETTINGS[algorithm]).learn(100)
+
+
+WITHOUT_CONTRIB = """
+import sys
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name.startswith("sb3_contrib") else find_spec(name, *more)
+sys.modules["sb3_contrib"] = None
+import numpy as np
+from sb3_pg import PPO
+model = PPO.load(sys.argv[1])
+print(model.policy_class.__name__, model.predict(np.zeros(3, np.float32), deterministic=True)[0])
+"""
+
+
+def test_a_masked_archive_loads_without_sb3_contrib(tmp_path):
+    model = make(PPO)
+    model.learn(64)
+    model.save(tmp_path / "model.zip")
+    command = [sys.executable, "-c", WITHOUT_CONTRIB, str(tmp_path / "model.zip")]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    action = model.predict(np.zeros(3, np.float32), deterministic=True)[0]
+    assert done.stdout.split() == ["ActorCriticPolicy", str(action)]
+
+
+def test_predictions_of_others_within_an_evaluation_are_not_masked():
+    """An opponent that moves within the environment, and a callback that asks for a single action."""
+    opponent, asked = make(PPO), []
+
+    class WithOpponent(Guarded):
+        def reset(self, **options):
+            asked.append(opponent.predict(np.zeros((1, 3), np.float32), deterministic=True)[0])
+            return super().reset(**options)
+
+    model = make(PPO)
+    env = DummyVecEnv([WithOpponent, WithOpponent])
+    single = lambda *_: asked.append(model.predict(np.zeros(3, np.float32), deterministic=True)[0])  # noqa: E731
+    evaluate_policy(model, env, n_eval_episodes=2, callback=single, warn=False)
+    plain = opponent.predict(np.zeros((1, 3), np.float32), deterministic=True)[0]
+    assert all((x == plain).all() for x in asked)
+
+
+def test_environments_are_let_go_of_after_an_evaluation():
+    model, env = make(PPO), SubprocVecEnv([Guarded])
+    evaluate_policy(model, env, n_eval_episodes=1, warn=False)
+    env.close()
+    reference = weakref.ref(env)
+    del env
+    gc.collect()
+    assert reference() is None
+
+
+@ALL
+def test_masking_may_be_changed_while_a_rollout_waits(algorithm):
+    class Stop(BaseCallback):
+        def _on_step(self):
+            return self.n_calls < 5
+
+    class Tolerant(Guarded):
+        def step(self, action):
+            return self._look(), 0.0, self.random.random() < 0.2, False, {}
+
+    model = algorithm("MlpPolicy", DummyVecEnv([Tolerant]), seed=0, **SETTINGS[algorithm])
+    model.learn(100, Stop())
+    model.use_masking = False
+    model.learn(1, reset_num_timesteps=False)
+    assert not model.rollout.masks
+    model.learn(100, Stop())
+    model.use_masking = True
+    model.learn(1, reset_num_timesteps=False)
+    assert len(model.rollout.masks) == model.rollout.n_steps

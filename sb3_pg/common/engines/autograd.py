@@ -137,7 +137,11 @@ class AutogradEngine(RowEngine):
         self._actor_parameters: list[th.nn.Parameter] | None = None  # until they are asked for
         self._largest_layer = largest_layer(policy)
         self._family = None if self._forward_acts else self.known_family()
-        return policy.device == self._device and not (self._is_stopgap and reason_against(policy) != self._why)
+        return policy.device == self._device and not (self._is_stopgap and self.reason_against() != self._why)
+
+    def reason_against(self) -> str | None:
+        """Return why the policy cannot be computed in closed form; None if it can."""
+        return reason_against(self.policy)
 
     def known_family(self) -> Family | None:
         """Return the formulas of the policy's distribution, if they are known and ``action_net`` alone makes it."""

@@ -1,24 +1,22 @@
 """sb3-contrib's MlpLstmPolicy on the CPU, differentiated by hand in NumPy through its memory."""
 
 import copyreg
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch as th
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
-from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from sb3_pg.common.batch import Batch
 from sb3_pg.common.distributions import draw
-from sb3_pg.common.engines.blueprint import Blueprint, Unsuitable, linear
+from sb3_pg.common.engines.blueprint import Unsuitable
 from sb3_pg.common.engines.closed_form import ClosedFormEngine, mlp_of, quiet, view
 from sb3_pg.common.engines.lstm import Lstm, memory_after
 from sb3_pg.common.engines.lstm import Pieces as LstmPieces
 from sb3_pg.common.engines.lstm import Trace as LstmTrace
 from sb3_pg.common.engines.mlp import Mlp, Trace
 from sb3_pg.common.engines.protocol import Acted, Engine, Seen
-from sb3_pg.common.engines.recurrent import RecurrentEngine
+from sb3_pg.common.engines.recurrent import RecurrentBlueprint, RecurrentEngine
 from sb3_pg.common.engines.sequences import SequenceEngine
 from sb3_pg.common.sequences import Memory, Packing, packed
 
@@ -28,39 +26,8 @@ def recurrent_engine(policy: RecurrentActorCriticPolicy) -> Engine:
     try:
         return ClosedRecurrentEngine(policy)
     except Unsuitable as reason:
-        by_autograd: Any = RecurrentEngine(policy, str(reason))
+        by_autograd: Any = RecurrentEngine(policy, str(reason), is_stopgap=True)
         return by_autograd  # type: ignore[no-any-return]
-
-
-class RecurrentBlueprint(Blueprint):
-    """The parts of an MlpLstmPolicy."""
-
-    kinds: ClassVar[set[type[ActorCriticPolicy]]] = {RecurrentActorCriticPolicy}
-
-    def before_actor(self, policy: Any) -> list[th.Tensor]:
-        if "_process_sequence" in vars(policy):
-            raise Unsuitable("the policy's _process_sequence is replaced")
-        self.lstm_actor = _checked(policy.lstm_actor)
-        return _of_lstm(self.lstm_actor)
-
-    def before_critic(self, policy: Any) -> list[th.Tensor]:
-        self.lstm_critic = None if policy.lstm_critic is None else _checked(policy.lstm_critic)
-        self.is_shared = policy.shared_lstm
-        if policy.critic is not None:  # a layer in place of an LSTM
-            self.critic = [(linear(policy.critic), None), *self.critic]
-        return [] if self.lstm_critic is None else _of_lstm(self.lstm_critic)
-
-
-def _checked(lstm: nn.Module) -> nn.LSTM:
-    if type(lstm) is not nn.LSTM:
-        raise Unsuitable(f"the memory is a {type(lstm).__name__}")
-    if not lstm.bias or lstm.dropout or lstm.bidirectional or lstm.proj_size:
-        raise Unsuitable("the LSTM has no bias, or dropout, two directions or a projection")
-    return lstm
-
-
-def _of_lstm(lstm: nn.LSTM) -> list[th.Tensor]:
-    return [p for layer in lstm.all_weights for p in layer]
 
 
 def lstm_of(lstm: nn.LSTM) -> Lstm:

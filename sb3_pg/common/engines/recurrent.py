@@ -5,7 +5,7 @@ without padding, as torch's LSTM reads packed sequences; only the memory with wh
 """
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -13,12 +13,14 @@ from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import obs_as_tensor
+from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from sb3_pg.common.arrays import length
 from sb3_pg.common.batch import Batch
 from sb3_pg.common.distributions import draw
 from sb3_pg.common.engines.autograd import ACTING, AutogradEngine, GraphActor, is_replaced
+from sb3_pg.common.engines.blueprint import Blueprint, Unsuitable, linear
 from sb3_pg.common.engines.protocol import Acted, Fisher, Seen
 from sb3_pg.common.engines.sequences import SequenceEngine
 from sb3_pg.common.errors import ArgumentError
@@ -27,6 +29,37 @@ from sb3_pg.common.threads import choose_threads
 
 #: Methods that the engine has its own way of calling; a policy that changes one would not be computed as it says.
 _REPLACED = (*ACTING, "_process_sequence")
+
+
+class RecurrentBlueprint(Blueprint):
+    """The parts of an MlpLstmPolicy."""
+
+    kinds: ClassVar[set[type[ActorCriticPolicy]]] = {RecurrentActorCriticPolicy}
+
+    def before_actor(self, policy: Any) -> list[th.Tensor]:
+        if "_process_sequence" in vars(policy):
+            raise Unsuitable("the policy's _process_sequence is replaced")
+        self.lstm_actor = _checked(policy.lstm_actor)
+        return _of_lstm(self.lstm_actor)
+
+    def before_critic(self, policy: Any) -> list[th.Tensor]:
+        self.lstm_critic = None if policy.lstm_critic is None else _checked(policy.lstm_critic)
+        self.is_shared = policy.shared_lstm
+        if policy.critic is not None:  # a layer in place of an LSTM
+            self.critic = [(linear(policy.critic), None), *self.critic]
+        return [] if self.lstm_critic is None else _of_lstm(self.lstm_critic)
+
+
+def _checked(lstm: nn.Module) -> nn.LSTM:
+    if type(lstm) is not nn.LSTM:
+        raise Unsuitable(f"the memory is a {type(lstm).__name__}")
+    if not lstm.bias or lstm.dropout or lstm.bidirectional or lstm.proj_size:
+        raise Unsuitable("the LSTM has no bias, or dropout, two directions or a projection")
+    return lstm
+
+
+def _of_lstm(lstm: nn.LSTM) -> list[th.Tensor]:
+    return [p for layer in lstm.all_weights for p in layer]
 
 
 class RecurrentEngine(SequenceEngine, AutogradEngine):
@@ -40,11 +73,11 @@ class RecurrentEngine(SequenceEngine, AutogradEngine):
 
     policy: RecurrentActorCriticPolicy
 
-    def __init__(self, policy: RecurrentActorCriticPolicy, why: str = "") -> None:
+    def __init__(self, policy: RecurrentActorCriticPolicy, why: str = "", *, is_stopgap: bool = False) -> None:
         for name in _REPLACED:
             if is_replaced(policy, RecurrentActorCriticPolicy, name):
                 raise ArgumentError(f"{type(policy).__name__} has a `{name}` of its own, which is not supported.")
-        super().__init__(policy, why)
+        super().__init__(policy, why, is_stopgap=is_stopgap)
         self.description = f"recurrent, {self.description}"
 
     def refresh(self) -> bool:
@@ -52,6 +85,13 @@ class RecurrentEngine(SequenceEngine, AutogradEngine):
         self._forward_acts, self._heads_are_cheap = False, False
         self._family = self.known_family()
         return is_fine
+
+    def reason_against(self) -> str | None:
+        try:
+            RecurrentBlueprint(self.policy)
+        except Unsuitable as reason:
+            return str(reason)
+        return None
 
     # Act
 

@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.common.arrays import take
+from sb3_pg.common.batch import Batch
 from sb3_pg.common.engines.protocol import Seen
 from sb3_pg.common.errors import ArgumentError
 
@@ -336,10 +337,45 @@ def test_gru(algorithm, tmp_path):
     np.testing.assert_array_equal(state[0], other[0])
 
 
-def test_policies_that_use_their_memory_otherwise_are_refused():
-    class Own(RecurrentActorCriticPolicy):
-        def forward(self, *args, **kwargs):
-            return super().forward(*args, **kwargs)
+@pytest.mark.parametrize("method", ["forward", "extract_features", "_process_sequence"])
+def test_policies_that_use_their_memory_otherwise_are_refused(method):
+    own = type("Own", (RecurrentActorCriticPolicy,), {method: lambda self, *args, **kwargs: None})
+    with pytest.raises(ArgumentError, match=f"Own has a `{method}` of its own"):
+        make(PPO, own).learn(10)
 
-    with pytest.raises(ArgumentError, match="Own has a `forward` of its own"):
-        make(PPO, Own).learn(10)
+
+@ALL
+def test_the_closed_form_comes_back(algorithm):
+    model = make(algorithm)
+    model.learn(50)
+    handle = model.policy.lstm_actor.register_forward_hook(lambda *_: None)
+    model.learn(50)
+    assert model.network.description == "recurrent, autograd (LSTM has a hook)"
+    handle.remove()
+    model.policy.lstm_critic.requires_grad_(False)
+    model.learn(50)
+    assert model.network.description == "recurrent, autograd (parameters are frozen)"
+    model.policy.requires_grad_(False)
+    before = model.policy.parameters_to_vector()
+    model.learn(50)
+    np.testing.assert_array_equal(model.policy.parameters_to_vector(), before)
+    model.policy.requires_grad_(True)
+    model.learn(50)
+    assert model.network.description == "recurrent, closed-form"
+
+
+@pytest.mark.parametrize("lstm_kwargs", [{"bias": False}, {"dropout": 0.1}])
+def test_lstms_of_other_kinds_take_autograd(lstm_kwargs):
+    model = make(PPO, kind="two layers", policy_kwargs={"lstm_kwargs": lstm_kwargs})
+    model.learn(80)
+    assert model.network.description.startswith("recurrent, autograd")
+
+
+def test_minibatches_hold_as_many_stretches_as_batch_size_needs():
+    """And no piece is left over in their middle."""
+    sequences = np.repeat([0, 1, 2, 3], [19, 3, 18, 2])
+    batch = Batch(np.zeros((len(sequences), 3)), sequences=sequences)
+    assert [len(x) for x in batch.minibatches(10)] == [19, 21, 2]
+    assert [len(x) for x in batch.minibatches(20)] == [22, 20]
+    assert [len(x) for x in batch.minibatches(1)] == [19, 3, 18, 2]
+    assert [len(x) for x in batch.minibatches(None)] == [42]
