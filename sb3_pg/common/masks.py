@@ -111,13 +111,14 @@ STEPPERS = {evaluate_policy.__code__.co_filename}
 _known: weakref.WeakKeyDictionary[VecEnv, AskMasks | None] = weakref.WeakKeyDictionary()
 
 
-def masks_of_caller(n: int) -> Any:
+def masks_of_caller(space: spaces.Space[Any], observation: Any) -> Any:
     """Return the masks of the environment that code of ``STEPPERS`` acts in by asking for predictions; else None.
 
     SB3's evaluation has no argument for masks, and so neither have EvalCallback and whatever else calls it. What it
     asks for must not depend on that: a policy that has learned with masks knows nothing of forbidden actions.
 
-    :param n: how many observations the prediction is for; if not one for each environment, it is another's
+    :param space: of the observations
+    :param observation: what the prediction is for; if it is not one for each environment, somebody else asks
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_name == "predict":  # the model's, and those of its subclasses
@@ -125,9 +126,7 @@ def masks_of_caller(n: int) -> Any:
     if frame is None or frame.f_code.co_filename not in STEPPERS or "env" not in frame.f_locals:
         return None
     env = frame.f_locals["env"]
-    if env.num_envs != n:
-        return None
     if env not in _known:
         _known[env] = masks_of(env)
     ask = _known[env]
-    return None if ask is None else ask(None)
+    return None if ask is None or env.num_envs != n_rows(space, observation) else ask(None)

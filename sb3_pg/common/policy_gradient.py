@@ -60,7 +60,7 @@ from sb3_pg.common.errors import (
 )
 from sb3_pg.common.estimation import estimate_by_comparison, estimate_by_values
 from sb3_pg.common.figures import Figures
-from sb3_pg.common.masks import masks_of, masks_of_caller, n_rows
+from sb3_pg.common.masks import masks_of, masks_of_caller
 from sb3_pg.common.objectives import squared_error
 from sb3_pg.common.options import check_common, check_learning
 from sb3_pg.common.policies import (
@@ -334,11 +334,8 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
                 rollout.masks.append(action_masks)
             self._last_memory = memory
             self._last_obs, self._last_episode_starts = rollout.last_observations, rollout.last_dones = new_obs, dones
-            if is_watched and self.network is not network:  # the callback has replaced the policy
-                self._write_judgement(rollout, network.judge(rollout))
-                rollout.n_known = rollout.n_steps
-            if is_watched and (self.network is not network or not network.is_current()):
-                network = self._refreshed_network()
+            if is_watched and not (self.network is network and network.is_current()):
+                network = self._replaced(network, rollout)
             if not keep_going:
                 rollout.is_paused = True
                 return False
@@ -393,6 +390,16 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         clipped: np.ndarray = np.minimum(np.maximum(actions, self.action_space.low), self.action_space.high)
         return clipped
 
+    def _replaced(self, network: Engine, rollout: Rollout) -> Engine:
+        """Return the engine to go on with when a callback has replaced the policy, or where its parameters are.
+
+        What another policy has done is judged by that.
+        """
+        if self.network is not network:
+            self._write_judgement(rollout, network.judge(rollout))
+            rollout.n_known = rollout.n_steps
+        return self._refreshed_network()
+
     def _record(
         self,
         buffer: sb3_buffers.RolloutBuffer,
@@ -440,7 +447,7 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         :raises ArgumentError: the masks are of the wrong shape, or allow nothing
         """
         if action_masks is None and self.use_masking:
-            action_masks = masks_of_caller(n_rows(self.observation_space, observation))
+            action_masks = masks_of_caller(self.observation_space, observation)
         actions, state = predict(self.policy, observation, state, episode_start, deterministic, action_masks)
         return shifted(self.action_space, actions), state
 
