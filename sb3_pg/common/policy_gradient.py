@@ -396,8 +396,9 @@ class PolicyGradientAlgorithm(OnPolicyAlgorithm):
         What another policy has done is judged by that.
         """
         if self.network is not network:
-            self._write_judgement(rollout, network.judge(rollout))
-            rollout.n_known = rollout.n_steps
+            judged = network.judge(rollout)
+            self._write_judgement(rollout, judged)
+            rollout.n_known, rollout.replaced = rollout.n_steps, (rollout.n_steps, judged.memory)
         return self._refreshed_network()
 
     def _record(

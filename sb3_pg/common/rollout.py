@@ -34,6 +34,7 @@ class Rollout:
     :param may_be_masked: whether actions were masked if the environments have masks
     :param sequence_length: longer stretches of episodes are cut into pieces of so many steps; None leaves them whole
     :param memory: what the policy remembered of each environment before the first step
+    :param replaced: the step after which a callback replaced the policy, and what was remembered then
     :param starting_memory: and when each of the stretches begins, found by judging
     :param n_known: of so many first steps values and log-probabilities are in the buffer, by the policy that acted
     :param n_judged: steps when it was judged; 0 before
@@ -51,6 +52,7 @@ class Rollout:
     may_be_masked: bool = True
     sequence_length: int | None = None
     memory: Memory | None = None
+    replaced: tuple[int, Memory | None] | None = None
     starting_memory: Memory | None = None
     n_known: int = 0
     n_judged: int = 0
@@ -122,7 +124,8 @@ class Rollout:
     @property
     def stretches(self) -> Stretches:
         """The stretches of episodes within the rollout."""
-        return Stretches(self.buffer.episode_starts[: self.n_steps] > 0, self.sequence_length)
+        starts = self.buffer.episode_starts[: self.n_steps] > 0
+        return Stretches(starts, self.sequence_length, self.replaced[0] if self.replaced else 0)
 
 
 def _joined(observations: Any, more: list[Any]) -> Any:

@@ -54,16 +54,18 @@ class Stretches:
 
     :param episode_starts: bool (n_steps, n_envs)
     :param length: None cuts at episodes only
+    :param also_at: a step with which all stretches begin anew
     """
 
     episode_starts: np.ndarray
     length: int | None = None
+    also_at: int = 0
 
     @cached_property
     def _starts(self) -> np.ndarray:
         """Return whether a stretch begins, bool (n_steps, n_envs)."""
         starts = self.episode_starts.copy()
-        starts[0] = True
+        starts[[0, self.also_at]] = True
         if self.length is not None:
             step = np.arange(len(starts))[:, None]
             since = step - np.maximum.accumulate(np.where(starts, step, 0), axis=0)
@@ -92,7 +94,7 @@ class Stretches:
     def level(self) -> np.ndarray:
         """How many stretches within the rollout come before each that it continues, (n,)."""
         number = np.arange(len(self.goes_on))
-        is_first = ~self.goes_on | (self.first[0] == 0)
+        is_first = ~self.goes_on | np.isin(self.first[0], (0, self.also_at))
         level: np.ndarray = number - np.maximum.accumulate(np.where(is_first, number, 0))
         return level
 

@@ -71,12 +71,12 @@ class SequenceEngine(RowEngine):
         )
 
     def _before(self, rollout: Rollout, stretches: Stretches) -> Memory:
-        """Return the memory with which stretches begin, of those that go on from before the rollout."""
-        starts = self.nothing(len(stretches.level))
-        if rollout.memory is not None:
-            first = np.flatnonzero(stretches.goes_on & (stretches.first[0] == 0))
-            before = self.remembered(Seen(rollout.last_observations, memory=rollout.memory), rollout.n_envs)
-            _copy(starts, first, before, stretches.first[1][first])
+        """Return the memory with which stretches begin, of those that go on from before the rollout or its policy."""
+        starts, (step, env) = self.nothing(len(stretches.level)), stretches.first
+        for start, memory in ((0, rollout.memory), rollout.replaced or (0, rollout.memory)):
+            first = np.flatnonzero(stretches.goes_on & (step == start))
+            before = self.remembered(Seen(rollout.last_observations, memory=memory), rollout.n_envs)
+            _copy(starts, first, before, env[first])
         return starts
 
     def _final_values(self, rollout: Rollout, number: np.ndarray, ends: Memory) -> np.ndarray:

@@ -379,3 +379,37 @@ def test_minibatches_hold_as_many_stretches_as_batch_size_needs():
     assert [len(x) for x in batch.minibatches(20)] == [22, 20]
     assert [len(x) for x in batch.minibatches(1)] == [19, 3, 18, 2]
     assert [len(x) for x in batch.minibatches(None)] == [42]
+
+
+@ENGINES
+@N_ENVS
+def test_a_policy_that_a_callback_puts_in_goes_on_with_what_was_remembered(engine, n_envs):
+    columns = {}
+
+    class Replacing(BaseCallback):
+        def _on_step(self):
+            if self.n_calls == 15:
+                old = self.model.policy
+                kwargs = self.model.policy_kwargs
+                new = type(old)(old.observation_space, old.action_space, self.model.lr_schedule, **kwargs)
+                self.policies, self.model.policy = [old, new], new
+            return True
+
+        def _on_rollout_end(self):
+            n = self.model.rollout.n_steps
+            columns.update({x: getattr(self.model.rollout_buffer, x)[:n].copy() for x in ("values", "log_probs")})
+
+    model, callback = make(PPO, n_envs=n_envs, engine=engine, learning_rate=0.0, n_steps=40), Replacing()
+    model.learn(1, callback)
+    rollout, (old, new) = model.rollout, callback.policies
+    with th.no_grad():
+        (_, of_old, _), *_ = unrolled(old, rollout, nothing(old, n_envs))
+        np.testing.assert_allclose(columns["log_probs"][:15], of_old[:15], atol=1e-5)
+        states = nothing(old, n_envs)
+        for t in range(40):
+            policy, starts = old if t < 15 else new, th.as_tensor(rollout.buffer.episode_starts[t])
+            x, actions = th.as_tensor(rollout.buffer.observations[t]), th.as_tensor(rollout.buffer.actions[t]).flatten()
+            v, log_prob, _ = policy.evaluate_actions(x, actions, states, starts)
+            *_, states = policy(x, states, starts)
+            np.testing.assert_allclose(columns["values"][t], v.flatten(), atol=1e-5)
+            np.testing.assert_allclose(columns["log_probs"][t], log_prob, atol=1e-5)
