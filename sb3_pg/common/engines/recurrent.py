@@ -65,8 +65,6 @@ def _of_lstm(lstm: nn.LSTM) -> list[th.Tensor]:
 class RecurrentEngine(SequenceEngine, AutogradEngine):
     """Acts step by step, judges and steps on whole sequences.
 
-    Memory is hidden and cell state of the actor's LSTM, then of the critic's, (layers, n, size) each.
-
     :param policy: with LSTMs, or modules that are called like them
     :raises ArgumentError: the policy has another way to use its memory
     """
@@ -111,9 +109,7 @@ class RecurrentEngine(SequenceEngine, AutogradEngine):
                 outputs = self._parameters(self.policy.action_net(latent), batch.masks)
                 actions = draw(self._family, tuple(x.float().cpu().numpy() for x in outputs), deterministic)
             else:
-                with self._masking(batch.masks):
-                    distribution = self.policy._get_action_dist_from_latent(latent)
-                actions = distribution.get_actions(deterministic).cpu().numpy()
+                actions = self._made(latent, batch).get_actions(deterministic).cpu().numpy()
         return Acted(self._in_shape(actions), memory=(hidden, cell, *memory[2:]))
 
     # The passes through the memory
@@ -133,12 +129,13 @@ class RecurrentEngine(SequenceEngine, AutogradEngine):
         by_number = np.argsort(packing.numbers)
         return said.data[packing.back], tuple(x.detach().cpu().numpy()[:, by_number] for x in after)
 
+    def _features(self, batch: Batch, extractor: Any) -> th.Tensor:
+        return super(ActorCriticPolicy, self.policy).extract_features(batch.observations, extractor)  # type: ignore[arg-type]
+
     def _actor_latent(self, batch: Batch, features: Any = None) -> tuple[th.Tensor, Memory]:
         """Return the actor's last features of each sample, and the memory of its LSTM after each sequence."""
         policy = self.policy
-        if features is None:
-            extractor = policy.pi_features_extractor
-            features = super(ActorCriticPolicy, policy).extract_features(batch.observations, extractor)  # type: ignore[arg-type]
+        features = self._features(batch, policy.pi_features_extractor) if features is None else features
         latent, after = self._read(policy.lstm_actor, features, batch, slice(0, 2))
         return policy.mlp_extractor.forward_actor(latent), after
 
@@ -146,9 +143,7 @@ class RecurrentEngine(SequenceEngine, AutogradEngine):
         """Return V of each sample, (n, 1), and the memory of the critic's LSTM after each sequence."""
         policy = self.policy
         after: Memory = ()
-        if features is None:
-            extractor = policy.vf_features_extractor
-            features = super(ActorCriticPolicy, policy).extract_features(batch.observations, extractor)  # type: ignore[arg-type]
+        features = self._features(batch, policy.vf_features_extractor) if features is None else features
         if policy.lstm_critic is not None:
             latent, after = self._read(policy.lstm_critic, features, batch, slice(2, 4))
         elif policy.shared_lstm:  # which the critic does not move
