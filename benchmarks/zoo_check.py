@@ -46,7 +46,7 @@ def evaluate(algo: str, env_id: str, seed: int, run: Path) -> tuple[int, float, 
 def write(algo: str, entry: str, line: str) -> None:
     """Put the line in place of the one that says when the entry was run."""
     path = CONFIGS / f"{algo}.yml"
-    pattern = rf"^# (?:Run on|Not run).*\n(?={re.escape(entry)}:)"
+    pattern = rf"^# (?:Run on|Not run).*\n(?=(?:# .*\n)*{re.escape(entry)}:)"
     text, n = re.subn(pattern, lambda _: line + "\n", path.read_text(), flags=re.MULTILINE)
     assert n == 1, f"{path} has no line '# Not run.' or '# Run on ...' above {entry}"
     path.write_text(text)

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 
 import gymnasium as gym
 import pytest
@@ -154,6 +155,60 @@ def test_what_was_learned_is_saved_when_a_number_is_not_finite(small, tmp_path, 
     assert main(["train", *options]) == 2
     assert capsys.readouterr().err == "python -m sb3_pg.zoo train: The reward is not finite.\n"
     assert (tmp_path / "ppo" / "Pendulum-v1_1" / "Pendulum-v1.zip").exists()
+
+
+# ----------------------------------------------------------- memory and masks
+
+
+def test_lstm_policies_train_and_are_enjoyed_with_their_memory(tmp_path, monkeypatch, capsys):
+    options = ["--algo", "ppo", "--env", "CartPoleNoVel-v1", "-f", str(tmp_path)]
+    assert main(["train", *options, "-n", "1024", "--eval-freq", "400", "--eval-episodes", "1"]) == 0
+    states, predict = [], PPO.predict
+
+    def watched(self, observation, state=None, **arguments):
+        action, after = predict(self, observation, state, **arguments)
+        states.append((state, after))
+        return action, after
+
+    monkeypatch.setattr(PPO, "predict", watched)
+    assert main(["enjoy", *options, "--no-render", "-n", "60"]) == 0
+    assert "Mean reward" in capsys.readouterr().out
+    assert len(states) == 60 and states[0][0] is None
+    for (_, given), (taken, _) in pairwise(states):
+        assert taken is given and taken[0].any()
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_taxis_are_masked_in_training_and_when_enjoyed(algo, tmp_path, monkeypatch, capsys):
+    from sb3_pg.zoo.wrappers import TaxiMasks
+
+    taken, step = [], TaxiMasks.step
+
+    def watched(self, action):
+        taken.append(self.action_masks()[action])
+        return step(self, action)
+
+    monkeypatch.setattr(TaxiMasks, "step", watched, raising=False)
+    options = ["--algo", algo, "--env", "Taxi-v4", "-f", str(tmp_path)]
+    assert main(["train", *options, "-n", "512", "--eval-freq", "256", "--eval-episodes", "1"]) == 0
+    n_trained = len(taken)
+    assert n_trained > 512 and all(taken)
+    assert main(["enjoy", *options, "--no-render", "-n", "210"]) == 0
+    assert len(taken) == n_trained + 210 and all(taken)
+    assert "Mean reward" in capsys.readouterr().out
+
+
+def test_without_masking_forbidden_actions_are_taken(tmp_path, monkeypatch):
+    """So that the test above says something."""
+    from sb3_pg.zoo.wrappers import TaxiMasks
+
+    taken, step = [], TaxiMasks.step
+    monkeypatch.setattr(
+        TaxiMasks, "step", lambda self, action: taken.append(self.action_masks()[action]) or step(self, action)
+    )
+    options = ["--algo", "ppo", "--env", "Taxi-v4", "-f", str(tmp_path), "--eval-freq", "-1"]
+    assert main(["train", *options, "-n", "256", "-params", "use_masking:False"]) == 0
+    assert not all(taken)
 
 
 # ------------------------------------------------- videos, plots and benchmark

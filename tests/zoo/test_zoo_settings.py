@@ -15,6 +15,7 @@ from zoo_tools import ALGORITHMS, ROOT, constructor, python
 from sb3_pg.zoo import CONFIGS
 
 CLASSIC = ("CartPole-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1")
+MEMORY_AND_MASKS = ("CartPoleNoVel-v1", "PendulumNoVel-v1", "Taxi-v4")
 BOX2D = ("LunarLander-v3", "LunarLanderContinuous-v3", "BipedalWalker-v3")
 MUJOCO = (
     *("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5", "Swimmer-v5", "Humanoid-v5", "Reacher-v5"),
@@ -78,7 +79,7 @@ def entries():
 def test_every_task_has_an_entry_that_says_whether_it_was_run(algo):
     text = (CONFIGS / f"{algo}.yml").read_text()
     settings = yaml.safe_load(text)
-    assert set(settings) == {*CLASSIC, *BOX2D, *MUJOCO, "atari", "default"}
+    assert set(settings) == {*CLASSIC, *MEMORY_AND_MASKS, *BOX2D, *MUJOCO, "atari", "default"}
     ran = r"Not run\.|Run on \d{4}-\d\d-\d\d with seed \d+ for [\d,]+ steps(?: of [\w-]+)?: -?[\d.e+]+ \+/- [\d.e+]+\."
     for name in set(settings) - {"default"}:
         assert re.search(rf"^# (?:{ran}).*\n(?:# .*\n)*{re.escape(name)}:", text, re.MULTILINE), name
