@@ -390,6 +390,10 @@ def test_moments_of_a_masked_archive_are_kept(tmp_path):
     theirs = MaskablePPO("MlpPolicy", env, n_steps=64, n_epochs=2, seed=0).learn(128)
     theirs.save(tmp_path / "theirs")
     ours = PPO.load(tmp_path / "theirs", env=env)
+    x = th.as_tensor(np.stack([env.observation_space.sample() for _ in range(20)]))
+    with th.no_grad():  # of on, as sb3-contrib has it for each number
+        expected = th.stack([d.probs[:, 1] for d in theirs.policy.get_distribution(x).distributions], dim=1)
+        np.testing.assert_allclose(ours.policy.get_distribution(x).distribution.probs, expected, atol=1e-6)
     moments = [state["exp_avg"] for state in theirs.policy.optimizer.state.values()]
     for found, x in zip(ours.policy.optimizer.state.values(), moments, strict=True):
         expected = x[1::2] if len(x) == 8 else x
