@@ -11,7 +11,8 @@ import pytest
 import together
 
 FOLDER = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{FOLDER.parents[1]}{os.pathsep}{FOLDER}"}
+PLACES = os.pathsep.join(str(x) for x in (FOLDER.parents[1], FOLDER.parent, FOLDER))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PLACES}
 
 
 def torchrun(n: int, *arguments: str) -> subprocess.Popen[str]:
@@ -59,6 +60,11 @@ def test_running_statistics_are_those_of_all_workers(found, monkeypatch):
 
 def test_workers_with_unequal_rollouts_take_the_same_steps(found):
     assert found["unequal/is_equal"]
+
+
+def test_workers_tune_one_language_model(found):
+    assert found["texts/is_equal"]
+    assert found["texts/has_moved"]
 
 
 def test_all_stop_when_the_callback_of_one_does(found):

@@ -116,6 +116,22 @@ def unequal() -> dict[str, Any]:
     return {"is_equal": len({tuple(x) for x in workers.gathered(sums)}) == 1}
 
 
+def texts() -> dict[str, Any]:
+    """Return whether workers that tune language models, one of them by an adapter, stay the same."""
+    from text_models import make
+
+    models = [
+        make("gpt2", PPO, policy_kwargs={"reference_kl_coef": 0.1, "reference_kl_target": 0.01}),
+        make("gpt2", TRPO, policy_kwargs={"lora": {"r": 4}}),
+    ]
+    before = [float(p.detach().sum()) for model in models for p in model.policy.parameters()]
+    for model in models:
+        model.learn(2 * 13 * 4 * workers.size())
+    after = [float(p.detach().sum()) for model in models for p in model.policy.parameters()]
+    coefs = float(models[0].policy.reference_kl_coef)
+    return {"is_equal": len({(*x,) for x in workers.gathered([*after, coefs])}) == 1, "has_moved": before != after}
+
+
 def recurrent() -> dict[str, Any]:
     """Return a recurrent PPO's update, whose sequences are of different numbers."""
     return trained(PPO, "MlpLstmPolicy", n_steps=16, batch_size=own(96), n_epochs=2)
@@ -187,6 +203,7 @@ if __name__ == "__main__":
     found = {f"{name}/{key}": x for name, case in CASES.items() for key, x in case().items()}
     found |= {f"statistics/{key}": x for key, x in statistics().items()}
     found |= {f"unequal/{key}": x for key, x in unequal().items()}
+    found |= {f"texts/{key}": x for key, x in texts().items()}
     found |= {f"stopped/{key}": x for key, x in stopped().items()}
     found |= {f"files/{key}": x for key, x in files(sys.argv[2]).items()}
     if workers.rank() == 0:
