@@ -315,7 +315,7 @@ def test_starts_of_dictionaries():
     samples = Samples(observations, first, np.zeros(4), np.array([0, 0, 1, 2]), np.array([0, 1, 0, 0]))
     group = samples.same_start()
     assert group[0] == group[1] == group[3] != group[2]
-    samples.observations["b"][3] = 3
+    samples.first["b"][2] = 3
     with pytest.raises(ArgumentError, match="No two of the 3 episodes"):
         samples.same_start()
 
