@@ -20,6 +20,7 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
 
+from sb3_pg.common import workers
 from sb3_pg.common.arrays import Array
 from sb3_pg.common.batch import Batch
 from sb3_pg.common.distributions import Categorical, Likelihood, Parameters, draw, masked
@@ -251,11 +252,13 @@ class ClosedFormEngine(RowEngine):
                 parameter.grad = gradient if moves else None
 
     @quiet
-    def step(self, max_grad_norm: float | None) -> float:
+    def step(self, max_grad_norm: float | None, n: int) -> float:
         actor_moves, critic_moves = (offered[0][0].grad is not None for offered in self._offered)
         if not (actor_moves or critic_moves):
             return 0.0
         moving = self.gradient[0 if actor_moves else self.actor_size : None if critic_moves else self.actor_size]
+        if workers.size() > 1:
+            moving[...] = workers.mean(moving, n)
         norm = math.sqrt(inner(moving, moving))
         if not math.isfinite(norm):
             return norm
