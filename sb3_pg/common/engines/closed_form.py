@@ -61,15 +61,20 @@ class Encoder:
         self._space, sizes = space, np.empty(0, np.intp)
         if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
             sizes = np.atleast_1d(space.n if isinstance(space, spaces.Discrete) else space.nvec)
-        self._sizes, self._width, self._offsets = sizes, int(sizes.sum()), np.cumsum(sizes) - sizes
+        self._sizes, self._width, self._offsets = sizes.astype(np.uintp), int(sizes.sum()), np.cumsum(sizes) - sizes
 
     def __call__(self, x: Any) -> np.ndarray:
         flat: np.ndarray = x if x.ndim == 2 else x.reshape(len(x), -1)
         if self._width:
-            if ((flat < 0) | (flat >= self._sizes)).any():
+            choices = flat.astype(np.intp)
+            if np.count_nonzero(choices.view(np.uintp) >= self._sizes):  # negative ones are large then
                 raise ArgumentError(f"An observation of {self._space} is outside of it: {x[:1]}.")
             encoded = np.zeros((len(x), self._width), self.dtype)
-            encoded[np.arange(len(x))[:, None], flat.astype(np.intp) + self._offsets] = 1.0
+            choices += self._offsets
+            if len(x) == 1:
+                encoded[0, choices[0]] = 1.0
+            else:
+                encoded[np.arange(len(x))[:, None], choices] = 1.0
             return encoded
         numbers: np.ndarray = flat if flat.dtype == self.dtype else flat.astype(self.dtype)
         if self._divisor is not None:
