@@ -2,13 +2,14 @@
 
 from typing import Any, ClassVar
 
-import torch as th
 from gymnasium import spaces
 from sb3_contrib.common.recurrent.policies import (
     RecurrentActorCriticCnnPolicy,
     RecurrentActorCriticPolicy,
     RecurrentMultiInputActorCriticPolicy,
 )
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
@@ -18,7 +19,16 @@ from sb3_pg.common.engines.recurrent_prediction import RecurrentPredictor
 from sb3_pg.common.policies import QuickMlpPolicy
 
 
-class QuickActorCriticLstmPolicy(QuickMlpPolicy, RecurrentActorCriticPolicy):
+class _CountedInPython(ActorCriticPolicy):
+    """SB3 counts the features of MultiDiscrete observations in NumPy's numbers, which torch's LSTM does not take."""
+
+    def make_features_extractor(self) -> BaseFeaturesExtractor:
+        extractor = super().make_features_extractor()
+        extractor._features_dim = int(extractor._features_dim)
+        return extractor
+
+
+class QuickActorCriticLstmPolicy(_CountedInPython, QuickMlpPolicy, RecurrentActorCriticPolicy):
     """sb3-contrib's MlpLstmPolicy with one argument more, whose ``predict`` takes the closed form where it can.
 
     Models are made with it in place of sb3-contrib's class, which archives name.
@@ -32,10 +42,9 @@ class QuickActorCriticLstmPolicy(QuickMlpPolicy, RecurrentActorCriticPolicy):
     def __init__(self, *args: Any, forget_bias: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for lstm in (self.lstm_actor, self.lstm_critic):
-            for layer in range(lstm.num_layers if lstm is not None and forget_bias else 0):
-                with th.no_grad():
-                    bias = lstm.get_parameter(f"bias_hh_l{layer}")  # of torch's gates: input, forget, cell, output
-                    bias.view(4, -1)[1] += forget_bias
+            for name, parameter in [] if lstm is None else lstm.named_parameters():
+                if name.startswith("bias_hh"):
+                    parameter.data.view(4, -1)[1] += forget_bias  # of torch's gates: input, forget, cell, output
 
     def portable_kwargs(self, policy_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments without what is only for new policies, so that RecurrentPPO reads the archive."""
@@ -63,7 +72,7 @@ class Gru(nn.GRU):
         return outputs, (hidden, cell)
 
 
-class MlpGruPolicy(RecurrentActorCriticPolicy):
+class MlpGruPolicy(_CountedInPython, RecurrentActorCriticPolicy):
     """sb3-contrib's MlpLstmPolicy with a GRU in place of each LSTM, a quarter fewer numbers to learn.
 
     Arguments are the same, ``lstm_hidden_size`` and the others that name the LSTM included.

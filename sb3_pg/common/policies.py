@@ -128,7 +128,8 @@ def class_of(policy: Any) -> type[BasePolicy]:
     """
     if not isinstance(policy, str):
         place = place_of(policy) if inspect.isclass(policy) else None
-        return next((at(given) for given, own in OWN_PLACES.items() if own == place), policy)
+        given: type[BasePolicy] = next((at(given) for given, own in OWN_PLACES.items() if own == place), policy)
+        return given
     try:
         found: type[BasePolicy] | None = at(POLICY_PLACES[policy]) if policy in POLICY_PLACES else POLICIES.get(policy)
     except ImportError as error:

@@ -13,6 +13,9 @@ POLICY_PLACES: dict[str, str] = {}
 #: Where our class is that models are made with, by where the one is that users and archives name.
 OWN_PLACES: dict[str, str] = {}
 
+#: Where policies are that remember what they have seen; subclasses of theirs do too.
+MEMORY_PLACES: set[str] = set()
+
 #: Where the engine of a policy is, by where the policy is; subclasses of the policy have it too. It is a class whose
 #: constructor takes the policy, see :class:`sb3_pg.common.engines.protocol.Engine`, or a function that makes one.
 ENGINE_PLACES: dict[str, str] = {}
@@ -25,6 +28,11 @@ def engine_class(policy: type, entered: dict[str, str]) -> Any:
     """Return the engine class of a policy class, None if none is entered for it or its bases."""
     places = map(place_of, policy.__mro__)
     return next((at(entered[place]) for place in places if place in entered), None)
+
+
+def has_memory(policy: type) -> bool:
+    """Return whether policies of a class remember what they have seen."""
+    return not MEMORY_PLACES.isdisjoint(map(place_of, policy.__mro__))
 
 
 def place_of(kind: type) -> str:

@@ -50,19 +50,19 @@ def masking(policy: Policy, masks: Array | None) -> Iterator[Policy]:
     if masks is None:
         yield policy
         return
+    if not isinstance(policy.action_dist, _OF_LOGITS):
+        kind = type(policy.action_dist).__name__
+        raise ArgumentError(f"{type(policy).__name__} cannot be masked: its distribution is {kind}.")
     distribution: Any = copy.copy(policy.action_dist)
     make, allowed, made = type(distribution).proba_distribution, masks, []
-    if not isinstance(distribution, _OF_LOGITS):
-        raise ArgumentError(
-            f"{type(policy).__name__} cannot be masked: its distribution is {type(distribution).__name__}."
-        )
 
     def proba_distribution(action_logits: Any) -> Any:
         made.append(True)
         return make(distribution, masked(action_logits, allowed))
 
     distribution.proba_distribution = proba_distribution
-    twin, given = object.__new__(type(policy)), {**vars(policy), "action_dist": distribution}
+    given = {**vars(policy), "action_dist": distribution}
+    twin = object.__new__(type(policy))
     vars(twin).update(given)
     yield twin
     vars(policy).update({name: x for name, x in vars(twin).items() if name not in given or x is not given[name]})
