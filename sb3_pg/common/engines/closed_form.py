@@ -108,14 +108,14 @@ class ClosedFormEngine(RowEngine):
         """Return actor and critic as NumPy sees them."""
         return mlp_of(blueprint.actor), mlp_of(blueprint.critic)
 
-    def reading(self, batch: Batch) -> tuple[Any, ...]:
-        """Return what actor and critic need beside the encoded observations to read a batch."""
-        return ()
+    def inputs(self, batch: Batch) -> Any:
+        """Return a batch in the form that actor and critic read."""
+        return self.encode(batch.observations)
 
     def _build(self, blueprint: Blueprint) -> None:
         """Make views of the parameters and of one flat vector of all gradients, the actor's first."""
         parameters = self._trained = blueprint.parameters
-        self._memory = [p.data_ptr() for p in parameters]
+        self._addresses = [p.data_ptr() for p in parameters]
         self._fingerprint = blueprint.fingerprint()
         self.family = blueprint.family
         self.dtype = DTYPES[parameters[0].dtype]
@@ -150,7 +150,7 @@ class ClosedFormEngine(RowEngine):
         return True
 
     def is_current(self) -> bool:
-        return [p.data_ptr() for p in self._trained] == self._memory
+        return [p.data_ptr() for p in self._trained] == self._addresses
 
     # Act
 
@@ -202,16 +202,15 @@ class ClosedFormEngine(RowEngine):
 
     @quiet
     def evaluate(self, batch: Batch) -> "ClosedFormEvaluation":
-        x, reading = self.encode(batch.observations), self.reading(batch)
-        outputs, actor_trace = self.actor_net.forward(x, *reading)
+        x = self.inputs(batch)
+        outputs, actor_trace = self.actor_net.forward(x)
         likelihood = self.family.evaluate(self.parameters(outputs, batch.masks), batch.actions)
-        values, critic_trace = self.critic_net.forward(x, *reading)
+        values, critic_trace = self.critic_net.forward(x)
         return ClosedFormEvaluation(self, batch, values, critic_trace, likelihood, actor_trace)
 
     @quiet
     def evaluate_critic(self, batch: Batch) -> "ClosedFormEvaluation":
-        x, reading = self.encode(batch.observations), self.reading(batch)
-        return ClosedFormEvaluation(self, batch, *self.critic_net.forward(x, *reading))
+        return ClosedFormEvaluation(self, batch, *self.critic_net.forward(self.inputs(batch)))
 
     def actor(self, batch: Batch) -> "ClosedFormActor":
         return ClosedFormActor(self, batch)
@@ -340,7 +339,7 @@ class ClosedFormActor:
     def _pass(self) -> tuple[Trace, Parameters]:
         """Return the forward pass at the old parameters; a trust-region step asks three times for the same."""
         engine, batch = self._engine, self._batch
-        outputs, trace = engine.actor_net.forward(engine.encode(batch.observations), *engine.reading(batch))
+        outputs, trace = engine.actor_net.forward(engine.inputs(batch))
         return trace, tuple(x.copy() for x in engine.parameters(outputs, batch.masks))  # type: ignore[union-attr]
 
     @property
@@ -354,7 +353,7 @@ class ClosedFormActor:
     @quiet
     def look(self) -> Look:
         engine, old = self._engine, self._pass[1]
-        outputs = engine.actor_net(engine.encode(self._batch.observations), *engine.reading(self._batch))
+        outputs = engine.actor_net(engine.inputs(self._batch))
         now = engine.parameters(outputs, self._batch.masks)
         # In float64: rounding to float32 is as large as a small trust region's KL is exact.
         exact = [tuple(np.asarray(x, np.float64) for x in parameters) for parameters in (old, now)]

@@ -72,7 +72,7 @@ class Predictor:
         self._sizes = [(table, len(table)) for table in counted]
         self._hooks = [own[kind] for own in its for kind in ("_forward_hooks", "_forward_pre_hooks")]
         self._hooks += [global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks]
-        self._memory = [(part, part.data_ptr()) for _, _, part in parts if isinstance(part, nn.Parameter)]
+        self._addresses = [(part, part.data_ptr()) for _, _, part in parts if isinstance(part, nn.Parameter)]
 
     @classmethod
     def of(cls, policy: ActorCriticPolicy) -> "Predictor | None":
@@ -90,7 +90,7 @@ class Predictor:
         for table, name, part in self._parts:
             if table.get(name) is not part:
                 return False
-        for parameter, address in self._memory:
+        for parameter, address in self._addresses:
             if parameter.data_ptr() != address or not parameter.is_contiguous():
                 return False
         return not any(self._hooks)
