@@ -23,6 +23,10 @@ ENGINE_PLACES: dict[str, str] = {}
 #: The same for ``engine="autograd"``, if that of all policies will not do.
 AUTOGRAD_PLACES: dict[str, str] = {}
 
+#: Files whose code steps an environment named ``env`` by ``model.predict``, without telling it the masks, which it then
+#: gets from the environment, see :mod:`sb3_pg.common.masks`.
+STEPPERS: set[str] = set()
+
 
 def engine_class(policy: type, entered: dict[str, str]) -> Any:
     """Return the engine class of a policy class, None if none is entered for it or its bases."""

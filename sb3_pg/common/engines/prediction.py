@@ -46,12 +46,12 @@ class Predictor:
         self._bounds: tuple[np.ndarray, np.ndarray] | None = None
         if isinstance(policy.action_space, spaces.Box):
             self._bounds = _one_if_equal(policy.action_space.low), _one_if_equal(policy.action_space.high)
-        self._watch(self._modules(policy))
+        self._watch(self._modules_of(policy))
 
     def _blueprint(self, policy: ActorCriticPolicy) -> Blueprint:
         return Blueprint(policy, trained=False)
 
-    def _modules(self, policy: Any) -> list[nn.Module]:
+    def _modules_of(self, policy: Any) -> list[nn.Module]:
         """Return the modules that actions depend on."""
         of_actor = policy.pi_features_extractor, policy.mlp_extractor.policy_net
         return [policy, policy.mlp_extractor, policy.action_net, *(m for part in of_actor for m in part.modules())]

@@ -27,8 +27,8 @@ class RecurrentPredictor(Predictor):
     def _blueprint(self, policy: Any) -> RecurrentBlueprint:
         return RecurrentBlueprint(policy, trained=False)
 
-    def _modules(self, policy: Any) -> list[nn.Module]:
-        return [*super()._modules(policy), policy.lstm_actor]
+    def _modules_of(self, policy: Any) -> list[nn.Module]:
+        return [*super()._modules_of(policy), policy.lstm_actor]
 
     def _read(self, x: np.ndarray, state: Any, episode_start: Any) -> tuple[np.ndarray, Any]:
         shape = self._n_layers, len(x), self._size
