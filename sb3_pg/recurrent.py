@@ -1,5 +1,6 @@
 """Policies with a GRU, and what ours add to sb3-contrib's with an LSTM (extra ``contrib``)."""
 
+import inspect
 from typing import Any, ClassVar
 
 from gymnasium import spaces
@@ -78,6 +79,8 @@ class MlpGruPolicy(_CountedInPython, RecurrentActorCriticPolicy):
     Arguments are the same, ``lstm_hidden_size`` and the others that name the LSTM included.
     """
 
+    __signature__ = inspect.signature(RecurrentActorCriticPolicy)
+
     def __init__(
         self,
         observation_space: spaces.Space[Any],
@@ -97,6 +100,10 @@ class MlpGruPolicy(_CountedInPython, RecurrentActorCriticPolicy):
 class CnnGruPolicy(MlpGruPolicy, RecurrentActorCriticCnnPolicy):
     """With SB3's convolutions before the GRU."""
 
+    __signature__ = inspect.signature(RecurrentActorCriticCnnPolicy)
+
 
 class MultiInputGruPolicy(MlpGruPolicy, RecurrentMultiInputActorCriticPolicy):
     """For Dict observations."""
+
+    __signature__ = inspect.signature(RecurrentMultiInputActorCriticPolicy)
