@@ -161,7 +161,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         self.rollout_buffer = self._make_rollout_buffer()
         self.policy_class = unmasked(self.policy_class)
         check_policy(self.policy_class, self.observation_space, self.policy_kwargs)
-        self.policy = own_class(self.policy_class)(  # type: ignore[assignment]
+        self.policy = own_class(self.policy_class)(
             self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
         )
         self.policy = self.policy.to(self.device)

@@ -39,7 +39,9 @@ class TRPO(PolicyGradientAlgorithm):
     separately and leaves alone everything that the policy depends on. Batch normalisation and dropout are in
     evaluation mode throughout: a KL can only be bounded for a policy that does not change by itself.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy" or a subclass of ActorCriticPolicy
+    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", one of the same with a memory ("MlpLstmPolicy",
+        "MlpGruPolicy" and so on), a language model ("CausalLMPolicy", "Seq2SeqLMPolicy"), or a subclass of
+        ActorCriticPolicy
     :param env: an environment, vectorised or not, or its registered id; None only for loading
     :param learning_rate: of the critic's optimizer; the policy has none. Higher fits faster and less stably
     :param n_steps: steps per environment and update. More give a better estimate of gradient and curvature,
@@ -79,7 +81,8 @@ class TRPO(PolicyGradientAlgorithm):
     :param use_masking: choose and learn among allowed actions only, where the environment has a method
         ``action_masks()``, see :mod:`sb3_pg.common.masks`. False ignores it
     :param sequence_length: a recurrent policy learns from stretches of episodes of at most so many steps, each from the
-        memory that it began with. None learns from whole ones. Shorter is faster and forgets how older steps matter
+        memory that it began with. None learns from whole ones. Shorter is faster and forgets how older steps
+        matter. Refused for policies without a memory
     :param engine: "auto" takes the fastest engine that computes the same; "autograd" always takes torch's
     :param _init_setup_model: False leaves the networks to be made by ``load``
     :raises ArgumentError: an argument that cannot work, with its name and value

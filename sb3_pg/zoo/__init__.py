@@ -8,7 +8,7 @@ import importlib.util
 import sys
 
 import sb3_pg
-from sb3_pg.common.masks import STEPPERS
+from sb3_pg.common.registry import STEPPERS
 from sb3_pg.zoo.configs import CONFIGS
 
 __all__ = ["CONFIGS", "register"]
