@@ -64,6 +64,7 @@ from sb3_pg.common.sequences import Memory
 from sb3_pg.common.spaces import check_spaces, shifted
 from sb3_pg.common.threads import threads_to_choose
 from sb3_pg.common.vec_env import DummyVecEnv
+from sb3_pg.common.vec_env.normalize import take_over
 
 #: Excludes a figure from all of SB3's formats.
 _WRITTEN = ("stdout", "log", "json", "csv", "tensorboard")
@@ -132,7 +133,7 @@ class PolicyGradientAlgorithm(Archived):
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        """SB3's wrappers, with our DummyVecEnv around a single environment."""
+        """SB3's wrappers, with our DummyVecEnv around a single environment, and the methods of our VecNormalize."""
         if isinstance(env, str):
             env = gym.make(env)
         if not isinstance(env, VecEnv):
@@ -143,6 +144,7 @@ class PolicyGradientAlgorithm(Archived):
                     print("Wrapping the env with a `Monitor` wrapper")
                 single = Monitor(single)
             env = DummyVecEnv([lambda: single])
+        take_over(env)
         check_spaces(env.observation_space, env.action_space)
         return OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 

@@ -120,3 +120,14 @@ class VecNormalize(sb3.VecNormalize):
         loaded.__class__ = VecNormalize
         loaded.set_venv(venv)
         return loaded  # type: ignore[no-any-return]
+
+
+def take_over(env: sb3.VecEnv) -> None:
+    """Give SB3's VecNormalize the methods of ours, wherever it lies among an environment's wrappers.
+
+    It keeps its attributes, numbers and files. A subclass of SB3's keeps its own methods.
+    """
+    while isinstance(env, sb3.VecEnvWrapper):
+        if type(env) is sb3.VecNormalize:
+            env.__class__ = VecNormalize
+        env = env.venv
