@@ -43,13 +43,18 @@ class EnvironmentNumberError(NonFiniteError):
             f"The {what} of environment {env}{when} {verdict} {shown}. The policy is unchanged since its last update "
             "and can be saved. Look for a division by zero or a diverging simulation in the environment."
         )
-        self._said = what, env, value
-        self._verdict = verdict
+        self._said, self._step, self._verdict = (what, env, value), step, verdict
 
     def at(self, step: int) -> "EnvironmentNumberError":
-        """Return the same with the step of the rollout that acts or, for an observation, the one that it is for."""
-        what, env, value = self._said
-        return EnvironmentNumberError(what, env, value, step + what.startswith("observation"), self._verdict)
+        """Return the same with its step in the rollout, if that is missing.
+
+        :param step: in which the environment acted; an observation is for the next
+        """
+        if self._step is None:
+            step += self._said[0].startswith("observation")
+        else:
+            step = self._step
+        return EnvironmentNumberError(*self._said, step, self._verdict)
 
 
 class WorkerError(RuntimeError):
@@ -224,7 +229,6 @@ def require_finite_of(env: int | None, what: str, x: Any, step: int | None = Non
         for key, value in x.items():
             require_finite_of(env, f"{what} {key!r}", value, step)
         return
-    x = np.asarray(x)  # one environment's may be a mere number
-    found = first_not_finite(x)
-    if found is not None:
+    if not is_finite(x):
+        found = first_not_finite(x) or (0,)
         raise EnvironmentNumberError(what, found[0] if env is None else env, x[found], step)

@@ -39,7 +39,7 @@ class Rollout:
     :param starting_memory: and when each of the stretches begins, found by judging
     :param n_known: of so many first steps values and log-probabilities are in the buffer, by the policy that acted
     :param n_judged: steps when it was judged; 0 before
-    :param is_paused: whether acting is between two steps, or judging has yet to be done: where it can go on after a stop
+    :param is_paused: whether acting is between two steps, from where it can go on; not once it has been judged
     :param figures: what judging has found to log
     :param n_finished: episodes that each environment has ended, (n_envs,)
     :param last_end: the step with which each environment last ended one, (n_envs,); -1 before

@@ -15,6 +15,7 @@ from stable_baselines3.common import vec_env as sb3
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
+from sb3_pg.common.arrays import mapped
 from sb3_pg.common.errors import EnvironmentNumberError, is_finite, require_finite_of
 
 
@@ -86,11 +87,11 @@ class VecNormalize(sb3.VecNormalize):
         """
         obs, rewards, dones, infos = self.venv.step_wait()
         over: Any = np.flatnonzero(dones) if np.count_nonzero(dones) else []  # quicker than ``any`` on a few
-        last = [info for info in map(infos.__getitem__, over) if "terminal_observation" in info]
-        for i in over:
-            require_finite_of(i, "terminal observation", infos[i].get("terminal_observation", {}))
+        last = {int(i): infos[i] for i in over if "terminal_observation" in infos[i]}
+        for i, info in last.items():
+            require_finite_of(i, "terminal observation", mapped(np.asarray, info["terminal_observation"]))
         make(self._changes_by_observations(obs) + self._changes_by_rewards(rewards, over))
-        for info in last:
+        for info in last.values():
             info["terminal_observation"] = self.normalize_obs(info["terminal_observation"])
         return self.normalize_obs(obs), self.normalize_reward(rewards), dones, infos
 
@@ -109,14 +110,14 @@ class VecNormalize(sb3.VecNormalize):
         if self.training and self.norm_obs:
             of: Any = self.obs_rms
             pairs = [(of[key], obs[key]) for key in of] if isinstance(of, dict) else [(of, obs)]
-            changes += [(vars(statistics), _updated_soundly(statistics, x)) for statistics, x in pairs]
+            changes += [(statistics.__dict__, _updated_soundly(statistics, x)) for statistics, x in pairs]
         return changes
 
     def _changes_by_rewards(self, rewards: np.ndarray, over: Any) -> Changes:
         """Return what a step's rewards change; the environments in ``over`` have ended their episodes."""
         require_finite_of(None, "reward", rewards)
         returns = self.returns * self.gamma + rewards if self.training else self.returns.copy()
-        changes = [(vars(self.ret_rms), updated(self.ret_rms, returns))] if self.training else []
+        changes = [(self.ret_rms.__dict__, updated(self.ret_rms, returns))] if self.training else []
         returns[over] = 0.0
         return [*changes, (self.__dict__, {"old_reward": rewards, "returns": returns})]
 
@@ -162,14 +163,3 @@ class VecNormalize(sb3.VecNormalize):
         loaded.__class__ = VecNormalize
         loaded.set_venv(venv)
         return loaded  # type: ignore[no-any-return]
-
-
-def take_over(env: sb3.VecEnv) -> None:
-    """Give SB3's VecNormalize the methods of ours, wherever it lies among an environment's wrappers.
-
-    It keeps its attributes, numbers and files. A subclass of SB3's keeps its own methods.
-    """
-    while isinstance(env, sb3.VecEnvWrapper):
-        if type(env) is sb3.VecNormalize:
-            env.__class__ = VecNormalize
-        env = env.venv
