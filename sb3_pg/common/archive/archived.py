@@ -2,8 +2,11 @@
 
 import io
 import pathlib
+import pickle
+import zipfile
 from collections import deque
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import torch as th
@@ -24,8 +27,10 @@ from sb3_pg.common.archive.peers import (
     with_one_output,
     without_contrib,
 )
+from sb3_pg.common.archive.resume import generators_kept, state_of, with_new_generators
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.rollout import Rollout
+from sb3_pg.common.sequences import Memory
 
 SelfArchived = TypeVar("SelfArchived", bound="Archived")
 
@@ -38,9 +43,11 @@ class Archived(OnPolicyAlgorithm):
 
     _is_masked: bool
     _rollout: Rollout | None
+    _last_memory: Memory | None
+    _resume: dict[str, Any] | None
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_network", "_rollout", "_last_memory", "_applied"]
+        return [*super()._excluded_save_params(), "_network", "_rollout", "_last_memory", "_applied", "_resume"]
 
     def save(
         self,
@@ -59,6 +66,12 @@ class Archived(OnPolicyAlgorithm):
             self.policy_class = maskable(self.policy_class)
         try:
             super().save(path, exclude, include)
+            if "resume" not in (exclude or ()):
+                with zipfile.ZipFile(
+                    path if str(path).endswith(".zip") or not isinstance(path, (str, pathlib.Path)) else f"{path}.zip",
+                    "a",
+                ) as zf:
+                    zf.writestr("resume", pickle.dumps(state_of(self)))
         finally:
             self.policy_class, self.policy_kwargs = given
 
@@ -77,6 +90,14 @@ class Archived(OnPolicyAlgorithm):
             parameters = with_one_output(self.policy, parameters, get_action_dim(self.action_space))
         super().set_parameters(parameters, exact_match, device)
         self._rollout = None
+        if self._resume is not None:
+            self._resume.pop("rollout", None)
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """SB3's, and random numbers do not go on as in the archive that was loaded; environments are reset."""
+        super().set_random_seed(seed)
+        if seed is not None:
+            self._resume = with_new_generators(self._resume)
 
     @classmethod
     def load(
@@ -103,7 +124,13 @@ class Archived(OnPolicyAlgorithm):
             )
         check_overrides(cls, kwargs)
         custom_objects = {**without_contrib(data), **(custom_objects or {})}
-        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        with nullcontext() if env is not None or "seed" in kwargs else generators_kept():
+            model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        with zipfile.ZipFile(
+            path if str(path).endswith(".zip") or not isinstance(path, (str, pathlib.Path)) else f"{path}.zip"
+        ) as zf:
+            resume = pickle.loads(zf.read("resume")) if "resume" in zf.namelist() else None
+        model._resume = with_new_generators(resume) if "seed" in kwargs else resume
         if "learning_rate" in kwargs:  # the optimizer has the archive's
             update_learning_rate(model.policy.optimizer, model.lr_schedule(1.0))
         if "stats_window_size" in kwargs:
