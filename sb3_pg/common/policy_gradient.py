@@ -354,6 +354,11 @@ class PolicyGradientAlgorithm(Archived):
         return self._rollout
 
     @property
+    def _is_amid_rollout(self) -> bool:
+        """True if a callback has interrupted a rollout, which is to be completed and learned from."""
+        return self._rollout is not None and self._rollout.is_paused
+
+    @property
     def rollout(self) -> Rollout:
         """The rollout to learn from: the one that was judged last, or else what has been put into the buffer.
 
@@ -575,7 +580,7 @@ class PolicyGradientAlgorithm(Archived):
         callback.on_training_start(locals(), globals())
         self._refreshed_network()  # chooses the threads that copies of the parameters take, too
         with self._last_good() as good:
-            while self.num_timesteps < total_timesteps:
+            while self.num_timesteps < total_timesteps or self._is_amid_rollout:
                 if not self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps):
                     break
                 iteration += 1

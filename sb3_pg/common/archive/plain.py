@@ -31,7 +31,7 @@ LARGEST_ARRAY = 1 << 20
 LARGEST_STATE = 50_000
 
 
-class Unstorable(Exception):
+class UnstorableError(Exception):
     """Something is not plain data, or plain data do not fit what they are to be written into; says what and where."""
 
 
@@ -101,7 +101,7 @@ def fingerprint(data: Any) -> str:
 def plain(x: Any) -> Plain:
     """Return plain data from which :func:`value` makes an equal value, of arrays copies.
 
-    :raises Unstorable: there are none
+    :raises UnstorableError: there are none
     """
     return Writer(copies=True)(x, "it")
 
@@ -109,7 +109,7 @@ def plain(x: Any) -> Plain:
 def value(data: Plain) -> Any:
     """Return what :func:`plain` was given, if that has no objects in it.
 
-    :raises Unstorable: it has
+    :raises UnstorableError: it has
     """
     return Reader()(data, None)
 
@@ -129,7 +129,7 @@ class Writer:
     def __call__(self, x: Any, where: str) -> Plain:
         self._n += 1
         if self._n > LARGEST_STATE:
-            raise Unstorable(f"{where}: there is too much of it")
+            raise UnstorableError(f"{where}: there is too much of it")
         if x is None or type(x) in (bool, str, bytes, float):
             return x
         if type(x) is int:
@@ -177,7 +177,7 @@ class Writer:
 
     def _array(self, x: np.ndarray, where: str) -> dict[str, Plain]:
         if x.dtype.hasobject:
-            raise Unstorable(f"{where} is an array of objects")
+            raise UnstorableError(f"{where} is an array of objects")
         if x.nbytes > LARGEST_ARRAY:
             return {"is": "fixed", "fingerprint": fingerprint(x)}
         base = x
@@ -197,7 +197,7 @@ class Writer:
         described: dict[str, Plain] = {"class": name_of(x)}
         its = getattr(x, "__dict__", None)
         if its is None or type(x).__module__.split(".")[0] in _HANDLES:
-            raise Unstorable(f"{where}, a {type(x).__name__}, is not plain data")
+            raise UnstorableError(f"{where}, a {type(x).__name__}, is not plain data")
         holds_data = any(name_of(part) == _MUJOCO_DATA for part in its.values())
         chosen = next((names for kind, names in _CHOSEN.items() if isinstance(x, kind)), None)
         if issubclass(type(x), Stateful) and not holds_data:
@@ -208,7 +208,7 @@ class Writer:
             names = its.keys() & chosen
         else:
             if not holds_data and _pickles_in_its_own_way(x):
-                raise Unstorable(f"{where}, a {type(x).__name__}, has more to it than its attributes")
+                raise UnstorableError(f"{where}, a {type(x).__name__}, has more to it than its attributes")
             described |= {"is": "object", "arguments": _arguments(x)}
             ignored = (names for kind, names in _IGNORED.items() if isinstance(x, kind))
             names = its.keys() - _OF_THE_CLASS.union(_ARGUMENTS, *ignored)
@@ -234,7 +234,7 @@ class Reader:
         :param data: made by :func:`plain`
         :param there: what is in its place now
         :param where: its name, for the message
-        :raises Unstorable: the data do not fit what is there
+        :raises UnstorableError: the data do not fit what is there
         """
         if not isinstance(data, dict):
             return data
@@ -293,14 +293,14 @@ def _read_window(reader: Reader, data: Plain, there: Any, where: str) -> Any:
     """Write into memory of somebody else's, which stays where it is."""
     new = data["value"]
     if type(there) is not np.ndarray or there.shape != new.shape or there.dtype != new.dtype:
-        raise Unstorable(f"{where} is not an array of {new.dtype} {new.shape}")
+        raise UnstorableError(f"{where} is not an array of {new.dtype} {new.shape}")
     reader.later(lambda: np.copyto(there, new))
     return there
 
 
 def _read_fixed(reader: Reader, data: Plain, there: Any, where: str) -> Any:
     if type(there) is not np.ndarray or fingerprint(there) != data["fingerprint"]:
-        raise Unstorable(f"{where} is not the array that it was, which was too large for the archive")
+        raise UnstorableError(f"{where} is not the array that it was, which was too large for the archive")
     return there
 
 
@@ -322,7 +322,7 @@ def _read_generator(reader: Reader, data: Plain, there: Any, where: str) -> Any:
 
 def _read_space(reader: Reader, data: Plain, there: Any, where: str) -> Any:
     if not isinstance(there, spaces.Space):
-        raise Unstorable(f"{where} is not a space")
+        raise UnstorableError(f"{where} is not a space")
     drawn = reader(data["random"], there._np_random, where)
     reader.later(lambda: setattr(there, "_np_random", drawn))
     for its, part in zip(data["parts"], _parts_of(there), strict=True):
@@ -332,7 +332,7 @@ def _read_space(reader: Reader, data: Plain, there: Any, where: str) -> Any:
 
 def _read_model(reader: Reader, data: Plain, there: Any, where: str) -> Any:
     if name_of(there) != _MUJOCO_MODEL or _fingerprint_of_model(there) != data["fingerprint"]:
-        raise Unstorable(f"{where} is not the model that it was")
+        raise UnstorableError(f"{where} is not the model that it was")
     return there
 
 
@@ -348,7 +348,7 @@ def _read_object(reader: Reader, data: Plain, there: Any, where: str) -> Any:
         state = reader(data["state"], None, where)
         reader.later(lambda: there.set_state(state))
     elif data["arguments"] and data["arguments"] != _arguments(there):
-        raise Unstorable(f"{where}, a {type(there).__name__}, was made with other arguments")
+        raise UnstorableError(f"{where}, a {type(there).__name__}, was made with other arguments")
     for name, its in data["attributes"].items():
         new = reader(its, there.__dict__.get(name), f"{where}.{name}")
         if its != {"is": "given"} and not name.startswith("__"):
@@ -381,7 +381,7 @@ def _parts_of(space: spaces.Space[Any]) -> list[spaces.Space[Any]]:
 
 def _same_class(data: Plain, there: Any, where: str) -> Any:
     if name_of(there) != data["class"]:
-        raise Unstorable(f"{where} is a {name_of(there)}, but was a {data['class']}")
+        raise UnstorableError(f"{where} is a {name_of(there)}, but was a {data['class']}")
     return type(there)
 
 

@@ -6,7 +6,7 @@ import gymnasium as gym
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper
 
-from sb3_pg.common.archive.plain import Plain, Reader, Unstorable, Writer, generator_state, name_of
+from sb3_pg.common.archive.plain import Plain, Reader, UnstorableError, Writer, generator_state, name_of
 from sb3_pg.common.errors import ArgumentError
 
 #: What the usual wrappers remember of an episode. Environments in other processes are asked for it by name.
@@ -25,7 +25,7 @@ def state_of(env: VecEnv) -> dict[str, Plain]:
         try:
             state[name] = part(env)
         except Exception as error:  # of an environment or a wrapper of somebody's: saving the model must go on
-            reason = str(error) if isinstance(error, Unstorable) else f"{type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, UnstorableError) else f"{type(error).__name__}: {error}"
             state.setdefault("reason", reason)
     return state
 
@@ -39,7 +39,7 @@ def prepare_reset(env: VecEnv, state: dict[str, Plain]) -> None:
             reader = Reader()
             try:
                 read(reader, state[name], env)
-            except Unstorable:
+            except UnstorableError:
                 continue  # not the environments that they were
             reader.apply()
 
@@ -56,7 +56,7 @@ def go_on(env: VecEnv, state: dict[str, Plain]) -> str | None:
     try:
         _read_wrappers(reader, state["wrappers"], env)
         _read_simulations(reader, state["simulations"], env)
-    except Unstorable as error:
+    except UnstorableError as error:
         return str(error)
     try:
         reader.apply()
@@ -84,7 +84,7 @@ def _wrappers(env: VecEnv) -> Plain:
 def _read_wrappers(reader: Reader, state: Plain, env: VecEnv) -> None:
     wrappers = _chain(env)
     if len(wrappers) != len(state):
-        raise Unstorable(f"the environments have {len(wrappers)} wrappers, but had {len(state)}")
+        raise UnstorableError(f"the environments have {len(wrappers)} wrappers, but had {len(state)}")
     for its, wrapper in zip(state, wrappers, strict=True):
         reader(its, wrapper, type(wrapper).__name__)
 
@@ -136,14 +136,14 @@ def _read_attributes(reader: Reader, state: Plain, env: Any) -> None:
     levels = _levels(env)
     found = reader(state, _generators_in(env), "generators")
     if len(found) != len(levels):
-        raise Unstorable(f"an environment has {len(levels) - 1} wrappers, but had {len(found) - 1}")
+        raise UnstorableError(f"an environment has {len(levels) - 1} wrappers, but had {len(found) - 1}")
     for level, generators in zip(levels, found, strict=True):
         reader.later(lambda level=level, generators=generators: level.__dict__.update(generators))  # type: ignore[misc]
 
 
 def _check_number(state: Plain, env: VecEnv) -> None:
     if len(state) != env.num_envs:
-        raise Unstorable(f"there are {env.num_envs} environments, but there were {len(state)}")
+        raise UnstorableError(f"there are {env.num_envs} environments, but there were {len(state)}")
 
 
 # ----------------------------------------------------------------- simulations
@@ -154,7 +154,7 @@ def _simulations(env: VecEnv) -> Plain:
     if not isinstance(base, SubprocVecEnv):
         return {"class": name_of(base), "state": writer(base, type(base).__name__)}
     if not (base.has_attr("get_state") and base.has_attr("set_state")):
-        raise Unstorable("environments in other processes have neither get_state() nor set_state()")
+        raise UnstorableError("environments in other processes have neither get_state() nor set_state()")
     names = [name for name in _OF_WRAPPERS if base.has_attr(name)]
     wrappers = {name: writer(base.get_attr(name), name) for name in names}
     states = writer(base.env_method("get_state"), "get_state()")
@@ -164,7 +164,7 @@ def _simulations(env: VecEnv) -> Plain:
 def _read_simulations(reader: Reader, state: Plain, env: VecEnv) -> None:
     base = env.unwrapped
     if name_of(base) != state["class"]:
-        raise Unstorable(f"the environments are a {name_of(base)}, but were a {state['class']}")
+        raise UnstorableError(f"the environments are a {name_of(base)}, but were a {state['class']}")
     if not isinstance(base, SubprocVecEnv):
         if isinstance(base, DummyVecEnv):
             _check_number(state["state"]["attributes"]["envs"]["items"], base)
