@@ -7,18 +7,19 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
+import cloudpickle
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.preprocessing import get_action_dim
-from stable_baselines3.common.save_util import data_to_json, recursive_setattr
+from stable_baselines3.common.save_util import recursive_setattr
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info, update_learning_rate
 from stable_baselines3.common.vec_env.patch_gym import _convert_space
 
 from sb3_pg.common.archive.atomic import written
 from sb3_pg.common.archive.checks import check_attributes, check_parameters, limited
-from sb3_pg.common.archive.container import Archive, ArchiveError, read_archive, seal
+from sb3_pg.common.archive.container import Archive, ArchiveError, name_attribute, read_archive, seal
 from sb3_pg.common.archive.peers import (
     Portable,
     check_memory,
@@ -67,7 +68,9 @@ class Archived(OnPolicyAlgorithm):
             except OSError:
                 raise
             except Exception as error:
-                self._blame_attribute(error, exclude)
+                left_out = {*exclude, *self._excluded_save_params()}
+                saved = {name: value for name, value in vars(self).items() if name not in left_out}
+                name_attribute(error, saved, cloudpickle.dumps, "Pass exclude=[{name!r}] to save without it.")
                 raise
             seal(file, self.archive_name)
 
@@ -82,20 +85,6 @@ class Archived(OnPolicyAlgorithm):
             yield
         finally:
             self.policy_class, self.policy_kwargs = given
-
-    def _blame_attribute(self, error: Exception, exclude: list[str]) -> None:
-        """Name the attribute that cannot be saved, if it is one that fails.
-
-        :raises ArgumentError: it is
-        """
-        for name in vars(self).keys() - {*exclude, *self._excluded_save_params()}:
-            try:
-                data_to_json({name: getattr(self, name)})
-            except Exception:
-                raise ArgumentError(
-                    f"The attribute `{name}` cannot be saved ({type(error).__name__}: {error}). Pass "
-                    f"exclude=[{name!r}] to save without it."
-                ) from error
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
@@ -219,7 +208,7 @@ class Archived(OnPolicyAlgorithm):
             )
         parameters = archive.parameters()
         try:
-            with limited(archive.name, parameters):
+            with limited(archive.name, parameters.get("policy")):
                 model = cls(policy=data["policy_class"], env=env, device=device, _init_setup_model=False)  # type: ignore[call-arg]
                 model.__dict__.update(data)
                 model.__dict__.update(kwargs)

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import secrets
+import shutil
 import stat
 import warnings
 from collections.abc import Iterator
@@ -46,6 +47,31 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):  # it is there only after an error
             beside.unlink()
+
+
+@contextmanager
+def filling(folder: str | Path) -> Iterator[Path]:
+    """Open an empty folder, whose files take their places in ``folder`` when the block ends without an error.
+
+    :raises OSError: naming ``folder``: it cannot be written to, the disk is full
+    """
+    target = Path(os.path.realpath(folder))
+    target.mkdir(parents=True, exist_ok=True)
+    beside = target / f"{secrets.token_hex(4)}.tmp"
+    try:
+        beside.mkdir()
+        yield beside
+        for file in sorted(beside.iterdir()):
+            with file.open("rb") as to_disk:
+                os.fsync(to_disk.fileno())
+        for file in sorted(beside.iterdir()):
+            file.replace(target / file.name)
+    except OSError as error:
+        if error.errno is None or not str(error.filename or beside).startswith(str(beside)):
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sb3_pg.common.archive.container import ArchiveError
+from sb3_pg.common.archive.peers import Portable
 
 #: What an attribute or argument of the policy must be, so that nothing else is called in its place.
 _ATTRIBUTES: dict[str, type] = {"policy_class": ActorCriticPolicy, "rollout_buffer_class": RolloutBuffer}
@@ -44,24 +45,44 @@ def check_attributes(file: str, model: type, data: dict[str, Any], given: Collec
     for name in data.keys() - set(given):
         if callable(getattr(model, name, None)):
             raise ArchiveError(f"{file}: `{name}` is no attribute but a method of {model.__name__}.")
-    for wanted, its in ((_ATTRIBUTES, data), (_POLICY_KWARGS, data.get("policy_kwargs", {}))):
-        for name, kind in wanted.items():
-            value = its.get(name)
-            if value is None or name in given or (wanted is _POLICY_KWARGS and "policy_kwargs" in given):
-                continue
-            if not isinstance(value, type) or not issubclass(value, kind):
-                raise ArchiveError(f"{file}: `{name}` is {value!r}, but must be a {kind.__name__}.")
+    _check_classes(file, _ATTRIBUTES, {name: value for name, value in data.items() if name not in given})
+    if "policy_kwargs" not in given:
+        check_policy_kwargs(file, data.get("policy_class"), data.get("policy_kwargs", {}))
+
+
+def check_policy_kwargs(file: str, policy: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse arguments of a policy that would call something else, or read what is not in the file.
+
+    :param file: its name, for errors
+    :param policy: the class that they are for
+    :raises ArchiveError: naming one
+    """
+    _check_classes(file, _POLICY_KWARGS, kwargs)
+    if isinstance(policy, type) and issubclass(policy, Portable):
+        fault = policy.not_portable(kwargs)
+        if fault:
+            raise ArchiveError(f"{file}: {fault}. Pass trusted=True if you know where it is from.")
+
+
+def _check_classes(file: str, wanted: dict[str, type], values: dict[str, Any]) -> None:
+    for name, kind in wanted.items():
+        value = values.get(name)
+        if value is not None and not (isinstance(value, type) and issubclass(value, kind)):
+            raise ArchiveError(f"{file}: `{name}` is {value!r}, but must be a {kind.__name__}.")
 
 
 @contextmanager
-def limited(file: str, parameters: dict[str, Any]) -> Iterator[None]:
-    """Refuse to make a policy much larger than the parameters that are there for it.
+def limited(file: str, state: Any) -> Iterator[None]:
+    """Refuse to make a policy that is much larger than its state.
 
     A few numbers in a file ("net_arch") could otherwise ask for more memory than there is.
 
+    :param file: its name, for errors
+    :param state: the policy's, as ``state_dict`` returns it
     :raises ArchiveError: it is
     """
-    there = sum(x.numel() for x in parameters.get("policy", {}).values() if isinstance(x, th.Tensor))
+    values = state.values() if isinstance(state, dict) else ()
+    there = sum(x.numel() for x in values if isinstance(x, th.Tensor))
     left, thread = _MOST_TIMES * there + _MOST_NUMBERS, threading.get_ident()
 
     def count(module: th.nn.Module, name: str, parameter: th.nn.Parameter | None) -> None:
@@ -96,12 +117,20 @@ def check_parameters(file: str, model: Any, parameters: dict[str, Any], exact: b
         if not isinstance(state, dict):
             raise ArchiveError(f"{file}: the state of {name} is a {type(state).__name__}.")
     if "policy" in parameters:
-        _check_policy(file, model.policy, parameters["policy"], exact)
+        check_policy_state(file, model.policy, parameters["policy"], exact)
     if "policy.optimizer" in parameters:
         _check_optimizer(file, model.policy.optimizer, parameters["policy.optimizer"])
 
 
-def _check_policy(file: str, policy: th.nn.Module, state: dict[str, Any], exact: bool) -> None:
+def check_policy_state(file: str, policy: th.nn.Module, state: Any, exact: bool = True) -> None:
+    """Refuse the state of a policy that does not fit, or that is not finite.
+
+    :param file: its name, for errors
+    :param exact: whether all must be there
+    :raises ArchiveError: naming what does not
+    """
+    if not isinstance(state, dict):
+        raise ArchiveError(f"{file}: the state of the policy is a {type(state).__name__}.")
     own, learned = policy.state_dict(), dict(policy.named_parameters())
     missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
     if exact and (missing or unknown):

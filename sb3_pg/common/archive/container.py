@@ -7,6 +7,7 @@ import json
 import pathlib
 import pickle
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -151,13 +152,31 @@ def seal(file: BinaryIO | io.BytesIO, algorithm: str, resume: dict[str, Any] | N
     with zipfile.ZipFile(file, "a") as archive:
         if resume is not None:
             archive.writestr(RESUME, pickle.dumps(resume, protocol=4))
-        entries = {name: _checksum(archive.read(name)) for name in archive.namelist()}
+        entries = {name: checksum(archive.read(name)) for name in archive.namelist()}
         written = {"format": FORMAT, "sb3_pg": sb3_pg.__version__, "algorithm": algorithm, "sha256": entries}
         archive.writestr(SEAL, json.dumps(written, indent=1))
 
 
-def _checksum(entry: bytes) -> str:
+def checksum(entry: bytes) -> str:
+    """Return the SHA-256 of an entry, in hexadecimal digits."""
     return hashlib.sha256(entry).hexdigest()
+
+
+def name_attribute(error: Exception, attributes: dict[str, Any], dumps: Callable[[Any], Any], advice: str) -> None:
+    """Raise an error that names the attribute for which pickling failed, if it is one alone.
+
+    :param error: with which it failed
+    :param dumps: pickles one
+    :param advice: what to do; ``{name}`` stands for the attribute
+    :raises ArgumentError: naming it
+    """
+    for name, value in attributes.items():
+        try:
+            dumps(value)
+        except Exception:
+            raise ArgumentError(
+                f"The attribute `{name}` cannot be saved ({type(error).__name__}: {error}). {advice.format(name=name)}"
+            ) from error
 
 
 def read_archive(path: str | pathlib.Path | io.BufferedIOBase) -> Archive:
@@ -179,7 +198,7 @@ def read_archive(path: str | pathlib.Path | io.BufferedIOBase) -> Archive:
             raise UnreadableError("its data are no attributes")
     except zipfile.BadZipFile as error:
         raise ArchiveError(f"{name} wasn't a zip-file, or is damaged ({error}).") from None
-    except _LaterError as error:
+    except LaterError as error:
         raise ArchiveError(f"{name} {error}") from None
     except Exception as error:  # zipfile and json raise many kinds on what nobody meant to be read
         raise ArchiveError(f"{name} is damaged or no archive ({type(error).__name__}: {error}).") from error
@@ -203,23 +222,32 @@ def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
         raise UnreadableError(f"its {size} bytes unpack to {unpacked}")
 
 
-class _LaterError(ValueError):
-    """A file from a later version."""
-
-
 def _checked(entries: dict[str, bytes]) -> dict[str, Any] | None:
     """Return what our entry says, after comparing all others with it; None if there is none."""
     if SEAL not in entries:
         return None
     found: dict[str, Any] = json.loads(entries.pop(SEAL))
-    if found["format"] > FORMAT:
-        raise _LaterError(
-            f"is in format {found['format']} of sb3_pg {found['sb3_pg']}; this is {sb3_pg.__version__}, which reads "
-            f"up to format {FORMAT}. Install the later one."
-        )
+    check_format(found)
     for name in sorted(found["sha256"].keys() | entries.keys()):
         if name not in entries:
             raise UnreadableError(f"its entry {name!r} is missing")
-        if found["sha256"].get(name) != _checksum(entries[name]):
+        if found["sha256"].get(name) != checksum(entries[name]):
             raise UnreadableError(f"its entry {name!r} is not what was saved")
     return found
+
+
+class LaterError(ValueError):
+    """A file from a later version; the file's name is to be put before the message."""
+
+
+def check_format(written: dict[str, Any]) -> None:
+    """Refuse a file of a later format.
+
+    :param written: what the file says of itself
+    :raises LaterError: it is
+    """
+    if written["format"] > FORMAT:
+        raise LaterError(
+            f"is in format {written['format']} of sb3_pg {written['sb3_pg']}; this is sb3_pg {sb3_pg.__version__}, "
+            f"which reads up to format {FORMAT}. Install the later one."
+        )

@@ -35,6 +35,10 @@ class Portable(Protocol):
     def portable_kwargs(self, policy_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the policy's arguments with what is in the files in place of where they are."""
 
+    @staticmethod
+    def not_portable(policy_kwargs: dict[str, Any]) -> str | None:
+        """Return which of the arguments would read or run what is elsewhere; None if none would."""
+
 
 _MASKABLE = "sb3_contrib.common.maskable.policies"
 
