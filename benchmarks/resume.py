@@ -32,6 +32,7 @@ from stable_baselines3.common.monitor import Monitor
 
 import sb3_pg
 from sb3_pg.common.vec_env import DummyVecEnv, VecNormalize
+from sb3_pg.demo import quieten_mujoco
 
 ROOT = Path(__file__).parent
 FOLDER = ROOT / "resume"
@@ -108,14 +109,17 @@ class Told(gym.Env):
         self.simulator.place, self.simulator.generator = state["place"], state["generator"]
 
 
-class Locked(Told):
-    """Has its state elsewhere and does not tell it: both runs reset where the one was saved."""
-
-    get_state = set_state = None  # type: ignore[assignment]
+class Locked(Attributes):
+    """Has something that is no plain data: both runs reset where the one was saved."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lock = threading.Lock()
+
+    def reset(self, *, seed=None, options=None):
+        self.own = np.random.default_rng(0)
+        self.body.speed[:] = 0.0
+        return super().reset(seed=seed)
 
 
 class Masked(gym.Env):
@@ -141,19 +145,21 @@ class Masked(gym.Env):
         return np.arange(3) != self.forbidden
 
 
-class Parts(Masked):
-    """Observations of parts, an image among them."""
+class Parts(gym.Env):
+    """Observations of parts."""
 
     observation_space = spaces.Dict({"a": spaces.Box(-1, 1, (3,)), "b": spaces.Discrete(4)})
+    action_space = spaces.Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self._seen(), {}
 
     def _seen(self):
-        return {"a": super()._seen(), "b": int(self.np_random.integers(4))}
-
-    action_masks = None  # type: ignore[assignment]
+        return {"a": self.np_random.uniform(-1, 1, 3).astype(np.float32), "b": int(self.np_random.integers(4))}
 
     def step(self, action):
-        self.forbidden = None
-        return super().step(action)
+        return self._seen(), float(action), bool(self.np_random.random() < 0.1), False, {}
 
 
 OWN = {kind.__name__: kind for kind in (Attributes, Told, Locked, Masked, Parts)}
@@ -210,7 +216,7 @@ def make_env(case: "Case", seed: int) -> sb3.VecEnv:
 UPDATE = {
     "PPO": {"n_steps": 32, "batch_size": 16, "n_epochs": 2},
     "TRPO": {"n_steps": 32, "batch_size": 16, "n_critic_updates": 2, "cg_max_steps": 4},
-    "REINFORCE": {"n_episodes": None, "n_steps": 32, "n_critic_updates": 2},
+    "REINFORCE": {"n_steps": 32, "n_critic_updates": 2},
 }
 SMALL = {"net_arch": [16]}
 LSTM = {"lstm_hidden_size": 8, "net_arch": [16]}
@@ -230,7 +236,7 @@ POLICIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "MLP, adaptive KL": ("MlpPolicy", SMALL, {"kl_coef": 0.1, "adaptive_kl_coef": True}),
     "MLP, schedules": ("MlpPolicy", SMALL, {"learning_rate": None, "clip_range": None}),
     "MLP, episodes and moving average": ("MlpPolicy", SMALL, {"n_episodes": 4, "baseline": "ema"}),
-    "MLP, group": ("MlpPolicy", SMALL, {"n_episodes": 4, "baseline": "group"}),
+    "MLP, episodes and leave-one-out": ("MlpPolicy", SMALL, {"n_episodes": 4, "baseline": "leave_one_out"}),
     "GPT-2, adapted KL": ("CausalLMPolicy", TEXT, {"gamma": 1.0}),
     "T5, adapted KL": ("Seq2SeqLMPolicy", TEXT, {"gamma": 1.0}),
 }
@@ -327,8 +333,9 @@ def arguments(case: Case, kind: type) -> dict[str, Any]:
     if case.env == "text":
         options["learning_rate"] = 1e-3
         if case.policy.startswith("GPT-2"):
-            vocabulary = len(LETTERS) + 3
-            options["policy_kwargs"]["model"] = {**GPT2, "vocab_size": vocabulary}
+            task = make_text().task
+            end = {"vocab_size": task.action_space.n, "eos_token_id": task.end_token}
+            options["policy_kwargs"]["model"] = {**GPT2, **end}
     if kind is A2C:
         kept = ("n_steps", "policy_kwargs", "seed", "device", "learning_rate", "use_sde", "sde_sample_freq")
         return {"policy": name, **{key: value for key, value in options.items() if key in kept}}
@@ -441,6 +448,7 @@ ROLES = {"whole": run_whole, "first": run_first, "rest": run_rest}
 def play(role: str, side: str, folder: Path, wanted: list[int]) -> None:
     """Run all cases in one role."""
     warnings.simplefilter("ignore")
+    quieten_mujoco()
     th.set_num_threads(1)
     choice = {"ours": ours, "peer": peer}[side]
     for i, case in enumerate(cases()):
