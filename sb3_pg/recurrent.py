@@ -11,6 +11,8 @@ from sb3_contrib.common.recurrent.policies import (
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
+from sb3_pg.common.archive.policy_files import SavedPolicy
+
 
 class Gru(nn.GRU):
     """torch's GRU, called like its LSTM: in place of a cell state, which it has not, whatever comes is passed on."""
@@ -22,7 +24,7 @@ class Gru(nn.GRU):
         return outputs, (hidden, cell)
 
 
-class MlpGruPolicy(RecurrentActorCriticPolicy):
+class MlpGruPolicy(SavedPolicy, RecurrentActorCriticPolicy):
     """sb3-contrib's MlpLstmPolicy with a GRU in place of each LSTM, a quarter fewer numbers to learn.
 
     Arguments are the same, ``lstm_hidden_size`` and the others that name the LSTM included.

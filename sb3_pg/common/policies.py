@@ -14,6 +14,7 @@ from stable_baselines3.common.policies import (
 )
 from stable_baselines3.common.preprocessing import is_image_space
 
+from sb3_pg.common.archive.policy_files import SavedPolicy
 from sb3_pg.common.distributions import masking
 from sb3_pg.common.distributions.recognition import detached
 from sb3_pg.common.engines.blueprint import PLAIN
@@ -33,10 +34,10 @@ POLICIES: dict[str, type[BasePolicy]] = {
 _ASKED_EVERY = 1000
 
 
-class QuickMlpPolicy(ActorCriticPolicy):
+class QuickMlpPolicy(SavedPolicy, ActorCriticPolicy):
     """SB3's MlpPolicy whose ``predict`` takes the closed form where that computes the same.
 
-    Models are made with it in place of SB3's class. Their archives name SB3's, so that SB3 reads them alone.
+    Models are made with it in place of SB3's class.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -75,7 +76,22 @@ class QuickMlpPolicy(ActorCriticPolicy):
         return {**self.__dict__, "_predictor": None}
 
 
+class SavedCnnPolicy(SavedPolicy, ActorCriticCnnPolicy):
+    """SB3's CnnPolicy with our files."""
+
+
+class SavedMultiInputPolicy(SavedPolicy, MultiInputActorCriticPolicy):
+    """SB3's MultiInputPolicy with our files."""
+
+
 PLAIN.add(QuickMlpPolicy)
+
+#: What is made in place of SB3's classes. Archives name SB3's, so that it reads them alone.
+_OWN: dict[type[BasePolicy], type[BasePolicy]] = {
+    ActorCriticPolicy: QuickMlpPolicy,
+    ActorCriticCnnPolicy: SavedCnnPolicy,
+    MultiInputActorCriticPolicy: SavedMultiInputPolicy,
+}
 
 
 def predict(
@@ -114,7 +130,7 @@ def reset_noise(policy: ActorCriticPolicy, n_envs: int) -> None:
 
 def own_class(kind: type[BasePolicy]) -> type[BasePolicy]:
     """Return our class in place of SB3's, any other as it is."""
-    return QuickMlpPolicy if kind is ActorCriticPolicy else kind
+    return _OWN.get(kind, kind)
 
 
 def class_of(policy: Any) -> type[BasePolicy]:
@@ -123,7 +139,7 @@ def class_of(policy: Any) -> type[BasePolicy]:
     :raises ArgumentError: there is none; names those that there are
     """
     if not isinstance(policy, str):
-        return ActorCriticPolicy if policy is QuickMlpPolicy else policy
+        return next((sb3s for sb3s, own in _OWN.items() if own is policy), policy)
     try:
         found: type[BasePolicy] | None = at(POLICY_PLACES[policy]) if policy in POLICY_PLACES else POLICIES.get(policy)
     except ImportError as error:

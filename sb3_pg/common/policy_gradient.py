@@ -30,6 +30,7 @@ from sb3_pg.common.acting import Horizon, Steps, WholeEpisodes, longest_episode
 from sb3_pg.common.advantages import Baseline, moving_average
 from sb3_pg.common.archive.archived import Archived
 from sb3_pg.common.archive.peers import unmasked
+from sb3_pg.common.archive.resume import resuming
 from sb3_pg.common.arrays import Column, as_tensors, take
 from sb3_pg.common.batch import Batch, epoch
 from sb3_pg.common.buffers import RolloutBuffer
@@ -69,7 +70,7 @@ from sb3_pg.common.policies import (
     reset_noise,
 )
 from sb3_pg.common.returned import checked_observations, checked_step, is_usual
-from sb3_pg.common.rollout import Rollout
+from sb3_pg.common.rollout import Rollout, Step
 from sb3_pg.common.sequences import Memory
 from sb3_pg.common.spaces import check_spaces, shifted
 from sb3_pg.common.threads import threads_to_choose
@@ -143,6 +144,7 @@ class PolicyGradientAlgorithm(Archived):
         self._network: Engine | None = None
         self._rollout: Rollout | None = None
         self._last_memory: Memory | None = None
+        self._resume: dict[str, Any] | None = None  # of the archive, until learning goes on
 
     # ------------------------------------------------------------------ setup
 
@@ -301,9 +303,9 @@ class PolicyGradientAlgorithm(Archived):
         rollout, env_is_usual = self._start_rollout(env, rollout_buffer, horizon), is_usual(env)
         ask_masks = masks_of(env) if self.use_masking else None
         self._is_masked = ask_masks is not None
+        if rollout.n_judged:
+            return True  # a callback at its end was the last to be asked
         is_watched = type(callback) is not ConvertCallback or callback.callback is not None
-        if self.use_sde:
-            reset_noise(self.policy, env.num_envs)
         callback.on_rollout_start()
         network = self._refreshed_network()
 
@@ -317,53 +319,40 @@ class PolicyGradientAlgorithm(Archived):
                 actions, values, log_probs, memory = self._act(network, seen, n_steps)
                 clipped_actions = self._to_action_space(actions)
                 rollout.is_paused = False
-                step: Any = env.step(clipped_actions)
-                new_obs, rewards, dones, infos = step if env_is_usual else checked_step(env, step)
+                returned: Any = env.step(clipped_actions)
+                new_obs, rewards, dones, infos = returned if env_is_usual else checked_step(env, returned)
                 require_finite_of(None, "observation", new_obs, n_steps + 1)
                 self.num_timesteps += env.num_envs
                 if is_watched:
                     obs_tensor = as_tensors(self._last_obs)  # SB3's name for what was acted on
                     callback.update_locals(locals())
-                failure = None
-                try:
-                    keep_going = callback.on_step()
-                except BaseException as error:
-                    keep_going, failure = False, error
-                require_finite_of(None, "reward", rewards, n_steps)  # as the callback may have changed them
+                step = Step(actions, rewards, dones, infos, new_obs, values, log_probs, memory, action_masks)
+                rollout.unrecorded, rollout.is_paused = step, True
+                keep_going = callback.on_step()
+                rollout.is_paused = False
                 n_steps += 1
-
-                # Recorded before the callback is obeyed, so that a stop or error loses neither this step nor the next.
-                self._update_info_buffer(infos, dones)
-                if np.count_nonzero(dones):  # quicker than ``any`` on a few
-                    rollout.note(dones, infos)
-                rollout.n_known += values is not None and rollout.n_known == rollout_buffer.pos
-                self._record(rollout_buffer, actions, rewards, values, log_probs)
-                if action_masks is not None:
-                    rollout.masks.append(action_masks)
-                self._last_memory = memory
-                self._last_obs, self._last_episode_starts = new_obs, dones
-                rollout.last_observations, rollout.last_dones = new_obs, dones
+                self._record(rollout, step)  # before the callback is obeyed: a stop loses neither this nor the next
                 if is_watched and not (self.network is network and network.is_current()):
                     network = self._replaced(network, rollout)
                 rollout.is_paused = True
-                if failure is not None:
-                    raise failure
                 if not keep_going:
                     return False
 
         judged = self.judge(rollout)
-        rollout.is_paused = False
         self._last_memory = judged.memory
         self.network.adapt(judged.figures)
         values, log_probs = th.as_tensor(judged.final_values[: env.num_envs]), th.as_tensor(rollout_buffer.log_probs)
         callback.update_locals(locals())
         callback.on_rollout_end()
+        rollout.is_paused = False
         return True
 
     def _start_rollout(self, env: VecEnv, buffer: sb3_buffers.RolloutBuffer, horizon: Horizon) -> Rollout:
         """Return an empty rollout, unless this very one was interrupted and can be completed."""
         rollout = self._rollout
         is_same = rollout is not None and rollout.buffer is buffer and self.use_masking == rollout.may_be_masked
+        if rollout is not None and rollout.is_paused and rollout.unrecorded is not None:
+            self._record(rollout, rollout.unrecorded)  # it was made, though the callback failed, or saved the model
         if rollout is not None and rollout.is_paused and is_same:
             return rollout
         buffer.reset()
@@ -376,6 +365,8 @@ class PolicyGradientAlgorithm(Archived):
         self._rollout = Rollout(buffer, observations, self._last_episode_starts)
         self._rollout.memory, self._rollout.sequence_length = self._last_memory, self.sequence_length
         self._rollout.may_be_masked, self._rollout.is_paused = self.use_masking, True
+        if self.use_sde:
+            reset_noise(self.policy, env.num_envs)
         return self._rollout
 
     @contextmanager
@@ -427,18 +418,23 @@ class PolicyGradientAlgorithm(Archived):
             rollout.n_known, rollout.replaced = rollout.n_steps, (rollout.n_steps, judged.memory)
         return self._refreshed_network()
 
-    def _record(
-        self,
-        buffer: sb3_buffers.RolloutBuffer,
-        actions: np.ndarray,
-        rewards: np.ndarray,
-        values: th.Tensor | None,
-        log_probs: th.Tensor | None,
-    ) -> None:
+    def _record(self, rollout: Rollout, step: Step) -> None:
+        """Add a step to the rollout, and go on from where it has led to."""
+        actions, rewards, dones, infos, observations, values, log_probs, memory, masks = step
+        rollout.unrecorded, buffer = None, rollout.buffer
+        require_finite_of(None, "reward", rewards, buffer.pos)  # here, for a callback may have changed them
+        self._update_info_buffer(infos, dones)
+        if np.count_nonzero(dones):  # quicker than ``any`` on a few
+            rollout.note(dones, infos)
+        rollout.n_known += values is not None and rollout.n_known == buffer.pos
         if values is None and not isinstance(buffer, RolloutBuffer):
             values = log_probs = th.zeros(self.n_envs)  # SB3's buffers insist on them; judging writes the true ones
         starts: Any = self._last_episode_starts
         buffer.add(self._last_obs, actions, rewards, starts, values, log_probs)  # type: ignore[arg-type]
+        if masks is not None:
+            rollout.masks.append(masks)
+        self._last_memory = memory
+        self._last_obs, self._last_episode_starts = rollout.last_observations, rollout.last_dones = observations, dones
 
     def _act(self, network: Engine, seen: Seen, step: int) -> Acted:
         """Choose actions for the last observations.
@@ -609,9 +605,10 @@ class PolicyGradientAlgorithm(Archived):
             self._apply_changes()
             if reset_num_timesteps or self._last_obs is None:
                 self._rollout = self._last_obs = None
-            total_timesteps, callback = self._setup_learn(
-                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-            )
+            with resuming(self, reset_num_timesteps):
+                total_timesteps, callback = self._setup_learn(
+                    total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+                )
             iteration = 0  # for callbacks, as in SB3
             with closing(callback, None if self._custom_logger else self.logger):
                 callback.on_training_start(locals(), globals())
@@ -623,13 +620,15 @@ class PolicyGradientAlgorithm(Archived):
         iteration, last_logged = 0, 0
         self._refreshed_network()  # chooses the threads that copies of the parameters take, too
         with self._last_good() as good:
-            while self.num_timesteps < total_timesteps:
+            while self.num_timesteps < total_timesteps or self._is_amid_rollout:
                 if not self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps):  # type: ignore[arg-type]
                     break
                 iteration += 1
                 self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+                self._rollout.is_paused = True  # type: ignore[union-attr]
                 with good.whole():
                     self.train()
+                self._rollout.is_paused = False  # type: ignore[union-attr]
                 detach_distribution(self.policy)
                 is_last = self.num_timesteps >= total_timesteps
                 if log_interval is not None and (is_last or iteration % log_interval == 0):

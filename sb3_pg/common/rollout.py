@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
 from sb3_pg.common.arrays import Observations, mapped
@@ -21,6 +22,20 @@ class Cut(NamedTuple):
     step: int
     env: int
     observation: Any
+
+
+class Step(NamedTuple):
+    """What acting and stepping have given, of all environments, before it is recorded."""
+
+    actions: np.ndarray
+    rewards: np.ndarray
+    dones: np.ndarray
+    infos: Any
+    observations: Any  #: after the step
+    values: th.Tensor | None
+    log_probs: th.Tensor | None
+    memory: Memory | None
+    masks: np.ndarray | None  #: of the actions that were allowed
 
 
 @dataclass
@@ -39,7 +54,8 @@ class Rollout:
     :param starting_memory: and when each of the stretches begins, found by judging
     :param n_known: of so many first steps values and log-probabilities are in the buffer, by the policy that acted
     :param n_judged: steps when it was judged; 0 before
-    :param is_paused: whether acting is between two steps, from where it can go on; not once it has been judged
+    :param is_paused: whether it is whole, and was interrupted if nobody acts or learns: from where it can go on
+    :param unrecorded: the step after which the callback is asked
     :param figures: what judging has found to log
     :param n_finished: episodes that each environment has ended, (n_envs,)
     :param last_end: the step with which each environment last ended one, (n_envs,); -1 before
@@ -58,6 +74,7 @@ class Rollout:
     n_known: int = 0
     n_judged: int = 0
     is_paused: bool = False
+    unrecorded: Step | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
     n_finished: np.ndarray = field(init=False)
     last_end: np.ndarray = field(init=False)

@@ -195,9 +195,21 @@ class TextEnv(gym.Env[np.ndarray, np.integer[Any]]):
         self._row, self._length = row, self._length + 1
         return row.copy(), reward, over, False, info
 
+    def get_state(self) -> dict[str, Any]:
+        """Return where the environment is, for archives; its generator goes on by itself."""
+        return {"row": self._row, "number": self._number, "length": self._length}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._row, self._number, self._length = state["row"], state["number"], state["length"]
+
     def render(self) -> str:
         """Prompt and response as text."""
         return f"{self.task.prompts[self._number]} | {self.task.decode(self._row[None, self.task.width :])[0]}"
+
+
+#: The attributes of a TextVecEnv that change.
+_STATE = ("_rng", "_rows", "_lengths", "_numbers", "_queues", "_seen", "_left", "_next")
 
 
 class TextVecEnv(VecEnv):
@@ -312,6 +324,15 @@ class TextVecEnv(VecEnv):
         self._left[over] -= 1
         self._show_prompts(over[self._left[over] > 0])
         return self._rows.copy(), rewards, dones, infos
+
+    def get_state(self) -> dict[str, Any]:
+        """Return where the environments are and which prompts come next, for archives."""
+        return {name: getattr(self, name) for name in _STATE}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        for name in _STATE:
+            setattr(self, name, state[name])
 
     def close(self) -> None:
         pass

@@ -6,7 +6,6 @@ import functools
 import itertools
 import math
 import operator
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from stable_baselines3.common import vec_env as sb3
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
+from sb3_pg.common.archive.statistics import read_statistics, write_statistics
 from sb3_pg.common.arrays import mapped
 from sb3_pg.common.errors import EnvironmentNumberError, is_finite, require_finite_of
 
@@ -148,18 +148,24 @@ class VecNormalize(sb3.VecNormalize):
         clipped: np.ndarray = np.minimum(np.maximum(scaled, -self.clip_reward), self.clip_reward)
         return clipped.astype(np.float32)
 
-    def save(self, save_path: str) -> None:
-        """Write a file that SB3's ``VecNormalize.load`` reads, also where this package is not installed."""
-        twin = sb3.VecNormalize.__new__(sb3.VecNormalize)
-        twin.__dict__ = self.__dict__
-        with Path(save_path).open("wb") as file:
-            pickle.dump(twin, file)
+    def save(self, save_path: str | Path) -> None:
+        """Write a file that SB3's ``VecNormalize.load`` reads, also where this package is not installed.
+
+        What stood there is replaced when all is written, and never lost.
+
+        :raises ArgumentError: naming an attribute that cannot be pickled
+        :raises OSError: naming ``save_path``
+        """
+        write_statistics(save_path, self.__dict__)
 
     @staticmethod
-    def load(load_path: str, venv: sb3.VecEnv) -> "VecNormalize":
-        """Read a file of SB3's or ours. Like any pickle, open only files that you trust."""
-        with Path(load_path).open("rb") as file:
-            loaded: Any = pickle.load(file)
-        loaded.__class__ = VecNormalize
+    def load(load_path: str | Path, venv: sb3.VecEnv, *, trusted: bool = False) -> "VecNormalize":
+        """Read a file of SB3's or ours, without running anything that is in it.
+
+        :param trusted: True reads any pickle, and runs the code that it holds: only for files whose origin you know
+        :raises ArchiveError: the file is damaged, or holds what is refused; names the file
+        """
+        loaded = VecNormalize.__new__(VecNormalize)
+        loaded.__setstate__(read_statistics(load_path, trusted))
         loaded.set_venv(venv)
-        return loaded  # type: ignore[no-any-return]
+        return loaded
