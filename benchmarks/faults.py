@@ -94,7 +94,9 @@ class Faulty(gym.Env[np.ndarray, np.ndarray]):
         fault.is_over = True
         return True
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
         if self._breaks("reset raises"):
             raise Boom("reset")
@@ -124,7 +126,13 @@ class Faulty(gym.Env[np.ndarray, np.ndarray]):
 NUMBERS = {"nan": np.nan, "inf": np.inf, "1e300": 1e300}
 ENVIRONMENT = ["step raises", "reset raises", "ctrl-C in step", "terminal observation nan"]
 ENVIRONMENT += [f"{what} {name}" for what in ("observation", "reward") for name in NUMBERS]
-CALLBACK = ["rollout start raises", "callback step raises", "rollout end raises", "ctrl-C in callback", "learn in callback"]
+CALLBACK = [
+    "rollout start raises",
+    "callback step raises",
+    "rollout end raises",
+    "ctrl-C in callback",
+    "learn in callback",
+]
 POLICY = ["weight nan", "deviation overflows", "learning rate 1e39", "learning rate 1e30"]
 
 #: What an error must name; a fault that is not here is raised by the user's code and must reach the caller as it is.
@@ -136,7 +144,11 @@ CAUSES = {
     "learning rate 1e39": r"learning_rate|polic",
     "learning rate 1e30": r"learning_rate|polic",
 }
-CAUSES |= {f"{w} {n}": rf"{w} of environment 1 at step \d+ .*{n.replace('1e300', '1e.300|inf')}" for w in ("observation", "reward") for n in NUMBERS}
+CAUSES |= {
+    f"{w} {n}": rf"{w} of environment 1 at step \d+ .*{n.replace('1e300', '1e.300|inf')}"
+    for w in ("observation", "reward")
+    for n in NUMBERS
+}
 
 
 def state_of(model: Any) -> list[np.ndarray]:
@@ -401,7 +413,9 @@ def report(results: list[Result]) -> str:
         for side in SIDES:
             of = [r for r in results if r.side == side and fault in (r.fault, "all")]
             whole = sum(all(getattr(r, q) for q in questions) for r in of)
-            missing = [f"{q.replace('_', ' ')} {n}" for q in questions if (n := sum(getattr(r, q) for r in of)) < len(of)]
+            missing = [
+                f"{q.replace('_', ' ')} {n}" for q in questions if (n := sum(getattr(r, q) for r in of)) < len(of)
+            ]
             row.append(f"{whole}" + (f" ({', '.join(missing)})" if missing else ""))
         lines.append(f"| {fault} | {len(of)} | " + " | ".join(row) + " |")
     return "\n".join(lines)
