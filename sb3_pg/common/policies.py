@@ -14,6 +14,7 @@ from stable_baselines3.common.policies import (
 )
 from stable_baselines3.common.preprocessing import is_image_space
 
+from sb3_pg.common.archive.policy_files import SavedPolicy
 from sb3_pg.common.distributions import masking
 from sb3_pg.common.distributions.recognition import detached
 from sb3_pg.common.engines.blueprint import PLAIN
@@ -33,10 +34,10 @@ POLICIES: dict[str, type[BasePolicy]] = {
 _ASKED_EVERY = 1000
 
 
-class QuickMlpPolicy(ActorCriticPolicy):
+class QuickMlpPolicy(SavedPolicy, ActorCriticPolicy):
     """SB3's MlpPolicy whose ``predict`` takes the closed form where that computes the same.
 
-    Models are made with it in place of SB3's class. Their archives name SB3's, so that SB3 reads them alone.
+    Models are made with it in place of SB3's class.
     """
 
     predictor_class: ClassVar[type[Predictor]] = Predictor
@@ -77,8 +78,22 @@ class QuickMlpPolicy(ActorCriticPolicy):
         return {**self.__dict__, "_predictor": None}
 
 
+class SavedCnnPolicy(SavedPolicy, ActorCriticCnnPolicy):
+    """SB3's CnnPolicy with our files."""
+
+
+class SavedMultiInputPolicy(SavedPolicy, MultiInputActorCriticPolicy):
+    """SB3's MultiInputPolicy with our files."""
+
+
 PLAIN.add(QuickMlpPolicy)
-OWN_PLACES[place_of(ActorCriticPolicy)] = place_of(QuickMlpPolicy)
+OWN_PLACES.update(
+    {
+        place_of(ActorCriticPolicy): place_of(QuickMlpPolicy),
+        place_of(ActorCriticCnnPolicy): place_of(SavedCnnPolicy),
+        place_of(MultiInputActorCriticPolicy): place_of(SavedMultiInputPolicy),
+    }
+)
 
 
 def predict(

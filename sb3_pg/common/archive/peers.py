@@ -3,8 +3,6 @@
 import base64
 import importlib.util
 import inspect
-import json
-import zipfile
 from collections.abc import Collection
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,7 +12,6 @@ from stable_baselines3.common.policies import (
     BasePolicy,
     MultiInputActorCriticPolicy,
 )
-from stable_baselines3.common.save_util import open_path
 
 from sb3_pg.common.errors import ArgumentError, did_you_mean
 
@@ -37,6 +34,10 @@ class Portable(Protocol):
 
     def portable_kwargs(self, policy_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the policy's arguments with what is in the files in place of where they are."""
+
+    @staticmethod
+    def not_portable(policy_kwargs: dict[str, Any]) -> str | None:
+        """Return which of the arguments would read or run what is elsewhere; None if none would."""
 
 
 _MASKABLE = "sb3_contrib.common.maskable.policies"
@@ -89,6 +90,15 @@ def with_one_output(own: ActorCriticPolicy, parameters: dict[str, Any], n: int) 
     return {**parameters, "policy": policy, "policy.optimizer": optimizer}
 
 
+def with_own_extractors(own: ActorCriticPolicy, parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return parameters from before SB3 1.7 with the names that a shared features extractor has since."""
+    policy = parameters.get("policy", {})
+    names = {name: name.removeprefix("pi_").removeprefix("vf_") for name in own.state_dict().keys() - policy.keys()}
+    if not names or not policy.keys() >= set(names.values()):
+        return parameters
+    return {**parameters, "policy": {**policy, **{name: policy[old] for name, old in names.items()}}}
+
+
 def check_memory(policy: ActorCriticPolicy, parameters: dict[str, Any]) -> None:
     """Refuse the parameters of a recurrent policy for one that is not, and the other way round.
 
@@ -124,22 +134,6 @@ def check_overrides(kind: type, names: Collection[str]) -> None:
             raise ArgumentError(f"`{name}` cannot be changed when loading: the archive has its own optimizer.")
         if name not in known:
             raise ArgumentError(f"`{name}` is not an argument of {kind.__name__}.{did_you_mean(name, known)}")
-
-
-def data_of(path: Any) -> dict[str, Any]:
-    """Return the attributes in an archive as it writes them, without making objects of them; none if it has none."""
-    file = open_path(path, "r", suffix="zip")
-    start = file.tell()
-    try:
-        with zipfile.ZipFile(file) as archive:
-            data: dict[str, Any] = json.loads(archive.read("data"))
-    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError):
-        return {}  # SB3's own loading says what is wrong
-    finally:
-        file.seek(start)
-        if file is not path:
-            file.close()
-    return data
 
 
 def algorithm_in(data: dict[str, Any]) -> str | None:
