@@ -29,6 +29,7 @@ from stable_baselines3 import PPO as SB3PPO
 from stable_baselines3.common import vec_env as sb3
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.utils import LinearSchedule
 
 import sb3_pg
 from sb3_pg.common.vec_env import DummyVecEnv, VecNormalize
@@ -234,16 +235,12 @@ POLICIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "GRU": ("MlpGruPolicy", LSTM, {}),
     "MLP, adaptive lr": ("MlpPolicy", SMALL, {"adaptive_lr": True}),
     "MLP, adaptive KL": ("MlpPolicy", SMALL, {"kl_coef": 0.1, "adaptive_kl_coef": True}),
-    "MLP, schedules": ("MlpPolicy", SMALL, {"learning_rate": None, "clip_range": None}),
+    "MLP, schedules": ("MlpPolicy", SMALL, {"learning_rate": LinearSchedule(1e-2, 1e-3, 1.0)}),
     "MLP, episodes and moving average": ("MlpPolicy", SMALL, {"n_episodes": 4, "baseline": "ema"}),
     "MLP, episodes and leave-one-out": ("MlpPolicy", SMALL, {"n_episodes": 4, "baseline": "leave_one_out"}),
     "GPT-2, adapted KL": ("CausalLMPolicy", TEXT, {"gamma": 1.0}),
     "T5, adapted KL": ("Seq2SeqLMPolicy", TEXT, {"gamma": 1.0}),
 }
-
-
-def linear(progress: float) -> float:
-    return 1e-3 + 9e-3 * progress
 
 
 @dataclass(frozen=True)
@@ -327,7 +324,6 @@ def peer(case: Case) -> type | None:
 
 def arguments(case: Case, kind: type) -> dict[str, Any]:
     name, policy_kwargs, more = POLICIES[case.policy]
-    more = {key: linear if value is None and key != "n_episodes" else value for key, value in more.items()}
     options = {**UPDATE[case.algorithm], **more, "policy_kwargs": dict(policy_kwargs)}
     options = {"seed": SEED, "device": "cpu", "learning_rate": 1e-2, **options}
     if case.env == "text":
@@ -472,10 +468,9 @@ def verdict(folder: Path, side: str, i: int) -> str:
     if not files[0].with_suffix(".npz").exists():
         return ""
     whole, rest = (dict(np.load(file.with_suffix(".npz"))) for file in files)
-    for name in whole.keys() | rest.keys():
-        if name not in whole or name not in rest or whole[name].shape != rest[name].shape:
-            return f"{name}: other shapes"
     for name, x in whole.items():
+        if name not in rest or x.shape != rest[name].shape:
+            return f"{name}: another number"
         if not np.array_equal(x, rest[name]):
             return f"{name}: up to {np.abs(x - rest[name]).max():.2g}"
     return "equal"
@@ -492,10 +487,10 @@ def write_table(rows: list[dict[str, str]]) -> None:
     lines = [
         "# Resumed runs",
         "",
-        "Made by `benchmarks/resume.py`; every case is a line of [results.csv](results.csv), with the first difference.",
+        "Made by `benchmarks/resume.py`; each case is a line of [results.csv](results.csv), with the first difference.",
         "Equal means that all parameters, the optimizer, VecNormalize's statistics, the step count and the logged",
-        "episodes are those of the uninterrupted run, bit for bit. The peers are SB3's PPO and A2C (beside REINFORCE) and",
-        "sb3-contrib's TRPO, MaskablePPO and RecurrentPPO, where one takes the same policy and environment.",
+        "episodes are those of the uninterrupted run, bit for bit. The peers are SB3's PPO, and A2C beside REINFORCE,",
+        "and sb3-contrib's TRPO, MaskablePPO and RecurrentPPO, where one takes the same policy and environment.",
         "",
     ]
     for heading, key in (("Saved", "moment"), ("Policy", "policy"), ("Environment", "env"), ("Wrapper", "wrapper")):

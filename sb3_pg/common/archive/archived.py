@@ -46,7 +46,6 @@ class Archived(OnPolicyAlgorithm):
     _is_masked: bool
     _rollout: Rollout | None
     _last_memory: Memory | None
-    _is_amid_rollout: bool
     _resume: dict[str, Any] | None
 
     def _excluded_save_params(self) -> list[str]:
