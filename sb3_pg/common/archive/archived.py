@@ -166,7 +166,7 @@ class Archived(OnPolicyAlgorithm):
             if force_reset:  # SB3 issue 597
                 data["_last_obs"] = None
         env = env if env is not None else data.get("env")
-        with nullcontext() if env is not None or "seed" in kwargs else generators_kept():
+        with nullcontext() if env is not None or kwargs.get("seed") is not None else generators_kept():
             model = cls._made_of(archive, data, env, device, kwargs)
         state = archive.resume()
         model._resume = with_new_generators(state) if kwargs.get("seed") is not None else state
