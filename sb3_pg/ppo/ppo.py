@@ -88,6 +88,7 @@ class PPO(PolicyGradientAlgorithm):
     """
 
     archive_name: ClassVar[str] = "PPO"
+    _changed_by_updates: ClassVar[tuple[str, ...]] = (*PolicyGradientAlgorithm._changed_by_updates, "kl_coef")
 
     def __init__(
         self,

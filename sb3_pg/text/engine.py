@@ -90,7 +90,7 @@ class TextEngine(AutogradEngine):
         log_ratio[going] = judged.log_probs.ravel()[going] - log_prob
         coef, kl = float(policy.reference_kl_coef), float(log_ratio[going].mean()) * length
         figures["text/kl"], figures["text/kl_coef"] = kl, coef
-        figures["text/reference_perplexity"] = math.exp(-float(log_prob.mean()))
+        figures["text/reference_perplexity"] = math.exp(min(-float(log_prob.mean()), 700.0))
         if over.any():
             figures["text/penalised_reward"] = figures["text/score"] - coef * kl
         return judged._replace(rewards=(rewards - coef * log_ratio).reshape(rollout.n_steps, -1), figures=figures)

@@ -13,6 +13,7 @@ from sb3_pg.common.advantages import Baseline, normalized
 from sb3_pg.common.arrays import Array, Column
 from sb3_pg.common.batch import Batch, has_own_get, joined, own_samples
 from sb3_pg.common.engines.protocol import Actor, Look
+from sb3_pg.common.interrupts import uninterrupted
 from sb3_pg.common.objectives import surrogate
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm, shared
 from sb3_pg.common.products import inner
@@ -215,11 +216,15 @@ class TRPO(PolicyGradientAlgorithm):
             look = actor.look()
             return objective(look) - old_objective, batch.mean(look.kl)
 
-        accepted = backtracking_line_search(
-            attempt, target_kl, self.line_search_shrinking_factor, self.line_search_max_iter
-        )
-        if accepted is None:
-            actor.vector = start
+        accepted = None
+        try:
+            accepted = backtracking_line_search(
+                attempt, target_kl, self.line_search_shrinking_factor, self.line_search_max_iter
+            )
+        finally:
+            if accepted is None:  # after an exception, too
+                with uninterrupted():
+                    actor.vector = start
         return accepted
 
     def learn(

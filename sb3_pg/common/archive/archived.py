@@ -48,6 +48,11 @@ class Archived(OnPolicyAlgorithm):
     _last_memory: Memory | None
     _resume: dict[str, Any] | None
 
+    @property
+    def _is_amid_rollout(self) -> bool:
+        """True if a rollout was interrupted, which is to be completed and learned from."""
+        return self._rollout is not None and self._rollout.is_paused
+
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_network", "_rollout", "_last_memory", "_applied", "_resume"]
 

@@ -24,6 +24,7 @@ from sb3_pg.common.engines.blueprint import reason_against
 from sb3_pg.common.engines.optimizer import use_fused_adam
 from sb3_pg.common.engines.protocol import Acted, Fisher, Look, Seen
 from sb3_pg.common.engines.rows import RowEngine
+from sb3_pg.common.interrupts import uninterrupted
 from sb3_pg.common.threads import choose_threads
 
 #: The methods by which SB3's policy acts and judges. If a subclass changes one of them, its ``forward`` acts,
@@ -325,7 +326,8 @@ class AutogradEngine(RowEngine):
             return size
         if max_grad_norm is not None:
             th.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
-        self.policy.optimizer.step()
+        with uninterrupted():
+            self.policy.optimizer.step()
         return size
 
 

@@ -1,7 +1,9 @@
 """SB3's VecNormalize with arithmetic for small arrays."""
 
+import collections
 import copy
 import functools
+import itertools
 import math
 import operator
 from pathlib import Path
@@ -13,16 +15,19 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from sb3_pg.common.archive.statistics import read_statistics, write_statistics
+from sb3_pg.common.arrays import mapped
+from sb3_pg.common.errors import EnvironmentNumberError, is_finite, require_finite_of
 
 
-def update_statistics(statistics: RunningMeanStd, batch: np.ndarray) -> None:
-    """Do what ``statistics.update(batch)`` does, to the bit, in fewer and cheaper operations.
+def updated(statistics: RunningMeanStd, batch: np.ndarray) -> dict[str, Any]:
+    """Return the attributes that ``statistics`` has after ``update(batch)``, to the bit, in fewer operations.
 
     :param batch: (n, ...), where n is so small that every call of NumPy costs more than its arithmetic
     """
     if batch.dtype not in (np.float32, np.float64):
-        statistics.update(batch)
-        return
+        twin = statistics.copy()
+        twin.update(batch)
+        return vars(twin)
     n, count = len(batch), statistics.count
     old_mean: Any = statistics.mean
     old_variance: Any = statistics.var
@@ -37,9 +42,11 @@ def update_statistics(statistics: RunningMeanStd, batch: np.ndarray) -> None:
         deviation = batch - mean
         variance = np.add.reduce(deviation * deviation, axis=0) / n
     total, delta = count + n, mean - old_mean
-    statistics.mean = kind(old_mean + delta * n / total)
-    statistics.var = kind((old_variance * count + variance * n + delta * delta * count * n / total) / total)
-    statistics.count = total
+    return {
+        "mean": kind(old_mean + delta * n / total),
+        "var": kind((old_variance * count + variance * n + delta * delta * count * n / total) / total),
+        "count": total,
+    }
 
 
 def _sum(numbers: list[float]) -> float:
@@ -47,37 +54,72 @@ def _sum(numbers: list[float]) -> float:
     return functools.reduce(operator.add, numbers)
 
 
+def _updated_soundly(statistics: RunningMeanStd, observations: np.ndarray) -> dict[str, Any]:
+    """Return what ``updated`` does, unless an observation has no finite square: the statistics could not forget it."""
+    changed = updated(statistics, observations)
+    if not (is_finite(changed["var"]) or np.isfinite(changed["var"]).all()):
+        env, *where = np.unravel_index(np.abs(observations).argmax(), observations.shape)
+        value = observations[(env, *where)]
+        raise EnvironmentNumberError("observation", int(env), value, verdict="is too large to be normalised")
+    return changed
+
+
+#: New attributes of objects, each given as its ``__dict__``.
+Changes = list[tuple[dict[str, Any], dict[str, Any]]]
+
+
+def make(changes: Changes) -> None:
+    """Make all changes, or none: no interrupt comes between them, since no line of Python is run."""
+    collections.deque(itertools.starmap(dict.update, changes), maxlen=0)
+
+
 class VecNormalize(sb3.VecNormalize):
-    """Normalises observations and rewards by running statistics; arguments and files are SB3's."""
+    """Normalises observations and rewards by running statistics; arguments and files are SB3's.
+
+    What is not finite, or so large that its square is not, does not reach the statistics: a step or reset that gives
+    it raises an ``EnvironmentNumberError`` and changes nothing here.
+    """
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Step, update the statistics and normalise."""
+        """Step, update the statistics and normalise.
+
+        :raises EnvironmentNumberError: an observation or reward is not finite, or its square is not
+        """
         obs, rewards, dones, infos = self.venv.step_wait()
-        self.old_obs, self.old_reward = obs, rewards  # type: ignore[assignment]
-        if self.training:
-            self._update_observations(obs)
-            self._update_reward(rewards)
-        normalized = self.normalize_obs(obs)
-        rewards = self.normalize_reward(rewards)
-        if np.count_nonzero(dones):  # quicker than ``any`` on a few
-            for i in np.flatnonzero(dones):
-                if "terminal_observation" in infos[i]:
-                    infos[i]["terminal_observation"] = self.normalize_obs(infos[i]["terminal_observation"])
-            self.returns[np.asarray(dones, dtype=bool)] = 0  # some environments give numbers
-        return normalized, rewards, dones, infos
+        over: Any = np.flatnonzero(dones) if np.count_nonzero(dones) else []  # quicker than ``any`` on a few
+        last = {int(i): infos[i] for i in over if "terminal_observation" in infos[i]}
+        for i, info in last.items():
+            require_finite_of(i, "terminal observation", mapped(np.asarray, info["terminal_observation"]))
+        make(self._changes_by_observations(obs) + self._changes_by_rewards(rewards, over))
+        for info in last.values():
+            info["terminal_observation"] = self.normalize_obs(info["terminal_observation"])
+        return self.normalize_obs(obs), self.normalize_reward(rewards), dones, infos
 
-    def _update_observations(self, obs: Any) -> None:
-        if not self.norm_obs:
-            return
-        if isinstance(self.obs_rms, dict):
-            for key, statistics in self.obs_rms.items():
-                update_statistics(statistics, obs[key])
-        else:
-            update_statistics(self.obs_rms, obs)
+    def reset(self) -> Any:
+        """Reset, update the statistics and normalise.
 
-    def _update_reward(self, reward: np.ndarray) -> None:
-        self.returns = self.returns * self.gamma + reward
-        update_statistics(self.ret_rms, self.returns)
+        :raises EnvironmentNumberError: an observation is not finite, or its square is not
+        """
+        obs: Any = self.venv.reset()
+        make([*self._changes_by_observations(obs), (self.__dict__, {"returns": np.zeros(self.num_envs)})])
+        return self.normalize_obs(obs)
+
+    def _changes_by_observations(self, obs: Any) -> Changes:
+        require_finite_of(None, "observation", obs)
+        changes: Changes = [(self.__dict__, {"old_obs": obs})]
+        if self.training and self.norm_obs:
+            of: Any = self.obs_rms
+            pairs = [(of[key], obs[key]) for key in of] if isinstance(of, dict) else [(of, obs)]
+            changes += [(statistics.__dict__, _updated_soundly(statistics, x)) for statistics, x in pairs]
+        return changes
+
+    def _changes_by_rewards(self, rewards: np.ndarray, over: Any) -> Changes:
+        """Return what a step's rewards change; the environments in ``over`` have ended their episodes."""
+        require_finite_of(None, "reward", rewards)
+        returns = self.returns * self.gamma + rewards if self.training else self.returns.copy()
+        changes = [(self.ret_rms.__dict__, updated(self.ret_rms, returns))] if self.training else []
+        returns[over] = 0.0
+        return [*changes, (self.__dict__, {"old_reward": rewards, "returns": returns})]
 
     def _normalize_obs(self, obs: np.ndarray, obs_rms: RunningMeanStd) -> np.ndarray:
         scaled = (obs - obs_rms.mean) / np.sqrt(obs_rms.var + self.epsilon)
@@ -127,14 +169,3 @@ class VecNormalize(sb3.VecNormalize):
         loaded.__setstate__(read_statistics(load_path, trusted))
         loaded.set_venv(venv)
         return loaded
-
-
-def take_over(env: sb3.VecEnv) -> None:
-    """Give SB3's VecNormalize the methods of ours, wherever it lies among an environment's wrappers.
-
-    It keeps its attributes, numbers and files. A subclass of SB3's keeps its own methods.
-    """
-    while isinstance(env, sb3.VecEnvWrapper):
-        if type(env) is sb3.VecNormalize:
-            env.__class__ = VecNormalize
-        env = env.venv
