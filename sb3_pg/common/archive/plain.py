@@ -113,7 +113,10 @@ def value(data: Plain) -> Any:
 
     :raises UnstorableError: it has
     """
-    return Reader()(data, None)
+    reader = Reader()
+    found = reader(data, None)
+    reader.apply()
+    return found
 
 
 class Writer:

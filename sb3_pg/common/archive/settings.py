@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from stable_baselines3.common.vec_env import VecEnv
 
 #: Whoever uses these may assign any attribute.
 _ASSIGN_ANY = frozenset(("setattr", "vars", "__dict__", "__setattr__", "__init__"))
@@ -18,6 +19,9 @@ _ASSIGN_ANY = frozenset(("setattr", "vars", "__dict__", "__setattr__", "__init__
 _HARMLESS = frozenset(
     ("gymnasium.core", "gymnasium.utils.ezpickle", "gymnasium.utils.record_constructor", "typing", "abc")
 )
+
+#: The flag of types that a ``class`` statement has made (Py_TPFLAGS_HEAPTYPE).
+_MADE_BY_CLASS = 1 << 9
 
 #: In place of names: all.
 _ANY = frozenset(("*",))
@@ -28,7 +32,9 @@ def settings_of(x: Any, others: Iterable[Any]) -> set[str]:
 
     :param others: objects that may assign its attributes too, such as its wrappers
     """
-    assigned = frozenset[str]().union(*(assigned_by(its) for its in {type(x), *map(type, others)}))
+    kinds = {type(its) for its in others if not isinstance(its, VecEnv)}  # which only passes values on
+    kinds = {type(x), *(kind for kind in kinds if kind.__flags__ & _MADE_BY_CLASS)}
+    assigned = frozenset[str]().union(*map(assigned_by, kinds))
     if assigned & _ANY:
         return set()
     return {name for name, its in vars(x).items() if name not in assigned and _is_fixed(its)}
