@@ -25,6 +25,7 @@ from stable_baselines3.common.vec_env import VecNormalize, sync_envs_normalizati
 
 from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.common.errors import NonFiniteError
+from sb3_pg.common.interrupts import Interrupted, saved_when_interrupted
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
 
 PROGRAM = "python -m sb3_pg.demo"
@@ -193,6 +194,16 @@ def save(model: PolicyGradientAlgorithm, folder: Path) -> None:
         statistics.save(str(folder / FILES["statistics"]))
 
 
+def save_for_later(model: PolicyGradientAlgorithm, folder: Path) -> str:
+    """Save an interrupted run; return where, and how to go on."""
+    save(model, folder)
+    path = folder / FILES["model"]
+    return (
+        f"{path} after {model.num_timesteps:,} steps; go on with {type(model).__name__}.load({str(path)!r}, env) and "
+        "learn(steps, reset_num_timesteps=False)"
+    )
+
+
 def load(algorithm: str, env_id: str, folder: Path) -> PolicyGradientAlgorithm:
     """Read both back into fresh objects."""
     env = make_vec_env(env_id, n_envs=1)
@@ -246,9 +257,10 @@ def run(options: argparse.Namespace) -> bool:
     print(f"Network: {model.network.description}")
 
     untrained = evaluate(model, options.env, seed)
-    episodes, seconds = train(model, options.timesteps, options.out)
-    trained = evaluate(model, options.env, seed)
-    save(model, options.out)
+    with saved_when_interrupted(lambda: save_for_later(model, options.out)):
+        episodes, seconds = train(model, options.timesteps, options.out)
+        trained = evaluate(model, options.env, seed)
+        save(model, options.out)
     loaded = evaluate(load(options.algo, options.env, options.out), options.env, seed)
     draw(episodes, f"{title}, seed {options.seed}", options.out / FILES["curve"])
 
@@ -264,10 +276,18 @@ def run(options: argparse.Namespace) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the demonstration; the exit code: 0, 1 if the loaded model differs, 2 for input that cannot work."""
+    """Run the demonstration; the exit code: 0, 1 if the loaded model differs, 2 for input that cannot work.
+
+    An interrupt has that of a shell: 130 after ctrl-C, 143 after SIGTERM.
+    """
     try:
         return 0 if run(parse(arguments)) else 1
-    except (DemoError, NonFiniteError, gym.error.Error, ValueError) as error:
+    except Interrupted as interrupt:
+        return interrupt.exit_status
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted; there is nothing new to save", file=sys.stderr)
+        return 130
+    except (DemoError, NonFiniteError, gym.error.Error, OSError, ValueError) as error:
         print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -1,8 +1,9 @@
 """Interrupts: kept waiting where they would leave something half done, and turned into an orderly end of a program."""
 
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -30,24 +31,44 @@ def uninterrupted() -> Iterator[None]:
             handlers[came[0][0]](*came[0])
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, as an exception like that of ctrl-C."""
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM in a program that saves what it has learned before it ends.
+
+    Not a ``KeyboardInterrupt``, which rl_zoo3 takes for the end of training.
+
+    :param number: of the signal
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.exit_status = 128 + number
 
 
 @contextmanager
-def termination_raised() -> Iterator[None]:
-    """Let SIGTERM raise ``Terminated`` within the block, so that a program can save what it has."""
+def interrupts_raised() -> Iterator[None]:
+    """Let ctrl-C and SIGTERM raise ``Interrupted`` within the block."""
 
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = {number: signal.signal(number, interrupt) for number in _SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def exit_status(interrupt: KeyboardInterrupt) -> int:
-    """Return what a shell expects of a program that a signal has ended: 128 and the signal's number."""
-    return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
+@contextmanager
+def saved_when_interrupted(save: Callable[[], str]) -> Iterator[None]:
+    """Save what was learned when ctrl-C or SIGTERM ends the block, and say so in one line.
+
+    :param save: saves, and returns where and how to go on
+    """
+    try:
+        with interrupts_raised():
+            yield
+    except Interrupted:
+        with uninterrupted():
+            print(f"Interrupted: saved in {save()}", file=sys.stderr)
+        raise

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import gymnasium as gym
 
 from sb3_pg.common.errors import ArgumentError, NonFiniteError
+from sb3_pg.common.interrupts import Interrupted
 from sb3_pg.zoo import register
 
 PROGRAM = "python -m sb3_pg.zoo"
@@ -127,7 +128,7 @@ def explain(error: Exception) -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit code: 0, or 2 for input that cannot work."""
+    """Run one command; the exit code: 0, 2 for input that cannot work, 130 or 143 after ctrl-C or SIGTERM."""
     command, *options = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     usage = f"{PROGRAM} COMMAND [options]; the commands are {', '.join(COMMANDS)}"
     if command in ("-h", "--help"):
@@ -138,6 +139,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         run(command, options)
+    except Interrupted as interrupt:
+        return interrupt.exit_status
+    except KeyboardInterrupt:
+        print(f"{PROGRAM} {command}: interrupted", file=sys.stderr)
+        return 130
     except Exception as error:
         line = explain(error)
         if line is None:

@@ -17,6 +17,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import Schedule
 
 from sb3_pg.common.errors import ArgumentError, NonFiniteError, check_count, check_number, did_you_mean
+from sb3_pg.common.interrupts import saved_when_interrupted
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
 from sb3_pg.common.vec_env import DummyVecEnv, take_over
 from sb3_pg.zoo.configs import CONFIGS
@@ -197,9 +198,17 @@ class ExperimentManager(exp_manager.ExperimentManager):
             )
 
     def learn(self, model: BaseAlgorithm) -> None:
-        """Train, and keep what was learned if a number that is not finite stops it."""
+        """Train, and keep what was learned if an interrupt or a number that is not finite stops it."""
         try:
-            super().learn(model)
+            with saved_when_interrupted(lambda: self._save_for_later(model)):
+                super().learn(model)
         except NonFiniteError:
             self.save_trained_model(model)
             raise
+
+    def _save_for_later(self, model: BaseAlgorithm) -> str:
+        """Save an interrupted run; return where, and how to go on."""
+        self.save_trained_model(model)
+        path = f"{self.save_path}/{self.env_name}.zip"
+        go_on = f"train --algo {self.algo} --env {self.env_name.gym_id} -i {path}"
+        return f"{path} after {model.num_timesteps:,} steps; go on with python -m sb3_pg.zoo {go_on}"
