@@ -9,7 +9,7 @@ from typing import Any
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -17,7 +17,7 @@ from sb3_pg.common.archive.container import ArchiveError
 from sb3_pg.common.archive.peers import Portable
 
 #: What an attribute or argument of the policy must be, so that nothing else is called in its place.
-_ATTRIBUTES: dict[str, type] = {"policy_class": ActorCriticPolicy, "rollout_buffer_class": RolloutBuffer}
+_ATTRIBUTES: dict[str, type] = {"policy_class": BasePolicy, "rollout_buffer_class": RolloutBuffer}
 _POLICY_KWARGS: dict[str, type] = {
     "activation_fn": th.nn.Module,
     "features_extractor_class": BaseFeaturesExtractor,

@@ -153,7 +153,7 @@ def seal(file: BinaryIO | io.BytesIO, algorithm: str, resume: dict[str, Any] | N
         if resume is not None:
             archive.writestr(RESUME, pickle.dumps(resume, protocol=4))
         entries = {name: checksum(archive.read(name)) for name in archive.namelist()}
-        written = {"format": FORMAT, "sb3_pg": sb3_pg.__version__, "algorithm": algorithm, "sha256": entries}
+        written = {"format": FORMAT, "version": sb3_pg.__version__, "algorithm": algorithm, "sha256": entries}
         archive.writestr(SEAL, json.dumps(written, indent=1))
 
 
@@ -248,6 +248,6 @@ def check_format(written: dict[str, Any]) -> None:
     """
     if written["format"] > FORMAT:
         raise LaterError(
-            f"is in format {written['format']} of sb3_pg {written['sb3_pg']}; this is sb3_pg {sb3_pg.__version__}, "
+            f"is in format {written['format']} of sb3_pg {written['version']}; this is sb3_pg {sb3_pg.__version__}, "
             f"which reads up to format {FORMAT}. Install the later one."
         )
