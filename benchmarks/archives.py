@@ -55,6 +55,9 @@ HERE = Path(__file__).parent / "archives"
 #: Memory that a load may take beyond what the process has, in bytes: many times what the archives need.
 MEMORY = 400 << 20
 
+#: Bytes that a small file unpacks to.
+BOMB = 300 << 20
+
 SIDES = {"ours": (sb3_pg.PPO, our_vec_env.VecNormalize), "SB3": (stable_baselines3.PPO, sb3_vec_env.VecNormalize)}
 
 OBSERVATIONS = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
@@ -160,12 +163,12 @@ def kills(side: str, what: str, n: int, folder: Path, seed: int = 0) -> dict[str
     old.save(path)
     before, good = path.read_bytes(), old.same(old.load(path))
     start = time.perf_counter()
-    new.save(path)
+    in_a_process(lambda: new.save(path))
     duration, becomes = time.perf_counter() - start, new.same(new.load(path))
     assert good != becomes
     for _ in range(n):
         path.write_bytes(before)
-        in_a_process(lambda: new.save(path), kill_after=rng.uniform(0, 1.3 * duration))
+        in_a_process(lambda: new.save(path), kill_after=rng.uniform(0, 1.2 * duration))
         try:
             now = old.same(old.load(path))
         except Exception:
@@ -401,15 +404,15 @@ def harmful(archive: bytes, mark: Path) -> Iterator[Mutation]:
 
 
 def bombs(archive: bytes) -> Iterator[Mutation]:
-    many = b" " * (300 << 20)
+    many, size = b" " * BOMB, f"{BOMB >> 20} MB"
     for name in ("data", "policy.pth", "evil.pth", "system_info.txt"):
         unsealed = {key: entry for key, entry in entries_of(archive).items() if key != SEAL}
         packed = zipped({**unsealed, name: many}, zipfile.ZIP_DEFLATED)
-        yield Mutation("bomb", f"{name} unpacks to 300 MB from {len(packed) >> 10} kB", packed)
+        yield Mutation("bomb", f"{name} unpacks to {size} from {len(packed) >> 10} kB", packed)
     state = entries_of(entries_of(archive)["policy.pth"])
     number = next(name for name in state if "/data/" in name)
     inner = zipped({**state, number: many}, zipfile.ZIP_DEFLATED)
-    yield Mutation("bomb", "policy.pth packs 300 MB", changed(archive, {"policy.pth": inner}))
+    yield Mutation("bomb", f"policy.pth packs {size}", changed(archive, {"policy.pth": inner}))
     for how, bomb in pickle_bombs().items():
         for name in ("policy_kwargs", "ep_info_buffer"):
             yield Mutation("bomb", f"{name}: {how}", with_data(archive, {name: bomb}))

@@ -112,7 +112,11 @@ class Archive:
     def parameters(self) -> dict[str, Any]:
         """Return the state of each module and optimizer by its name, see :meth:`tensors`."""
         names = [name for name in self.entries if name.endswith(".pth") and name != _VARIABLES]
-        return {name.removesuffix(".pth"): self.tensors(name) for name in names}
+        found = {name.removesuffix(".pth"): self.tensors(name) for name in names}
+        for name, state in found.items():
+            if not isinstance(state, dict):
+                raise ArchiveError(f"{self.name}: the state of {name} is a {type(state).__name__}.")
+        return found
 
     def variables(self, names: list[str]) -> dict[str, th.Tensor]:
         """Return the tensors that belong to no module.
