@@ -21,12 +21,13 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.vec_env import VecNormalize, sync_envs_normalization
+from stable_baselines3.common.vec_env import sync_envs_normalization
 
 from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.common.errors import NonFiniteError
 from sb3_pg.common.interrupts import Interrupted, saved_when_interrupted
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
+from sb3_pg.common.vec_env import VecNormalize
 
 PROGRAM = "python -m sb3_pg.demo"
 
@@ -93,6 +94,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timesteps", type=positive, metavar="N", help="environment steps in all")
     parser.add_argument("--n-envs", type=positive, metavar="N", help="parallel environments")
     parser.add_argument("--seed", type=whole, default=1, metavar="S", help="default: 1")
+    parser.add_argument("--trusted", action="store_true", help="when loading, run the code that the files hold")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/ALGO-ENV-SEED")
     options = parser.parse_args(arguments)
     if options.out is None:
@@ -204,13 +206,13 @@ def save_for_later(model: PolicyGradientAlgorithm, folder: Path) -> str:
     )
 
 
-def load(algorithm: str, env_id: str, folder: Path) -> PolicyGradientAlgorithm:
+def load(algorithm: str, env_id: str, folder: Path, trusted: bool = False) -> PolicyGradientAlgorithm:
     """Read both back into fresh objects."""
     env = make_vec_env(env_id, n_envs=1)
     statistics = folder / FILES["statistics"]
     if statistics.exists():
-        env = VecNormalize.load(str(statistics), env)
-    return ALGORITHMS[algorithm].load(folder / FILES["model"], env=env)
+        env = VecNormalize.load(statistics, env, trusted=trusted)
+    return ALGORITHMS[algorithm].load(folder / FILES["model"], env=env, trusted=trusted)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -261,7 +263,7 @@ def run(options: argparse.Namespace) -> bool:
         episodes, seconds = train(model, options.timesteps, options.out)
         trained = evaluate(model, options.env, seed)
         save(model, options.out)
-    loaded = evaluate(load(options.algo, options.env, options.out), options.env, seed)
+    loaded = evaluate(load(options.algo, options.env, options.out, options.trusted), options.env, seed)
     draw(episodes, f"{title}, seed {options.seed}", options.out / FILES["curve"])
 
     print(f"Trained in {seconds:.0f} s, {model.num_timesteps / seconds:,.0f} steps a second")

@@ -19,7 +19,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from sb3_pg.common.errors import ArgumentError, NonFiniteError, check_count, check_number, did_you_mean
 from sb3_pg.common.interrupts import saved_when_interrupted
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
-from sb3_pg.common.vec_env import DummyVecEnv, take_over
+from sb3_pg.common.vec_env import DummyVecEnv
 from sb3_pg.zoo.configs import CONFIGS
 
 #: Keys of a configuration that rl_zoo3 takes for itself; all others are arguments of the algorithm.
@@ -152,14 +152,6 @@ class ExperimentManager(exp_manager.ExperimentManager):
                     raise ArgumentError(f"`{name}` must be a number, or lin_ and a number for a schedule, not {value}.")
                 hyperparams[name] = linear_schedule(start)
         return hyperparams
-
-    # ----------------------------------------------------------- environments
-
-    def _maybe_normalize(self, env: sb3.VecEnv, eval_env: bool) -> sb3.VecEnv:
-        env = super()._maybe_normalize(env, eval_env)
-        if self.is_ours:
-            take_over(env)
-        return env
 
     # --------------------------------------------------------------- training
 

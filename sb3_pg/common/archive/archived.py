@@ -163,7 +163,8 @@ class Archived(OnPolicyAlgorithm):
             print(f"== SAVED MODEL SYSTEM INFO ==\n{archive.entries['system_info.txt'].decode()}")
         cls._check_algorithm(archive)
         check_overrides(cls, kwargs)
-        data = cls._attributes(archive, custom_objects or {}, trusted)
+        overridden = {name: value for name, value in kwargs.items() if name != "policy_kwargs"}
+        data = cls._attributes(archive, {**(custom_objects or {}), **overridden}, trusted)
         if env is not None:
             env = cls._wrap_env(env, data.get("verbose", 0))
             check_for_correct_spaces(env, data["observation_space"], data["action_space"])

@@ -154,7 +154,8 @@ class _Machine:
         self.fill(self.since_mark())
 
     def do_additems(self, _: Any) -> None:
-        self.stack[-1].update(self.since_mark())
+        items = self.since_mark()
+        self.stack[-1].update(items)
 
     def fill(self, items: list[Any]) -> None:
         last = self.stack[-1]

@@ -34,7 +34,7 @@ def settings_of(x: Any, others: Iterable[Any]) -> set[str]:
     """
     kinds = {type(its) for its in others if not isinstance(its, VecEnv)}  # which only passes values on
     kinds = {type(x), *(kind for kind in kinds if kind.__flags__ & _MADE_BY_CLASS)}
-    assigned = frozenset[str]().union(*map(assigned_by, kinds))
+    assigned = frozenset[str]().union(*(assigned_by(kind) for kind in kinds))
     if assigned & _ANY:
         return set()
     return {name for name, its in vars(x).items() if name not in assigned and _is_fixed(its)}

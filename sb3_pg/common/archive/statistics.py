@@ -43,7 +43,7 @@ def write_statistics(path: str | Path, attributes: dict[str, Any]) -> None:
     except Exception as error:
         name_attribute(error, twin.__getstate__(), pickle.dumps, "Delete it before.")
         raise
-    line = {"format": FORMAT, "sb3_pg": sb3_pg.__version__, "sha256": checksum(pickled)}
+    line = {"format": FORMAT, "version": sb3_pg.__version__, "sha256": checksum(pickled)}
     with replacing(path) as file:
         file.write(pickled + b"\n" + json.dumps(line).encode() + b"\n")
 

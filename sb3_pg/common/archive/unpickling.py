@@ -144,7 +144,7 @@ class Builder:
             owner, attribute = call.arguments  # so that protocol 2 can name what is in a class
             return _looked_up(Name(owner.module, f"{owner.name}.{attribute}"))
         if not isinstance(function, Name) or function not in self.makers:
-            raise ForeignError(str(function) if isinstance(function, Name) else _described(call))
+            raise ForeignError(_described(call))
         arguments, keywords = self._build(call.arguments), self._build(call.keywords)
         state, items, pairs = self._build(call.state), self._build(call.items), self._build(call.pairs)
         try:
@@ -361,10 +361,16 @@ def _simple_linear_schedule(call: Call) -> Any:
 
 
 def _described(call: Call) -> str:
-    """Return how to name a function that is saved as code."""
+    """Return how to name what a pickle would call."""
     attributes = call.state[1] if isinstance(call.state, tuple) and len(call.state) == 2 else {}
     name = attributes.get("__qualname__") if isinstance(attributes, dict) else None
-    return f"the code of the function {name}" if name else "code of a function or class"
+    if name:
+        return f"the code of the function {name}"
+    function = call.function
+    while isinstance(function, Call):  # what another call returns
+        function = function.function
+    is_code = not isinstance(function, Name) or function.module.startswith("cloudpickle")
+    return "the code of a class or function" if is_code else str(function)
 
 
 def _makes_function(function: Any) -> bool:

@@ -396,7 +396,7 @@ def test_settings_of_an_environment_are_those_of_whoever_goes_on(tmp_path):
     resumed.learn(32, reset_num_timesteps=False)
     assert set(lengths(resumed)[2:]) == {3}
     env = of("CartPole-v1")(0)
-    resumed = PPO.load(path, env=Level)  if False else None
+    resumed = PPO.load(path, env=Level) if False else None
     assert settings_of(env.envs[0].unwrapped, ()) >= {"gravity", "tau"}
 
 
