@@ -34,7 +34,7 @@ def settings_of(x: Any, others: Iterable[Any]) -> set[str]:
     """
     kinds = {type(its) for its in others if not isinstance(its, VecEnv)}  # which only passes values on
     kinds = {type(x), *(kind for kind in kinds if kind.__flags__ & _MADE_BY_CLASS)}
-    assigned = frozenset[str]().union(*(assigned_by(kind) for kind in kinds))
+    assigned = frozenset[str]().union(*(assigned_by(kind) for kind in kinds))  # type: ignore[arg-type]
     if assigned & _ANY:
         return set()
     return {name for name, its in vars(x).items() if name not in assigned and _is_fixed(its)}
@@ -47,7 +47,7 @@ def _is_fixed(x: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def assigned_by(kind: type[Any]) -> frozenset[str]:
+def assigned_by(kind: type) -> frozenset[str]:
     """Return the names of attributes that the methods of a class assign, of any object, besides its constructor."""
     found = {"_np_random_seed"}
     for its in kind.__mro__[:-1]:

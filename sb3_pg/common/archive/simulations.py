@@ -55,10 +55,10 @@ def go_on(env: VecEnv, state: dict[str, Plain]) -> str | None:
     reader = Reader()
     try:
         _read_wrappers(reader, state["wrappers"], env)
+        _read_simulations(reader, state["simulations"], env)
         drawn = Reader()  # it numbers its objects by itself
         if "generators" in state:  # which the reset has used
             _read_generators(drawn, state["generators"], env)
-        _read_simulations(reader, state["simulations"], env)
     except UnstorableError as error:
         return str(error)
     try:

@@ -18,11 +18,10 @@ from conftest import FakeEnv, make_envs, policy_for
 from gymnasium import spaces, wrappers
 from stable_baselines3.common import vec_env as sb3
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.utils import LinearSchedule
 from text_models import config_of, letters_task
-from tiny_models import ALGORITHMS, ALL, tiny, weights
+from tiny_models import ALL, tiny, weights
 
 from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.common.archive.plain import UnstorableError, plain, value
@@ -131,12 +130,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(algorithm, where, tmp_path):
 @ALL
 @pytest.mark.parametrize("where", ["between", "step", "end"])
 def test_autograd(algorithm, where, tmp_path):
-    options = {"n_steps": 16} if algorithm is not PPO else {}
-    if algorithm is REINFORCE:
-        options["n_episodes"] = None
-        options = {"n_steps": 16, "n_episodes": 1}
-        options = {}
-    check(algorithm, CARTPOLE, tmp_path / "model.zip", where, engine="autograd", **options)
+    check(algorithm, CARTPOLE, tmp_path / "model.zip", where, engine="autograd")
 
 
 @pytest.mark.parametrize("algorithm", [PPO, TRPO])
@@ -203,8 +197,11 @@ def test_text_with_an_adapted_weight_of_the_reference(shape, algorithm, where, t
 
     task = letters_task()
     name = "Seq2SeqLMPolicy" if shape == "t5" else "CausalLMPolicy"
-    kwargs = {"model": config_of(shape, task), "reference_kl_coef": 0.5, "reference_kl_target": 1e-3, "net_arch": None}
-    del kwargs["net_arch"]
+    kwargs = {
+        "model": config_of(shape, task),
+        "reference_kl_coef": 0.5,
+        "reference_kl_target": 1e-3,
+    }
 
     def make_env(seed):
         return TextVecEnv(task, 4, completions_per_prompt=2, seed=seed)
@@ -353,6 +350,7 @@ class Locked(ManyKinds):
 
     def reset(self, *, seed=None, options=None):
         super().__init__()
+        self.action_space.seed(3)
         return super().reset(seed=seed)
 
 
@@ -396,15 +394,16 @@ def test_settings_of_an_environment_are_those_of_whoever_goes_on(tmp_path):
     resumed.learn(32, reset_num_timesteps=False)
     assert set(lengths(resumed)[2:]) == {3}
     env = of("CartPole-v1")(0)
-    resumed = PPO.load(path, env=Level) if False else None
-    assert settings_of(env.envs[0].unwrapped, ()) >= {"gravity", "tau"}
+    assert {"gravity", "tau"} <= settings_of(env.envs[0].unwrapped, ())
+    assert "steps_beyond_terminated" not in settings_of(env.envs[0].unwrapped, ())
 
 
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (of("CartPole-v1", lambda env: wrappers.TimeLimit(env, 9)), "is a"),
-        (of("Pendulum-v1"), ""),
+        (of("CartPole-v1", lambda env: wrappers.TimeLimit(env, 9)), "was made with other arguments"),
+        (of("Pendulum-v1"), "was made with other arguments"),
+        (of(Told), "is a "),
         (of("CartPole-v1", vec_wrapper=VecNormalize), "1 wrappers, but had 0"),
     ],
 )
@@ -414,10 +413,10 @@ def test_other_environments_are_not_written_into(make, why, tmp_path):
     state = state_of(env)
     other = make(0)
     other.reset()
-    before = json.dumps(state_of(other)["generators"], default=repr)
+    before = json.dumps(state_of(other), default=repr)
     found = go_on(other, state)
     assert found is not None and why in found
-    assert json.dumps(state_of(other)["generators"], default=repr) == before
+    assert json.dumps(state_of(other), default=repr) == before
 
 
 def test_an_environment_made_with_other_arguments_begins_anew(tmp_path):
@@ -641,4 +640,3 @@ def test_a_reset_that_cannot_be_restored_still_has_the_generators():
     state = state_of(env)
     prepare_reset(other, state)
     np.testing.assert_array_equal(env.reset(), other.reset())
-    assert make_vec_env is not None and ALGORITHMS
