@@ -237,8 +237,8 @@ def save_for_later(model: PolicyGradientAlgorithm, options: argparse.Namespace, 
 def episodes_in(folder: Path) -> list[tuple[int, float]]:
     """Return the steps and returns of the episodes of a run that is resumed; none if it is a new one."""
     path = folder / FILES["episodes"]
-    read = np.loadtxt(path, delimiter=",", ndmin=2).reshape(-1, 2) if path.exists() else np.empty((0, 2))
-    return [(int(step), float(its)) for step, its in read]
+    lines = path.read_text().splitlines()[1:] if path.exists() else []
+    return [(int(step), float(its)) for step, its in (line.split(",") for line in lines)]
 
 
 def load(algorithm: str, env_id: str, folder: Path, trusted: bool = False) -> PolicyGradientAlgorithm:

@@ -232,7 +232,11 @@ class ExperimentManager(exp_manager.ExperimentManager):
         if any(option.split("=")[0] == "--seed" for option in sys.argv):
             settings["seed"] = self.seed
         print("Loading pretrained agent")
-        common: dict[str, Any] = {"tensorboard_log": self.tensorboard_log, "verbose": self.verbose, "device": self.device}
+        common: dict[str, Any] = {
+            "tensorboard_log": self.tensorboard_log,
+            "verbose": self.verbose,
+            "device": self.device,
+        }
         return ALGOS[self.algo].load(self.trained_agent, env=env, **common, **settings)
 
     def _save_for_later(self, model: BaseAlgorithm) -> str:

@@ -2,13 +2,16 @@
 
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from itertools import pairwise
 
 import gymnasium as gym
+import numpy as np
 import pytest
 from stable_baselines3.common import vec_env as sb3
+from tiny_models import weights
 from zoo_tools import ALGORITHMS, ROOT, constructor, python
 
 from sb3_pg import PPO
@@ -144,6 +147,33 @@ def test_continue(algo, logs, small, tmp_path, capsys):
         for run in (first, second)
     ]
     assert counts[1] > counts[0] + 500
+
+
+@pytest.mark.parametrize("rest", [["-n", "256"], []])
+def test_continuing_equals_the_whole_run(rest, small, tmp_path, monkeypatch):
+    options = ["--algo", "ppo", "--env", "Pendulum-v1", "-c", small, "--eval-freq", "-1"]
+    run = "ppo/Pendulum-v1_1/Pendulum-v1.zip"
+    assert main(["train", *options, "--seed", "1", "-n", "512", "-f", str(tmp_path / "whole")]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PPO, "train", interrupted_after(PPO.train))
+        assert main(["train", *options, "--seed", "1", "-n", "512", "-f", str(tmp_path / "first")]) == 130
+    first = tmp_path / "first" / run
+    assert main(["train", *options, "-i", str(first), "-f", str(tmp_path / "rest"), *rest]) == 0
+    whole, resumed = (PPO.load(tmp_path / name / run) for name in ("whole", "rest"))
+    if not rest:  # the schedule of the learning rate goes on to the same end
+        np.testing.assert_array_equal(weights(whole), weights(resumed))
+        assert whole.num_timesteps == resumed.num_timesteps == 512
+    else:
+        assert PPO.load(first).num_timesteps + 256 <= resumed.num_timesteps
+
+
+def interrupted_after(train):
+    def then_interrupt(self):
+        train(self)
+        if self.num_timesteps == 256:
+            signal.raise_signal(signal.SIGINT)
+
+    return then_interrupt
 
 
 def test_what_was_learned_is_saved_when_a_number_is_not_finite(small, tmp_path, monkeypatch, capsys):

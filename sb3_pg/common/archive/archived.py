@@ -144,9 +144,10 @@ class Archived(OnPolicyAlgorithm):
         """Load an archive of this algorithm, or of its counterpart in SB3 or sb3-contrib. Arguments are SB3's.
 
         With ``reset_num_timesteps=False`` the next ``learn`` goes on where the archive was saved: with its random
-        numbers, unfinished rollout, statistics of VecNormalize and, if they can, environments. ``seed`` outranks its
-        random numbers, and ``force_reset=False`` leaves the environments as they are. Without ``env`` the random
-        generators that all share stay as they are.
+        numbers (also if torch or NumPy have been seeded since), unfinished rollout, statistics of VecNormalize and, if
+        they can, environments; others are reset. ``seed``, or ``set_random_seed`` afterwards, outranks its random
+        numbers, and ``force_reset=False`` leaves the environments as they are. Without ``env`` the random generators
+        that all share stay as they are.
 
         Nothing that is in the file is run. An attribute that is code, such as a schedule that is a function or a policy
         that is a class of yours, is refused by name unless ``custom_objects`` has it.
