@@ -1,3 +1,7 @@
+import contextlib
+import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -125,3 +129,50 @@ def test_a_file_in_place_of_the_folder_is_one_line(tmp_path, capsys):
 
 def test_running_mean():
     assert running_mean([1.0, 2.0, 6.0, 10.0], 2).tolist() == [1.0, 1.5, 4.0, 8.0]
+
+
+def test_ctrl_c_saves_and_leaves_the_terminal_whole(tmp_path):
+    """With a real terminal and a real signal."""
+    command = [sys.executable, "-W", "ignore", "-m", "sb3_pg.demo", "--algo", "ppo", "--env", "CartPole-v1"]
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        [*command, "--timesteps", "1000000", "--out", str(tmp_path)], stdin=child, stdout=child, stderr=child
+    )
+    os.close(child)
+    shown = b""
+    try:
+        while b"it/s" not in shown:  # the progress bar has moved
+            shown += os.read(parent, 4096)
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # the end of a terminal's output
+            while chunk := os.read(parent, 4096):
+                shown += chunk
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+        os.close(parent)
+    *_, last = shown.decode().strip().splitlines()
+    said = re.match(r"(\x1b\[\?25h)?Interrupted: saved in .*model\.zip after ([\d,]+) steps; go on with ", last)
+    assert "Traceback" not in shown.decode()
+    assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l") > 0  # the cursor is shown again
+    model = PPO.load(tmp_path / "model.zip", env="CartPole-v1")
+    assert said and model.num_timesteps == int(said[2].replace(",", ""))
+
+
+def test_sigterm_saves(tmp_path, capsys, monkeypatch):
+    def train(model, *_):
+        model.learn(600)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(sb3_pg.demo, "train", train)
+    assert main(["--algo", "ppo", "--env", "CartPole-v1", "--timesteps", "600", "--out", str(tmp_path)]) == 143
+    assert capsys.readouterr().err.startswith(f"Interrupted: saved in {tmp_path / 'model.zip'} after ")
+
+
+def test_an_interrupt_before_anything_was_learned_is_one_line(tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sb3_pg.demo, "evaluate", interrupted)
+    assert main(["--env", "CartPole-v1", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.count("\n") == 1

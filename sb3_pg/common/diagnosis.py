@@ -13,7 +13,14 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from sb3_pg.common.arrays import Array
 from sb3_pg.common.batch import Batch
 from sb3_pg.common.engines.protocol import Engine
-from sb3_pg.common.errors import LARGEST, EnvironmentNumberError, NonFiniteError, PolicyError, first_not_finite
+from sb3_pg.common.errors import (
+    LARGEST,
+    ArgumentError,
+    EnvironmentNumberError,
+    NonFiniteError,
+    PolicyError,
+    first_not_finite,
+)
 from sb3_pg.common.interrupts import uninterrupted
 from sb3_pg.common.rollout import Rollout
 
@@ -95,7 +102,15 @@ def explained(error: Exception, policy: ActorCriticPolicy) -> Exception:
         blame = _blame(policy, _DIVERGED)
         return PolicyError(f"The policy has diverged: {blame}. What its actions led to: {error}") if blame else error
     blame = "" if isinstance(error, NonFiniteError) else _blame(policy)
-    return PolicyError(f"The policy could not be computed: {blame}.") if blame else error
+    if blame:
+        return PolicyError(f"The policy could not be computed: {blame}.")
+    types = {p.dtype for p in policy.parameters()}
+    if isinstance(error, RuntimeError) and "dtype" in str(error) and types != {th.float32}:
+        return ArgumentError(
+            f"The policy's parameters are of {', '.join(map(str, types))}, but SB3 makes float32 of observations "
+            f"({error}). Call torch.set_default_dtype(torch.float32) before the policy is made."
+        )
+    return error
 
 
 #: A standard deviation above which a policy is to blame for what its actions lead to.

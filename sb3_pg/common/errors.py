@@ -190,14 +190,19 @@ def is_finite(x: np.ndarray) -> bool:
             return True
     elif x.dtype.itemsize <= 4 and math.isfinite(np.sum(x, dtype=np.float64)):
         return True
-    return bool((np.abs(x) <= LARGEST).all())
+    return bool(_are_finite(x).all())
+
+
+def _are_finite(x: np.ndarray) -> np.ndarray:
+    finite: np.ndarray = np.isfinite(x) if x.dtype.itemsize <= 4 else np.abs(x) <= LARGEST
+    return finite
 
 
 def first_not_finite(x: np.ndarray) -> tuple[int, ...] | None:
     """Return the index of the first number that is not finite in single precision, None if all are."""
     if is_finite(x):
         return None
-    found: list[int] = np.argwhere(~(np.abs(x) <= LARGEST))[0].tolist()
+    found: list[int] = np.argwhere(~_are_finite(x))[0].tolist()
     return tuple(found)
 
 

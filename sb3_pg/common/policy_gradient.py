@@ -175,6 +175,11 @@ class PolicyGradientAlgorithm(Archived):
             value = getattr(self, name, None)
             if isinstance(value, np.number | np.ndarray | th.Tensor) and np.ndim(value) == 0:
                 setattr(self, name, value.item())  # numbers of other libraries become Python's
+        if th.get_default_dtype() not in (th.float32, th.float64):
+            raise ArgumentError(
+                f"torch's default type is {th.get_default_dtype()}, in which no policy can be initialised: call "
+                "torch.set_default_dtype(torch.float32)."
+            )
         self._check_arguments()
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
@@ -656,6 +661,8 @@ class PolicyGradientAlgorithm(Archived):
                 self._last_obs = None  # the environments may be broken: reset them before learning goes on
             if isinstance(explanation, PolicyError):
                 raise PolicyError(f"{explanation} {good.returned()}") from failure
+            if explanation is not failure:
+                raise explanation from failure
             raise
 
     def _setup_learn(

@@ -5,6 +5,7 @@ two, and shows what it answers to held-out prompts before and after.
 """
 
 import argparse
+import io
 import os
 import sys
 import time
@@ -142,6 +143,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the demonstration; the exit code: 0, 2 for input that cannot work, 130 or 143 after ctrl-C or SIGTERM."""
     options = parse(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not have the letters of a language
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers.utils import logging
 
