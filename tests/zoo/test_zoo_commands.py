@@ -132,6 +132,47 @@ def test_enjoy(algo, which, logs, capsys):
     assert "Loading running average" in printed and "Mean reward: -" in printed
 
 
+class Harm:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+@pytest.mark.parametrize("what", ["model", "statistics"])
+def test_enjoy_runs_no_code_unless_it_is_told_to(what, logs, tmp_path, capsys):
+    run = tmp_path / "ppo" / "Pendulum-v1_1"
+    shutil.copytree(logs / "ppo" / "Pendulum-v1_1", run)
+    if what == "model":
+        model = ALGORITHMS["ppo"].load(run / "Pendulum-v1.zip")
+        model.harm = Harm()
+        model.save(run / "Pendulum-v1.zip")
+    else:
+        path = str(run / "Pendulum-v1" / "vecnormalize.pkl")
+        statistics = ours.VecNormalize.load(path, ours.DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
+        statistics.harm = Harm()
+        statistics.save(path)
+    options = [
+        "--algo",
+        "ppo",
+        "--env",
+        "Pendulum-v1",
+        "-f",
+        str(tmp_path),
+        "--no-render",
+        "-n",
+        "210",
+        "--exp-id",
+        "1",
+    ]
+    assert main(["enjoy", *options]) == 2
+    printed = capsys.readouterr()
+    assert "builtins.print" in printed.err and "--trusted" in printed.err and "code ran" not in printed.out
+    assert printed.err.count("\n") == 1
+    assert main(["enjoy", *options, "--trusted"]) == 0
+    printed = capsys.readouterr()
+    assert "code ran" in printed.out and "Mean reward: -" in printed.out
+    assert main(["enjoy", *options]) == 2
+
+
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_continue(algo, logs, small, tmp_path, capsys):
     first = logs / algo / "Pendulum-v1_1"

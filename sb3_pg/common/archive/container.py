@@ -15,12 +15,12 @@ import cloudpickle
 import torch as th
 from stable_baselines3.common.save_util import open_path
 
-import sb3_pg
 from sb3_pg.common.archive.peers import algorithm_in
 from sb3_pg.common.archive.pickles import UnreadableError
 from sb3_pg.common.archive.tensors import read_tensors
 from sb3_pg.common.archive.unpickling import ForeignError, unpickle
 from sb3_pg.common.errors import ArgumentError
+from sb3_pg.version import __version__
 
 #: The version of what is added to SB3's archives. A reader refuses later ones by name.
 FORMAT = 1
@@ -157,7 +157,7 @@ def seal(file: BinaryIO | io.BytesIO, algorithm: str, resume: dict[str, Any] | N
         if resume is not None:
             archive.writestr(RESUME, pickle.dumps(resume, protocol=4))
         entries = {name: checksum(archive.read(name)) for name in archive.namelist()}
-        written = {"format": FORMAT, "version": sb3_pg.__version__, "algorithm": algorithm, "sha256": entries}
+        written = {"format": FORMAT, "version": __version__, "algorithm": algorithm, "sha256": entries}
         archive.writestr(SEAL, json.dumps(written, indent=1))
 
 
@@ -252,6 +252,6 @@ def check_format(written: dict[str, Any]) -> None:
     """
     if written["format"] > FORMAT:
         raise LaterError(
-            f"is in format {written['format']} of sb3_pg {written['version']}; this is sb3_pg {sb3_pg.__version__}, "
+            f"is in format {written['format']} of sb3_pg {written['version']}; this is sb3_pg {__version__}, "
             f"which reads up to format {FORMAT}. Install the later one."
         )

@@ -52,6 +52,9 @@ _EMPTY = {"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict, "EMPTY_S
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _NOTHING = ("PROTO", "FRAME")
 
+#: Modules whose old names pickles have up to protocol 2.
+_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+
 #: cloudpickle sets the state of a function by calling this with both, and drops the result.
 _SET_STATE = "_function_setstate"
 
@@ -178,7 +181,7 @@ class _Machine:
 
     def do_global(self, argument: str) -> None:
         module, name = argument.split(" ")  # between them is what separates them in the listing
-        self.stack.append(Name(module, name))
+        self.stack.append(Name(_PYTHON_2.get(module, module), name))
 
     def do_stack_global(self, _: Any) -> None:
         module, name = self.popped(2)
