@@ -1,17 +1,24 @@
 """REINFORCE, TRPO and PPO for Stable-Baselines3: one family with one design."""
 
 from sb3_pg import text  # registers its environments and imports nothing else
-from sb3_pg.common.registry import AUTOGRAD_PLACES, ENGINE_PLACES, MEMORY_PLACES, OWN_PLACES, POLICY_PLACES
+from sb3_pg.common.registry import (
+    AUTOGRAD_PLACES,
+    ENGINE_PLACES,
+    MEMORY_PLACES,
+    OWN_PLACES,
+    POLICY_PLACES,
+    SPACE_PLACES,
+)
 from sb3_pg.ppo import PPO
 from sb3_pg.reinforce import REINFORCE
 from sb3_pg.trpo import TRPO
-
-__version__ = "0.1.0"
+from sb3_pg.version import __version__
 
 __all__ = ["PPO", "REINFORCE", "TRPO", "__version__", "text"]
 
 for _name in ("CausalLMPolicy", "Seq2SeqLMPolicy"):
     POLICY_PLACES[_name] = f"sb3_pg.text.policies:{_name}"
+SPACE_PLACES["sb3_pg.text.spaces:Vocabulary"] = ("n", "end_token")
 ENGINE_PLACES["sb3_pg.text.policies:LanguageModelPolicy"] = "sb3_pg.text.engine:TextEngine"
 for _name in ("MlpLstmPolicy", "CnnLstmPolicy", "MultiInputLstmPolicy"):
     POLICY_PLACES[_name] = f"sb3_contrib.ppo_recurrent.policies:{_name}"

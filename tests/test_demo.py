@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from tiny_models import weights
 
 import sb3_pg.demo
 from sb3_pg import PPO
@@ -45,6 +47,40 @@ def test_a_run_without_a_finished_episode_has_an_empty_curve(tmp_path):
         patch.setitem(CONTINUOUS["ppo"], "n_steps", 32)
         assert main(arguments) == 0
     assert (tmp_path / "learning_curve.png").exists()
+
+
+@pytest.mark.parametrize("stopped", ["by fewer steps", "by ctrl-C"])
+def test_a_resumed_run_equals_the_whole(stopped, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(CONTINUOUS["ppo"], "n_steps", 128)
+    arguments = ["--algo", "ppo", "--env", "Pendulum-v1", "--n-envs", "2"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert main([*arguments, "--timesteps", "768", "--out", str(whole)]) == 0
+    if stopped == "by ctrl-C":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PPO, "train", interrupting(PPO.train))
+            assert main([*arguments, "--timesteps", "768", "--out", str(resumed)]) == 130
+    else:
+        assert main([*arguments, "--timesteps", "256", "--out", str(resumed)]) == 0
+    assert main([*arguments, "--timesteps", "768", "--out", str(resumed), "--resume"]) == 0
+    first, second = (PPO.load(folder / "model.zip") for folder in (whole, resumed))
+    np.testing.assert_array_equal(weights(first), weights(second))
+    assert (whole / "episodes.csv").read_text() == (resumed / "episodes.csv").read_text()
+    assert main([*arguments, "--timesteps", "768", "--out", str(resumed), "--resume"]) == 2
+    assert "has 768 steps already" in capsys.readouterr().err
+
+
+def interrupting(train):
+    def then_interrupt(self):
+        train(self)
+        if self.num_timesteps == 256:
+            signal.raise_signal(signal.SIGINT)
+
+    return then_interrupt
+
+
+def test_nothing_to_resume_is_one_line(tmp_path, capsys):
+    assert main(["--algo", "ppo", "--env", "Pendulum-v1", "--out", str(tmp_path), "--resume"]) == 2
+    assert "nothing to resume" in capsys.readouterr().err
 
 
 def test_every_algorithm_has_settings():

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from stable_baselines3.common.callbacks import BaseCallback
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -54,6 +56,44 @@ def interrupts_raised() -> Iterator[None]:
     before = {number: signal.signal(number, interrupt) for number in _SIGNALS}
     try:
         yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class AfterStep(BaseCallback):
+    """Raises ``Interrupted`` once a step of the environments is whole, from where the run can go on exactly."""
+
+    number: int | None = None  #: of the signal that has come
+
+    def raise_if_asked(self) -> None:
+        """Raise it now, if a signal has come."""
+        if self.number is not None:
+            number, self.number = self.number, None
+            raise Interrupted(number)
+
+    def _on_step(self) -> bool:
+        self.raise_if_asked()
+        return True
+
+
+@contextmanager
+def interrupts_after_steps() -> Iterator[AfterStep]:
+    """Let ctrl-C and SIGTERM wait for a step's end within the block, for which ``learn`` is given the callback.
+
+    A second one does not wait.
+    """
+    callback = AfterStep()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if callback.number is not None:
+            callback.raise_if_asked()
+        callback.number = number
+
+    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    try:
+        yield callback
+        callback.raise_if_asked()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -603,11 +603,14 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
 
         Until it returns, torch uses a single thread where that is faster, also in callbacks and environments.
 
-        :param total_timesteps: steps over all environments; whole rollouts are made, so it may be a few more
+        :param total_timesteps: steps over all environments; whole rollouts are made, so it may be a few more. With
+            ``reset_num_timesteps=False`` so many more than before, and schedules progress over the whole: to end a run
+            of a million steps that was stopped, ``learn(1_000_000 - model.num_timesteps, reset_num_timesteps=False)``
         :param callback: SB3 callback(s), called at every step
         :param log_interval: updates between two log lines; the last update is always logged
         :param tb_log_name: name of the run for TensorBoard
-        :param reset_num_timesteps: False continues the step count, the episodes and an interrupted rollout
+        :param reset_num_timesteps: False continues the step count, the episodes and an interrupted rollout; after
+            ``load`` with all that the archive holds, random numbers and environments too, see ``load``
         :param progress_bar: show one (needs tqdm and rich)
         :return: the model itself
         :raises NonFiniteError: a number was not finite; the policy keeps its last good parameters

@@ -7,7 +7,7 @@ your own may be in the same way.
 from importlib import import_module
 from typing import Any
 
-#: Where a policy is that goes by a name, as in ``PPO("CausalLMPolicy", env)``.
+#: Where a policy is that goes by a name, as in ``PPO("CausalLMPolicy", env)``. Archives may name it.
 POLICY_PLACES: dict[str, str] = {}
 
 #: Where our class is that models are made with, by where the one is that users and archives name.
@@ -15,6 +15,9 @@ OWN_PLACES: dict[str, str] = {}
 
 #: Where policies are that remember what they have seen; subclasses of theirs do too.
 MEMORY_PLACES: set[str] = set()
+#: Spaces that archives may hold beside gymnasium's, by where they are: the whole numbers that their constructors take,
+#: which must be attributes too.
+SPACE_PLACES: dict[str, tuple[str, ...]] = {}
 
 #: Where the engine of a policy is, by where the policy is; subclasses of the policy have it too. It is a class whose
 #: constructor takes the policy, see :class:`sb3_pg.common.engines.protocol.Engine`, or a function that makes one.

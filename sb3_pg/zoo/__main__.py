@@ -1,6 +1,7 @@
 """rl-zoo's commands with REINFORCE, TRPO and PPO: ``python -m sb3_pg.zoo train --algo trpo --env Pendulum-v1``.
 
-Every option is rl_zoo3's own and passes through; ``python -m sb3_pg.zoo train --help`` lists them.
+Every option is rl_zoo3's own and passes through; ``python -m sb3_pg.zoo train --help`` lists them. One more is ours:
+``--trusted`` runs the code that archives and statistics may hold, which are refused without it.
 """
 
 import argparse
@@ -12,13 +13,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
 
 import gymnasium as gym
 
+from sb3_pg.common.archive.archived import Archived
 from sb3_pg.common.errors import ArgumentError, NonFiniteError
 from sb3_pg.common.interrupts import Interrupted
+from sb3_pg.common.vec_env import VecNormalize
 from sb3_pg.zoo import register
 
 PROGRAM = "python -m sb3_pg.zoo"
@@ -37,6 +41,9 @@ MODULES = ("record_video", "record_training", "benchmark")
 
 COMMANDS = (*FUNCTIONS, *MODULES)
 
+#: Lets archives and statistics be loaded that hold code.
+TRUSTED = "--trusted"
+
 #: rl_zoo3 does not check that these are told what to draw.
 NEED_OPTIONS = ("all_plots", "plot_from_file")
 
@@ -48,7 +55,7 @@ EXTRAS |= {"pygame": "zoo", "mujoco": "mujoco"}
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Give an attribute another value for a while."""
-    before = getattr(owner, name)
+    before = vars(owner)[name]
     setattr(owner, name, value)
     try:
         yield
@@ -71,8 +78,21 @@ def our_command(command: Any) -> Any:
     return command
 
 
+@contextmanager
+def trusting_files() -> Iterator[None]:
+    """Let models and statistics be loaded with all that they hold for a while."""
+
+    def load_model(cls: type[Archived], *arguments: Any, **more: Any) -> Archived:
+        return model.__func__(cls, *arguments, trusted=True, **more)  # type: ignore[no-any-return]
+
+    model, statistics = vars(Archived)["load"], partial(VecNormalize.load, trusted=True)
+    with replaced(Archived, "load", classmethod(load_model)), replaced(VecNormalize, "load", staticmethod(statistics)):
+        yield
+
+
 def run(command: str, options: list[str]) -> None:
     """Run a script of rl_zoo3 as if from the command line, with our algorithms in it and in its children."""
+    trusted, options = TRUSTED in options, [option for option in options if option != TRUSTED]
     if command in NEED_OPTIONS and not options:
         options = ["--help"]
     if command == "record_training" and shutil.which("ffmpeg") is None and not {"-h", "--help"} & {*options}:
@@ -81,9 +101,12 @@ def run(command: str, options: list[str]) -> None:
     call = subprocess.call
 
     def call_with_ours(command: Any, *more: Any, **settings: Any) -> int:
-        return call(our_command(command), *more, **settings)
+        own = our_command(command)
+        return call([*own, TRUSTED] if trusted and own is not command else own, *more, **settings)
 
     with ExitStack() as stack:
+        if trusted:
+            stack.enter_context(trusting_files())
         stack.enter_context(replaced(sys, "argv", [f"{PROGRAM} {command}", *options]))
         stack.enter_context(replaced(argparse.ArgumentParser, "error", one_line_error))
         if command in FUNCTIONS:
@@ -114,7 +137,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, (ImportError, gym.error.DependencyNotInstalled)):
         return f"{message.rstrip('.')}.{missing_package(error)}"
     if isinstance(error, (ArgumentError, NonFiniteError, gym.error.Error)):
-        return message
+        return message.replace("trusted=True", TRUSTED)
     package = package_that_raised(error.__traceback__)
     if package.startswith(("huggingface_hub", "requests", "httpx", "urllib3")):
         return f"rl-zoo's agents cannot be downloaded ({message}). Pass --no-hub, or look at the connection."
@@ -131,6 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code: 0, 2 for input that cannot work, 130 or 143 after ctrl-C or SIGTERM."""
     command, *options = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     usage = f"{PROGRAM} COMMAND [options]; the commands are {', '.join(COMMANDS)}"
+    usage += f". {TRUSTED} runs the code that archives hold."
     if command in ("-h", "--help"):
         print(usage)
         return 0

@@ -1,6 +1,7 @@
 """rl_zoo3's ExperimentManager for our algorithms: their settings, schedules and environments, and clear errors."""
 
 import inspect
+import sys
 import typing
 import warnings
 from collections.abc import Callable
@@ -17,9 +18,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import Schedule
 
 from sb3_pg.common.errors import ArgumentError, NonFiniteError, check_count, check_number, did_you_mean
-from sb3_pg.common.interrupts import saved_when_interrupted
+from sb3_pg.common.interrupts import interrupts_after_steps, saved_when_interrupted
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
-from sb3_pg.common.vec_env import DummyVecEnv, take_over
+from sb3_pg.common.vec_env import DummyVecEnv
 from sb3_pg.zoo.configs import CONFIGS
 
 #: Keys of a configuration that rl_zoo3 takes for itself; all others are arguments of the algorithm.
@@ -70,6 +71,23 @@ def multiplied(value: Any, factor: int) -> str:
     return f"{value * factor:g}"
 
 
+class GoingOn:
+    """A loaded model as rl_zoo3 trains one: it goes on.
+
+    :param model: of ours
+    :param n_timesteps: so many more; None for the rest of the run that it was saved in, or else what rl_zoo3 asks for
+    """
+
+    def __init__(self, model: BaseAlgorithm, n_timesteps: int | None) -> None:
+        self._model, self.env, self._n_timesteps = model, model.env, n_timesteps
+
+    def learn(self, total_timesteps: int, **options: Any) -> None:
+        """Train it."""
+        rest = max(0, self._model._total_timesteps - self._model.num_timesteps)
+        n = self._n_timesteps or rest or total_timesteps
+        self._model.learn(n, reset_num_timesteps=False, **options)
+
+
 class ExperimentManager(exp_manager.ExperimentManager):
     """Arguments are rl_zoo3's; ``config`` has a default for each of our algorithms. Other algorithms run as there.
 
@@ -79,6 +97,7 @@ class ExperimentManager(exp_manager.ExperimentManager):
     def __init__(self, args: Any, algo: str, *more: Any, **options: Any) -> None:
         super().__init__(args, algo, *more, **options)
         self.config_is_given = options.get("config") is not None
+        self.n_timesteps_given = self.n_timesteps if self.n_timesteps > 0 else None
         default = CONFIGS / f"{algo}.yml"
         if not self.config_is_given and default.exists():
             self.config = str(default)
@@ -153,14 +172,6 @@ class ExperimentManager(exp_manager.ExperimentManager):
                 hyperparams[name] = linear_schedule(start)
         return hyperparams
 
-    # ----------------------------------------------------------- environments
-
-    def _maybe_normalize(self, env: sb3.VecEnv, eval_env: bool) -> sb3.VecEnv:
-        env = super()._maybe_normalize(env, eval_env)
-        if self.is_ours:
-            take_over(env)
-        return env
-
     # --------------------------------------------------------------- training
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
@@ -200,11 +211,33 @@ class ExperimentManager(exp_manager.ExperimentManager):
     def learn(self, model: BaseAlgorithm) -> None:
         """Train, and keep what was learned if an interrupt or a number that is not finite stops it."""
         try:
-            with saved_when_interrupted(lambda: self._save_for_later(model)):
-                super().learn(model)
+            with saved_when_interrupted(lambda: self._save_for_later(model)), interrupts_after_steps() as after_step:
+                self.callbacks.append(after_step)
+                goes_on = self.is_ours and self.continue_training
+                super().learn(GoingOn(model, self.n_timesteps_given) if goes_on else model)  # type: ignore[arg-type]
         except NonFiniteError:
             self.save_trained_model(model)
             raise
+
+    def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: sb3.VecEnv) -> BaseAlgorithm:
+        """Load the model of ``-i``, which goes on with its own random numbers unless ``--seed`` is given.
+
+        What adapts by itself goes on too, unless ``-params`` sets it.
+        """
+        if not self.is_ours:
+            return super()._load_pretrained_agent(hyperparams, env)
+        adapts = {"learning_rate": "adaptive_lr", "kl_coef": "adaptive_kl_coef"}
+        kept = {name for name, rule in adapts.items() if hyperparams.get(rule)} - (self.custom_hyperparams or {}).keys()
+        settings = {key: x for key, x in hyperparams.items() if key not in {"policy", "policy_kwargs", *kept}}
+        if any(option.split("=")[0] == "--seed" for option in sys.argv):
+            settings["seed"] = self.seed
+        print("Loading pretrained agent")
+        common: dict[str, Any] = {
+            "tensorboard_log": self.tensorboard_log,
+            "verbose": self.verbose,
+            "device": self.device,
+        }
+        return ALGOS[self.algo].load(self.trained_agent, env=env, **common, **settings)
 
     def _save_for_later(self, model: BaseAlgorithm) -> str:
         """Save an interrupted run; return where, and how to go on."""

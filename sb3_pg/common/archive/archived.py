@@ -149,9 +149,10 @@ class Archived(OnPolicyAlgorithm):
         """Load an archive of this algorithm, or of its counterpart in SB3 or sb3-contrib. Arguments are SB3's.
 
         With ``reset_num_timesteps=False`` the next ``learn`` goes on where the archive was saved: with its random
-        numbers, unfinished rollout, statistics of VecNormalize and, if they can, environments. ``seed`` outranks its
-        random numbers, and ``force_reset=False`` leaves the environments as they are. Without ``env`` the random
-        generators that all share stay as they are.
+        numbers (also if torch or NumPy have been seeded since), unfinished rollout, statistics of VecNormalize and, if
+        they can, environments; others are reset. ``seed``, or ``set_random_seed`` afterwards, outranks its random
+        numbers, and ``force_reset=False`` leaves the environments as they are. Without ``env`` the random generators
+        that all share stay as they are.
 
         Nothing that is in the file is run. An attribute that is code, such as a schedule that is a function or a policy
         that is a class of yours, is refused by name unless ``custom_objects`` has it.
@@ -168,7 +169,8 @@ class Archived(OnPolicyAlgorithm):
             print(f"== SAVED MODEL SYSTEM INFO ==\n{archive.entries['system_info.txt'].decode()}")
         cls._check_algorithm(archive)
         check_overrides(cls, kwargs)
-        data = cls._attributes(archive, custom_objects or {}, trusted)
+        overridden = {name: value for name, value in kwargs.items() if name != "policy_kwargs"}
+        data = cls._attributes(archive, {**(custom_objects or {}), **overridden}, trusted)
         if env is not None:
             env = cls._wrap_env(env, data.get("verbose", 0))
             check_for_correct_spaces(env, data["observation_space"], data["action_space"])
@@ -176,7 +178,7 @@ class Archived(OnPolicyAlgorithm):
             if force_reset:  # SB3 issue 597
                 data["_last_obs"] = None
         env = env if env is not None else data.get("env")
-        with nullcontext() if env is not None or "seed" in kwargs else generators_kept():
+        with nullcontext() if env is not None or kwargs.get("seed") is not None else generators_kept():
             model = cls._made_of(archive, data, env, device, kwargs)
         state = archive.resume()
         model._resume = with_new_generators(state) if kwargs.get("seed") is not None else state

@@ -2,26 +2,47 @@
 
 import math
 import threading
+from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sb3_pg.common.archive.container import ArchiveError
 from sb3_pg.common.archive.peers import Portable
+from sb3_pg.common.errors import as_number
 
 #: What an attribute or argument of the policy must be, so that nothing else is called in its place.
-_ATTRIBUTES: dict[str, type] = {"policy_class": ActorCriticPolicy, "rollout_buffer_class": RolloutBuffer}
+_ATTRIBUTES: dict[str, type] = {"policy_class": BasePolicy, "rollout_buffer_class": RolloutBuffer}
 _POLICY_KWARGS: dict[str, type] = {
     "activation_fn": th.nn.Module,
     "features_extractor_class": BaseFeaturesExtractor,
     "optimizer_class": th.optim.Optimizer,
+}
+
+#: What a model counts, and what it remembers of its environments.
+_COUNTED: tuple[str, ...] = (
+    "num_timesteps",
+    "n_envs",
+    "start_time",
+    "_total_timesteps",
+    "_num_timesteps_at_start",
+    "_n_updates",
+)
+_COUNTED += ("_episode_num", "_stats_window_size", "_current_progress_remaining")
+_REMEMBERED: dict[str, tuple[type, ...]] = {
+    "ep_info_buffer": (deque,),
+    "ep_success_buffer": (deque,),
+    "_last_obs": (np.ndarray, dict),
+    "_last_original_obs": (np.ndarray, dict),
+    "_last_episode_starts": (np.ndarray,),
 }
 
 #: Numbers in a policy beside those in its archive: made on the way, or shared by two names.
@@ -45,6 +66,12 @@ def check_attributes(file: str, model: type, data: dict[str, Any], given: Collec
     for name in data.keys() - set(given):
         if callable(getattr(model, name, None)):
             raise ArchiveError(f"{file}: `{name}` is no attribute but a method of {model.__name__}.")
+    for name in data.keys() & set(_COUNTED) - set(given):
+        if as_number(data[name]) is None:
+            raise ArchiveError(f"{file}: `{name}` is {data[name]!r}, but must be a number.")
+    for name, kinds in _REMEMBERED.items():
+        if not isinstance(data.get(name), (*kinds, type(None))) and name not in given:
+            raise ArchiveError(f"{file}: `{name}` is a {type(data[name]).__name__}, which it cannot be.")
     _check_classes(file, _ATTRIBUTES, {name: value for name, value in data.items() if name not in given})
     if "policy_kwargs" not in given:
         check_policy_kwargs(file, data.get("policy_class"), data.get("policy_kwargs", {}))
@@ -113,9 +140,6 @@ def check_parameters(file: str, model: Any, parameters: dict[str, Any], exact: b
         raise ArchiveError(
             f"{file} has parameters of {_listed(parameters)}, but a {type(model).__name__} needs {_listed(expected)}."
         )
-    for name, state in parameters.items():
-        if not isinstance(state, dict):
-            raise ArchiveError(f"{file}: the state of {name} is a {type(state).__name__}.")
     if "policy" in parameters:
         check_policy_state(file, model.policy, parameters["policy"], exact)
     if "policy.optimizer" in parameters:

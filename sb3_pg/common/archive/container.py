@@ -15,12 +15,12 @@ import cloudpickle
 import torch as th
 from stable_baselines3.common.save_util import open_path
 
-import sb3_pg
 from sb3_pg.common.archive.peers import algorithm_in
 from sb3_pg.common.archive.pickles import UnreadableError
 from sb3_pg.common.archive.tensors import read_tensors
 from sb3_pg.common.archive.unpickling import ForeignError, unpickle
 from sb3_pg.common.errors import ArgumentError
+from sb3_pg.version import __version__
 
 #: The version of what is added to SB3's archives. A reader refuses later ones by name.
 FORMAT = 1
@@ -112,7 +112,11 @@ class Archive:
     def parameters(self) -> dict[str, Any]:
         """Return the state of each module and optimizer by its name, see :meth:`tensors`."""
         names = [name for name in self.entries if name.endswith(".pth") and name != _VARIABLES]
-        return {name.removesuffix(".pth"): self.tensors(name) for name in names}
+        found = {name.removesuffix(".pth"): self.tensors(name) for name in names}
+        for name, state in found.items():
+            if not isinstance(state, dict):
+                raise ArchiveError(f"{self.name}: the state of {name} is a {type(state).__name__}.")
+        return found
 
     def variables(self, names: list[str]) -> dict[str, th.Tensor]:
         """Return the tensors that belong to no module.
@@ -153,7 +157,7 @@ def seal(file: BinaryIO | io.BytesIO, algorithm: str, resume: dict[str, Any] | N
         if resume is not None:
             archive.writestr(RESUME, pickle.dumps(resume, protocol=4))
         entries = {name: checksum(archive.read(name)) for name in archive.namelist()}
-        written = {"format": FORMAT, "sb3_pg": sb3_pg.__version__, "algorithm": algorithm, "sha256": entries}
+        written = {"format": FORMAT, "version": __version__, "algorithm": algorithm, "sha256": entries}
         archive.writestr(SEAL, json.dumps(written, indent=1))
 
 
@@ -248,6 +252,6 @@ def check_format(written: dict[str, Any]) -> None:
     """
     if written["format"] > FORMAT:
         raise LaterError(
-            f"is in format {written['format']} of sb3_pg {written['sb3_pg']}; this is sb3_pg {sb3_pg.__version__}, "
+            f"is in format {written['format']} of sb3_pg {written['version']}; this is sb3_pg {__version__}, "
             f"which reads up to format {FORMAT}. Install the later one."
         )

@@ -15,13 +15,17 @@ from stable_baselines3.common.policies import (
 
 from sb3_pg.common.errors import ArgumentError, did_you_mean
 
-#: What tells the archives of algorithms apart: the first of these attributes that one has.
+#: What tells the archives of algorithms apart: the first of these whose attributes one has.
 _MARKS = {
     "REINFORCE": "critic_batch_size",
     "TRPO": "cg_max_steps",
     "PPO": "clip_range",
+    "ARS": "n_delta",
+    "QRDQN": "n_quantiles",
     "DQN": "exploration_fraction",
-    "SAC or TQC": "target_entropy",
+    "TQC": "top_quantiles_to_drop_per_net",
+    "CrossQ": "target_entropy policy_delay",
+    "SAC": "target_entropy",
     "TD3 or DDPG": "policy_delay",
     "an off-policy algorithm": "buffer_size",
     "A2C": "gae_lambda",
@@ -138,7 +142,7 @@ def check_overrides(kind: type, names: Collection[str]) -> None:
 
 def algorithm_in(data: dict[str, Any]) -> str | None:
     """Return which algorithm an archive holds, from the names of its attributes; None if that can't be told."""
-    return next((algorithm for algorithm, mark in _MARKS.items() if mark in data), None)
+    return next((algorithm for algorithm, marks in _MARKS.items() if data.keys() >= set(marks.split())), None)
 
 
 def without_contrib(data: dict[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,9 @@ _EMPTY = {"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict, "EMPTY_S
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _NOTHING = ("PROTO", "FRAME")
 
+#: Modules whose old names pickles have up to protocol 2.
+_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+
 #: cloudpickle sets the state of a function by calling this with both, and drops the result.
 _SET_STATE = "_function_setstate"
 
@@ -154,7 +157,8 @@ class _Machine:
         self.fill(self.since_mark())
 
     def do_additems(self, _: Any) -> None:
-        self.stack[-1].update(self.since_mark())
+        items = self.since_mark()
+        self.stack[-1].update(items)
 
     def fill(self, items: list[Any]) -> None:
         last = self.stack[-1]
@@ -177,7 +181,7 @@ class _Machine:
 
     def do_global(self, argument: str) -> None:
         module, name = argument.split(" ")  # between them is what separates them in the listing
-        self.stack.append(Name(module, name))
+        self.stack.append(Name(_PYTHON_2.get(module, module), name))
 
     def do_stack_global(self, _: Any) -> None:
         module, name = self.popped(2)

@@ -22,6 +22,8 @@ from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common import vec_env
 from stable_baselines3.common.monitor import Monitor
 
+from sb3_pg.common.archive.settings import settings_of
+
 Plain: TypeAlias = Any  # recursive, which annotations cannot say
 
 #: Larger arrays are taken for data that do not change: their fingerprint is written in their place.
@@ -111,7 +113,10 @@ def value(data: Plain) -> Any:
 
     :raises UnstorableError: it has
     """
-    return Reader()(data, None)
+    reader = Reader()
+    found = reader(data, None)
+    reader.apply()
+    return found
 
 
 class Writer:
@@ -125,6 +130,7 @@ class Writer:
         self._seen: dict[int, int] = {}
         self._kept: list[Any] = []  # so that no other object gets the identity of one that is seen
         self._n = 0
+        self._above: list[Any] = []  # the objects that those being written are in
 
     def __call__(self, x: Any, where: str) -> Plain:
         self._n += 1
@@ -210,10 +216,14 @@ class Writer:
             if not holds_data and _pickles_in_its_own_way(x):
                 raise UnstorableError(f"{where}, a {type(x).__name__}, has more to it than its attributes")
             described |= {"is": "object", "arguments": _arguments(x)}
-            ignored = (names for kind, names in _IGNORED.items() if isinstance(x, kind))
-            names = its.keys() - _OF_THE_CLASS.union(_ARGUMENTS, *ignored)
+            ignored = [names for kind, names in _IGNORED.items() if isinstance(x, kind)]
+            settings = settings_of(x, (*self._above, *its.values()))
+            names = its.keys() - _OF_THE_CLASS.union(_ARGUMENTS, settings, *ignored)
         names = sorted(name for name in names if not name.startswith("__"))
-        return {**described, "attributes": {name: self(its[name], f"{where}.{name}") for name in names}}
+        self._above.append(x)
+        attributes = {name: self(its[name], f"{where}.{name}") for name in names}
+        self._above.pop()
+        return {**described, "attributes": attributes}
 
 
 class Reader:

@@ -39,8 +39,9 @@ def state_of(model: "Archived") -> dict[str, Plain] | None:
         state["environments"] = state_of_environments(model.env)
         if "generators" not in state["environments"]:  # the same streams would begin again
             state["environments"]["seed"] = int(fingerprint(th.get_rng_state().numpy())[:7], 16)
-    if model._last_obs is None:  # an error within a step of the environments: their state is worth nothing
-        return with_new_generators(state)
+    if model._last_obs is None:  # an error stopped a step of the environments: they are reset
+        state.get("environments", {}).pop("simulations", None)
+        return state
     if model._rollout is not None and model._is_amid_rollout:
         state["rollout"] = plain(_described(model._rollout))
         if model.use_sde:

@@ -56,9 +56,13 @@ def go_on(env: VecEnv, state: dict[str, Plain]) -> str | None:
     try:
         _read_wrappers(reader, state["wrappers"], env)
         _read_simulations(reader, state["simulations"], env)
+        drawn = Reader()  # it numbers its objects by itself
+        if "generators" in state:  # which the reset has used
+            _read_generators(drawn, state["generators"], env)
     except UnstorableError as error:
         return str(error)
     try:
+        drawn.apply()
         reader.apply()
     except Exception as error:
         raise ArgumentError(

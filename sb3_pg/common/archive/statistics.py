@@ -11,7 +11,6 @@ from gymnasium import spaces
 from stable_baselines3.common import vec_env as sb3
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 
-import sb3_pg
 from sb3_pg.common.archive.atomic import replacing
 from sb3_pg.common.archive.container import (
     FORMAT,
@@ -23,6 +22,7 @@ from sb3_pg.common.archive.container import (
 )
 from sb3_pg.common.archive.pickles import Name, UnreadableError, read
 from sb3_pg.common.archive.unpickling import MAKERS, Builder, ForeignError
+from sb3_pg.version import __version__
 
 _KIND = Name("stable_baselines3.common.vec_env.vec_normalize", "VecNormalize")
 
@@ -43,7 +43,7 @@ def write_statistics(path: str | Path, attributes: dict[str, Any]) -> None:
     except Exception as error:
         name_attribute(error, twin.__getstate__(), pickle.dumps, "Delete it before.")
         raise
-    line = {"format": FORMAT, "sb3_pg": sb3_pg.__version__, "sha256": checksum(pickled)}
+    line = {"format": FORMAT, "version": __version__, "sha256": checksum(pickled)}
     with replacing(path) as file:
         file.write(pickled + b"\n" + json.dumps(line).encode() + b"\n")
 
@@ -58,9 +58,10 @@ def read_statistics(path: str | Path, trusted: bool) -> dict[str, Any]:
     try:
         tree, end = read(file)
         _check_line(file[:end], file[end:])
-        attributes = pickle.loads(file).__getstate__() if trusted else Builder(end, _MAKERS).build(tree)
+        attributes = dict(vars(pickle.loads(file))) if trusted else Builder(end, _MAKERS).build(tree)
         if not isinstance(attributes, dict):
             raise UnreadableError("it is another object")
+        attributes.pop("venv", None)  # of an object that is whole
         _check(attributes)
     except ForeignError as error:
         raise ArchiveError(

@@ -4,6 +4,7 @@ What may be in a file is listed here, by exact module and name: classes, which a
 with a function of ours that makes it from numbers, texts and arrays after looking at them.
 """
 
+import functools
 import re
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 
 from sb3_pg.common.archive.pickles import Call, Elsewhere, Name, UnreadableError, read
+from sb3_pg.common.registry import POLICY_PLACES, SPACE_PLACES, at
 
 
 class ForeignError(ValueError):
@@ -31,8 +33,8 @@ def _names(module: str, names: str) -> Iterator[Name]:
 
 _OPTIMIZERS = ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
 
-#: Classes that a file may name. They are called later, with arguments from the file: policies, and what they are made
-#: of. Nothing may be listed here that could do harm then.
+#: Classes that a file may name, beside the policies of ``POLICY_PLACES``: policies and what they are made of. They are
+#: called later, with arguments from the file, so nothing may be listed here that could do harm then.
 CLASSES: frozenset[Name] = frozenset(
     [
         *_names(
@@ -54,8 +56,6 @@ CLASSES: frozenset[Name] = frozenset(
         *_names("sb3_contrib.common.recurrent.buffers", "RecurrentRolloutBuffer RecurrentDictRolloutBuffer"),
         *_names("sb3_pg.common.policies", "QuickMlpPolicy"),
         *_names("sb3_pg.common.buffers", "RolloutBuffer"),
-        *_names("sb3_pg.recurrent", "MlpGruPolicy CnnGruPolicy MultiInputGruPolicy"),
-        *_names("sb3_pg.text.policies", "CausalLMPolicy Seq2SeqLMPolicy"),
         *_names(
             "torch.nn.modules.activation",
             "CELU ELU GELU GLU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish PReLU RReLU ReLU "
@@ -140,15 +140,18 @@ class Builder:
         function = call.function
         if _makes_function(function):
             return _schedule_of_closure(call)
-        if function == Name("builtins", "getattr") or function == Name("__builtin__", "getattr"):
+        if function == Name("builtins", "getattr"):
             owner, attribute = call.arguments  # so that protocol 2 can name what is in a class
             return _looked_up(Name(owner.module, f"{owner.name}.{attribute}"))
-        if not isinstance(function, Name) or function not in self.makers:
-            raise ForeignError(str(function) if isinstance(function, Name) else _described(call))
+        make = self.makers.get(function) if isinstance(function, Name) else None
+        if make is None and isinstance(function, Name) and _place(function) in SPACE_PLACES:
+            make = _space(functools.partial(_registered_space, _place(function)))
+        if make is None:
+            raise ForeignError(_described(call))
         arguments, keywords = self._build(call.arguments), self._build(call.keywords)
         state, items, pairs = self._build(call.state), self._build(call.items), self._build(call.pairs)
         try:
-            return self.makers[function](Call(function, arguments, keywords, state, items, pairs))
+            return make(Call(function, arguments, keywords, state, items, pairs))
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError, OverflowError) as error:
             raise UnreadableError(f"{function} cannot be made: {type(error).__name__}: {error}") from error
 
@@ -157,10 +160,14 @@ class Builder:
 _DUMMY_SCHEDULE = Name("stable_baselines3.common.policies", "BasePolicy._dummy_schedule")
 
 
+def _place(name: Name) -> str:
+    return f"{name.module}:{name.name}"
+
+
 def _looked_up(name: Name) -> Any:
     if name == _DUMMY_SCHEDULE:
         return BasePolicy._dummy_schedule
-    if name not in CLASSES:
+    if name not in CLASSES and _place(name) not in POLICY_PLACES.values():
         raise ForeignError(str(name))
     try:
         return getattr(import_module(name.module), name.name)
@@ -305,10 +312,9 @@ def _discrete(state: dict[str, Any]) -> spaces.Discrete:
     return spaces.Discrete(int(state["n"]), start=int(state.get("start", 0)), **_own_dtype(state))
 
 
-def _vocabulary(state: dict[str, Any]) -> spaces.Discrete:
-    from sb3_pg.text.spaces import Vocabulary
-
-    return Vocabulary(int(state["n"]), int(state["end_token"]))
+def _registered_space(place: str, state: dict[str, Any]) -> spaces.Space[Any]:
+    space: spaces.Space[Any] = at(place)(*(int(state[name]) for name in SPACE_PLACES[place]))
+    return space
 
 
 def _multi_discrete(state: dict[str, Any]) -> spaces.MultiDiscrete:
@@ -361,10 +367,16 @@ def _simple_linear_schedule(call: Call) -> Any:
 
 
 def _described(call: Call) -> str:
-    """Return how to name a function that is saved as code."""
+    """Return how to name what a pickle would call."""
     attributes = call.state[1] if isinstance(call.state, tuple) and len(call.state) == 2 else {}
     name = attributes.get("__qualname__") if isinstance(attributes, dict) else None
-    return f"the code of the function {name}" if name else "code of a function or class"
+    if name:
+        return f"the code of the function {name}"
+    function = call.function
+    while isinstance(function, Call):  # what another call returns
+        function = function.function
+    is_code = not isinstance(function, Name) or function.module.startswith("cloudpickle")
+    return "the code of a class or function" if is_code else str(function)
 
 
 def _makes_function(function: Any) -> bool:
@@ -429,17 +441,11 @@ MAKERS: dict[Name, Callable[[Call], Any]] = {
     Name("_codecs", "encode"): _text_as_bytes,
     Name("collections", "deque"): _deque,
     Name("collections", "OrderedDict"): _collection(OrderedDict),
-    **{
-        Name(module, name): make
-        for module in ("builtins", "__builtin__")
-        for name, make in {
-            "bytes": _bytes,
-            "bytearray": lambda call: bytearray(_bytes(call)),
-            "complex": lambda call: complex(*call.arguments),
-            "frozenset": _collection(frozenset),
-            "set": _collection(set),
-        }.items()
-    },
+    Name("builtins", "bytes"): _bytes,
+    Name("builtins", "bytearray"): lambda call: bytearray(_bytes(call)),
+    Name("builtins", "complex"): lambda call: complex(*call.arguments),
+    Name("builtins", "frozenset"): _collection(frozenset),
+    Name("builtins", "set"): _collection(set),
     **{
         Name(module, name): _path
         for module in ("pathlib", "pathlib._local")
@@ -466,7 +472,6 @@ MAKERS: dict[Name, Callable[[Call], Any]] = {
     Name("gymnasium.spaces.multi_binary", "MultiBinary"): _space(_multi_binary),
     Name("gymnasium.spaces.dict", "Dict"): _space(_dict_space),
     Name("gymnasium.spaces.tuple", "Tuple"): _space(_tuple_space),
-    Name("sb3_pg.text.spaces", "Vocabulary"): _space(_vocabulary),
     Name("stable_baselines3.common.running_mean_std", "RunningMeanStd"): _with_attributes(
         RunningMeanStd, mean=_statistic, var=_statistic, count=_statistic
     ),
