@@ -4,7 +4,9 @@ import sys
 import pytest
 
 import sb3_pg.demo
-from sb3_pg.demo import CONTINUOUS, DISCRETE, main, running_mean
+from sb3_pg import PPO
+from sb3_pg.common.errors import ArgumentError
+from sb3_pg.demo import CONTINUOUS, DISCRETE, load, main, parse, running_mean
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +89,19 @@ def test_a_file_in_place_of_the_folder_is_one_line(tmp_path, capsys):
 
 def test_running_mean():
     assert running_mean([1.0, 2.0, 6.0, 10.0], 2).tolist() == [1.0, 1.5, 4.0, 8.0]
+
+
+class Harm:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def test_what_is_loaded_is_not_run_unless_trusted(tmp_path, capsys):
+    model = PPO("MlpPolicy", "CartPole-v1", n_steps=64)
+    model.harm = Harm()
+    model.save(tmp_path / "model.zip")
+    with pytest.raises(ArgumentError, match="`harm` needs builtins"):
+        load("ppo", "CartPole-v1", tmp_path)
+    assert capsys.readouterr().out == ""
+    load("ppo", "CartPole-v1", tmp_path, trusted=parse(["--trusted"]).trusted)
+    assert capsys.readouterr().out == "code ran\n"
