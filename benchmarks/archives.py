@@ -571,7 +571,7 @@ def judged(side: str, its: Kept, good: str, mutation: Mutation, path: Path, mark
         except Exception as error:
             message = str(error)
             clear = "\n" not in message and path.name in message and isinstance(error, ValueError)
-            outcome = "refused" if clear else f"raw: {type(error).__name__}: {message[:100]}"
+            outcome = "refused" if clear else f"raw: {type(error).__name__}"
             if os.environ.get("SHOW"):
                 traceback.print_exc()
         return outcome, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
