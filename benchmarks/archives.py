@@ -378,7 +378,7 @@ def damaged_entries(archive: bytes, other: bytes) -> Iterator[Mutation]:
             with zipfile.ZipFile(twice, "a") as file:
                 file.writestr(name, theirs[name])
             yield Mutation("entry twice", name, twice.getvalue())
-    for name in ("../../evil.pth", "/tmp/evil.pth", "..\\evil.pth", "C:\\evil.pth", "a/../../data"):
+    for name in ("../../evil.pth", "/evil.pth", "..\\evil.pth", "C:\\evil.pth", "a/../../data"):
         yield Mutation("path name", name, changed(archive, {name: theirs["policy.pth"]}))
     for name in ("evil.pth", "predict.pth", "policy.__dict__.pth", "env.pth"):
         yield Mutation("unknown state", name, changed(archive, {name: theirs["policy.pth"]}))
@@ -571,7 +571,7 @@ def judged(side: str, its: Kept, good: str, mutation: Mutation, path: Path, mark
         except Exception as error:
             message = str(error)
             clear = "\n" not in message and path.name in message and isinstance(error, ValueError)
-            outcome = "refused" if clear else f"raw: {type(error).__name__}: {message[:100]}"
+            outcome = "refused" if clear else f"raw: {type(error).__name__}"
             if os.environ.get("SHOW"):
                 traceback.print_exc()
         return outcome, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
