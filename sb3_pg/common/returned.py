@@ -11,6 +11,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
 from sb3_pg.common.errors import ArgumentError
 
+#: Kinds of VecEnv that do as ``is_usual`` says.
+USUAL: list[type[VecEnv]] = [DummyVecEnv]
+
 
 def is_usual(env: VecEnv) -> bool:
     """Return whether steps return arrays of the usual types in memory of their own, as DummyVecEnv's do.
@@ -19,7 +22,7 @@ def is_usual(env: VecEnv) -> bool:
     """
     while isinstance(env, VecEnvWrapper) and _is_sb3s(env):
         env = env.venv
-    return isinstance(env, DummyVecEnv) and _is_sb3s(env)
+    return isinstance(env, tuple(USUAL)) and _is_sb3s(env)
 
 
 def _is_sb3s(env: VecEnv) -> bool:
