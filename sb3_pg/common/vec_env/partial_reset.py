@@ -22,20 +22,32 @@ MASK = "reset_mask"
 
 
 class ResetMask(dict[str, Any]):
-    """Options of ``reset`` that every wrapper finds the mask in; gymnasium's environments take it out for them.
+    """Options of ``reset`` in which wrappers still find the mask when gymnasium's environments have taken it out.
+
+    They take it out for single environments, which find none. RecordEpisodeStatistics looks for it afterwards, and
+    forgets all episodes without it.
 
     :param done: which environments to reset, (n_envs,)
     """
 
     def __init__(self, done: np.ndarray) -> None:
         super().__init__({MASK: done.copy()})
+        self.mask = self[MASK]
+
+    def __contains__(self, key: object) -> bool:
+        return key == MASK or super().__contains__(key)
+
+    def __missing__(self, key: str) -> Any:
+        if key == MASK:
+            return self.mask
+        raise KeyError(key)
 
     def pop(self, key: str, *default: Any) -> Any:
-        """Return a value, and keep it."""
-        return self.get(key, *default)
+        """Remove a value and return it, the mask also if it has been removed before."""
+        return super().pop(key, self.mask) if key == MASK else super().pop(key, *default)
 
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return dict, ()  # what environments in other processes get: nothing is meant for them
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
+        return dict, (dict(self),)  # other processes need not import this class
 
 
 class _CartPole(CartPoleVectorEnv):
