@@ -50,7 +50,8 @@ def _sum(numbers: list[float]) -> float:
 def _clip(x: np.ndarray, limit: float) -> np.ndarray:
     """Clip an array in place to [-limit, limit], and return it."""
     np.maximum(x, -limit, out=x)
-    return np.minimum(x, limit, out=x)
+    np.minimum(x, limit, out=x)
+    return x
 
 
 class VecNormalize(sb3.VecNormalize):
