@@ -35,7 +35,6 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from speed import machine
 from stable_baselines3.common import vec_env as sb3_vec_env
-from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
@@ -79,14 +78,27 @@ class Slow(gym.Env):
         return np.zeros(8, np.float32), 1.0, False, self.steps == 200, {}
 
 
-def images() -> gym.Env:
-    return FakeImageEnv(screen_height=84, screen_width=84, n_channels=4, discrete=True)
+class Images(gym.Env):
+    """Shows one picture after the other, in episodes of 200 steps, and takes no time."""
+
+    observation_space, action_space = spaces.Box(0, 255, (4, 84, 84), np.uint8), spaces.Discrete(2)
+
+    def __init__(self) -> None:
+        self.pictures = np.random.default_rng(0).integers(0, 255, (16, 4, 84, 84), np.uint8)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        self.steps = 0
+        return self.pictures[0], {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        return self.pictures[self.steps % 16], 1.0, False, self.steps == 200, {}
 
 
 SINGLE: dict[str, Callable[[], gym.Env]] = {
     "1 ms of computing": functools.partial(Slow, True),
     "1 ms of waiting": functools.partial(Slow, False),
-    "images 84x84x4": images,
+    "images 84x84x4": Images,
     "CartPole-v1": lambda: gym.make("CartPole-v1"),
     "HalfCheetah-v5": lambda: gym.make("HalfCheetah-v5"),
 }
@@ -142,11 +154,12 @@ def stepping() -> dict[str, Callable[[], dict[str, Side]]]:
 
     def row(name: str, n: int, steps: int) -> dict[str, Side]:
         makers = [functools.partial(monitored, name)] * n
-        of_gymnasium = {"copy": False, "autoreset_mode": AutoresetMode.DISABLED}
+        same, other = ({"copy": False, "autoreset_mode": AutoresetMode(mode)} for mode in ("SameStep", "Disabled"))
         return {
-            "AsyncVectorEnv": acting(ours.as_vec_env(AsyncVectorEnv(makers, **of_gymnasium)), steps),
+            "AsyncVectorEnv, reset in the same step": acting(ours.as_vec_env(AsyncVectorEnv(makers, **same)), steps),
+            "AsyncVectorEnv, reset when asked": acting(ours.as_vec_env(AsyncVectorEnv(makers, **other)), steps),
             "SubprocVecEnv": acting(sb3_vec_env.SubprocVecEnv(makers), steps),
-            "SyncVectorEnv": acting(ours.as_vec_env(SyncVectorEnv(makers, **of_gymnasium)), steps),
+            "SyncVectorEnv": acting(ours.as_vec_env(SyncVectorEnv(makers, **same)), steps),
             "DummyVecEnv (ours)": acting(ours.DummyVecEnv(makers), steps),
             "DummyVecEnv (SB3's)": acting(sb3_vec_env.DummyVecEnv(makers), steps),
         }

@@ -13,6 +13,7 @@ SPACES: dict[str, spaces.Space] = {
     "dict": spaces.Dict({"a": VECTOR, "b": spaces.Box(0, 255, (2, 2), np.uint8), "c": spaces.Discrete(50)}),
     "discrete": spaces.Discrete(50),
     "image": spaces.Box(0, 255, (1, 36, 36), np.uint8),
+    "channels last": spaces.Box(0, 255, (36, 36, 1), np.uint8),
 }
 
 
@@ -26,6 +27,7 @@ def seen_as(kind: str, which: int, episode: int, step: int, noise: float) -> Any
         "dict": {"a": vector.astype(np.float32), "b": np.full((2, 2), step, np.uint8), "c": numbers},
         "discrete": numbers,
         "image": np.full((1, 36, 36), numbers, np.uint8),
+        "channels last": np.full((36, 36, 1), numbers, np.uint8),
     }[kind]
 
 

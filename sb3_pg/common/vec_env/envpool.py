@@ -75,8 +75,10 @@ class EnvPoolVecEnv(GymnasiumVecEnv):
 
     def _note_episodes(self, ends: np.ndarray, infos: list[Info]) -> None:
         """Write the episodes that ended; a game does not end when only a life was lost."""
-        is_over = [info.get("terminated", True) or info["TimeLimit.truncated"] for info in infos]
-        super()._note_episodes(ends & np.array(is_over, bool), infos)
+        of_games = ends.copy()
+        for i in np.flatnonzero(ends).tolist():
+            of_games[i] = infos[i].get("terminated", True) or infos[i]["TimeLimit.truncated"]
+        super()._note_episodes(of_games, infos)
 
     def get_images(self) -> Sequence[np.ndarray | None]:
         return list(self._pool.render(self._pool.all_env_ids))

@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvO
 from sb3_pg.common.arrays import leaves, length, mapped, take
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.masks import METHOD
-from sb3_pg.common.returned import USUAL, checked_observations, checked_step
+from sb3_pg.common.returned import USUAL, checked_observations, checked_step, numbers
 from sb3_pg.common.spaces import check_spaces
 from sb3_pg.common.vec_env import partial_reset
 from sb3_pg.common.vec_env.infos import Info, spread
@@ -63,7 +63,9 @@ class GymnasiumVecEnv(VecEnv):
             partial_reset.enable(env)
         self._checks_resets = partial_reset.needs_check(env)
         self._masks: np.ndarray | None = None
+        self._found: set[str] = set()  # names of attributes that the single environments have
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+        self.metadata = dict(env.metadata)
         is_noted = any(isinstance(layer, RecordEpisodeStatistics) for layer in layers(env)) or any(
             self._singles_have(name) for name in _NOTING
         )
@@ -78,7 +80,8 @@ class GymnasiumVecEnv(VecEnv):
         options = self._options[0]
         if any(other != options for other in self._options):
             raise ArgumentError(f"{self.env} takes the same options for all its environments, not {self._options}.")
-        observations, info = self.env.reset(seed=self._seeds[0], options=dict(options) or None)
+        seed = self._seeds[0]
+        observations, info = self.env.reset(seed=None if seed is None else int(seed), options=dict(options) or None)
         self._reset_seeds()
         self._reset_options()
         self.reset_infos = [{} for _ in range(self.num_envs)]
@@ -96,15 +99,17 @@ class GymnasiumVecEnv(VecEnv):
     def step_wait(self) -> VecEnvStepReturn:
         """Step every environment with the actions given before, resetting those whose episode ended."""
         observations, rewards, terminated, truncated, info = self.env.step(self.actions)
-        terminated, truncated = np.asarray(terminated, bool), np.asarray(truncated, bool)
-        dones, begins = terminated | truncated, self.autoreset_mode is AutoresetMode.SAME_STEP
+        terminated = numbers("terminated", terminated, (self.num_envs,)).astype(bool)
+        truncated = numbers("truncated", truncated, (self.num_envs,)).astype(bool)
         infos: list[Info] = [_NOT_CUT.copy() for _ in range(self.num_envs)]  # quicker than to make each
+        exact, returned = rewards, (observations, rewards, terminated | truncated, infos)
+        observations, rewards, dones, infos = checked_step(self, returned)
         for i in np.flatnonzero(truncated & ~terminated).tolist():
             infos[i]["TimeLimit.truncated"] = True
+        begins = self.autoreset_mode is AutoresetMode.SAME_STEP
         self._spread(_with_masks(info, dones) if begins else info, infos)
         self._note_masks(info, None)
-        self._count(rewards, info)
-        observations, rewards, dones, infos = checked_step(self, (observations, rewards, dones, infos))
+        self._count(exact, info)
         if np.count_nonzero(dones):
             if begins:
                 self._take_out_finals(dones, infos)
@@ -185,7 +190,9 @@ class GymnasiumVecEnv(VecEnv):
     def _singles_have(self, name: str) -> bool:
         """Return whether gymnasium lets us at the single environments, and all have an attribute."""
         inside = self.env.unwrapped
-        return isinstance(inside, SyncVectorEnv | AsyncVectorEnv) and all(inside.call("has_wrapper_attr", name))
+        if name not in self._found and isinstance(inside, SyncVectorEnv | AsyncVectorEnv):
+            self._found |= {name} if all(inside.call("has_wrapper_attr", name)) else set()
+        return name in self._found
 
     def _own(self, name: str) -> Any:
         """Return an attribute of the vectorised environment or of one of its wrappers.

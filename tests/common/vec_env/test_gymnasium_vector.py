@@ -189,6 +189,17 @@ def test_learning_is_that_on_dummy_vec_env(algorithm, how, mode):
 
 
 @MODE
+@pytest.mark.parametrize("kind, policy", [("channels last", "CnnPolicy"), ("dict", "MultiInputPolicy")])
+def test_learning_from_images_and_dicts(kind, policy, mode):
+    """The images' channels are moved and the policy is checked by the spaces of one environment."""
+    options = {"policy_kwargs": {"net_arch": [4]}, "n_steps": 8, "batch_size": 8, "n_epochs": 1}
+    results = []
+    for env in (vector("sync", mode, copy=False, options={"kind": kind}), dummy(kind=kind)):
+        results.append(weights(PPO(policy, env, seed=0, device="cpu", **options).learn(48)))
+    np.testing.assert_array_equal(*results)
+
+
+@MODE
 @pytest.mark.parametrize("wrap", [VecNormalize, VecMonitor, lambda env: VecFrameStack(env, 2)])
 @pytest.mark.filterwarnings("ignore:The environment is already wrapped")
 def test_in_wrappers_of_sb3(wrap, mode):
@@ -498,6 +509,21 @@ def test_spaces_are_refused_by_name(observation_space, action_space, named):
 def test_what_is_not_vectorised_is_refused():
     with pytest.raises(ArgumentError, match=r"`env`.*CountingEnv"):
         as_vec_env(CountingEnv())
+
+
+@pytest.mark.parametrize("which", [1, 2, 3], ids=["rewards", "terminated", "truncated"])
+@pytest.mark.parametrize("wrong", [np.zeros((N, 1)), np.zeros(N + 1), None], ids=["column", "many", "none"])
+def test_wrong_results_are_named(which, wrong):
+    class Wrong(Counted):
+        def step(self, actions):
+            results = list(super().step(actions))
+            results[which] = wrong
+            return tuple(results)
+
+    env = as_vec_env(Wrong(AutoresetMode.DISABLED))
+    env.reset()
+    with pytest.raises(ArgumentError, match=["", "rewards", "terminated", "truncated"][which]):
+        env.step(np.zeros(N, int))
 
 
 @pytest.mark.parametrize(
