@@ -184,7 +184,13 @@ def learning() -> dict[str, Callable[[], dict[str, Side]]]:
     ppo = {"n_steps": 32, "batch_size": 256}
     rows = {
         "PPO / SB3 PPO, CartPole-v1, 64": ((PPO, stable_baselines3.PPO), "CartPole-v1", 64, "MlpPolicy", ppo),
-        "PPO / SB3 PPO, CartPole-v1, 1024": ((PPO, stable_baselines3.PPO), "CartPole-v1", 1024, "MlpPolicy", ppo),
+        "PPO / SB3 PPO, CartPole-v1, 1024": (
+            (PPO, stable_baselines3.PPO),
+            "CartPole-v1",
+            1024,
+            "MlpPolicy",
+            {**ppo, "n_steps": 8},
+        ),
         "PPO / SB3 PPO, HalfCheetah-v5, 64": ((PPO, stable_baselines3.PPO), "HalfCheetah-v5", 64, "MlpPolicy", ppo),
         "PPO / SB3 PPO, Pong-v5, 8": ((PPO, stable_baselines3.PPO), "Pong-v5", 8, "CnnPolicy", {**ppo, "n_epochs": 2}),
         "TRPO / contrib TRPO, CartPole-v1, 64": (
@@ -330,7 +336,7 @@ def returns(name: str, n_episodes: int) -> dict[str, list[float]]:
 
 
 #: Episodes of each side.
-EPISODES = {"CartPole-v1": 200, "HalfCheetah-v5": 48, "Pong-v5": 16}
+EPISODES = {"CartPole-v1": 200, "HalfCheetah-v5": 48, "Pong-v5": 8}
 
 
 # -------------------------------------------------------------------- report

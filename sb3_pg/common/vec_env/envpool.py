@@ -67,8 +67,7 @@ class EnvPoolVecEnv(GymnasiumVecEnv):
         return [made_with + i for i in range(self.num_envs)]
 
     def _spread(self, info: Any, infos: list[Info]) -> None:
-        about = {key: column for key, column in info.items() if key not in ("env_id", "players")}
-        spread(about, infos)
+        spread({key: column for key, column in info.items() if key not in ("env_id", "players")}, infos)
 
     def _count(self, rewards: Any, info: Any) -> None:
         super()._count(info.get("reward", rewards), info)

@@ -171,15 +171,17 @@ class GymnasiumVecEnv(VecEnv):
         self._returns[ends], self._lengths[ends] = 0, 0
 
     def _note_masks(self, info: Any, which: np.ndarray | None) -> None:
-        """Keep which actions are allowed next, if the information says so.
+        """Keep which actions are allowed next, if the information says so; all where it says nothing any more.
 
         :param which: the environments that it is about; None for all
         """
-        if not isinstance(info, dict) or MASK_KEY not in info:
+        if isinstance(info, dict) and MASK_KEY in info:
+            masks = np.array(info[MASK_KEY], bool)
+            masks[~np.asarray(info.get(f"_{MASK_KEY}", True), bool)] = True
+        elif self._masks is not None:
+            masks = np.ones_like(self._masks)
+        else:
             return
-        masks = np.array(info[MASK_KEY], bool)
-        if f"_{MASK_KEY}" in info:
-            masks[~info[f"_{MASK_KEY}"]] = True
         if self._masks is None or which is None:
             self._masks = masks
         else:

@@ -360,6 +360,33 @@ def test_masks_in_infos(kind, mode):
     env.close()
 
 
+def test_all_actions_are_allowed_where_infos_do_not_say():
+    class Sometimes(Counted):
+        def reset(self, *, seed=None, options=None):
+            observations, infos = super().reset(seed=seed, options=options)
+            self.t = 0
+            return observations, {**infos, "action_mask": np.eye(3), "_action_mask": np.array([True, True, False])}
+
+        def step(self, actions):
+            self.t += 1
+            *results, infos = super().step(actions)
+            return *results, {**infos, "action_mask": np.eye(3)[::-1]} if self.t == 1 else infos
+
+        def __getattribute__(self, name):
+            if name == "action_masks":
+                raise AttributeError(name)
+            return super().__getattribute__(name)
+
+    env = as_vec_env(Sometimes(AutoresetMode.SAME_STEP))
+    assert not env.has_attr("action_masks")
+    env.reset()
+    np.testing.assert_array_equal(env.env_method("action_masks"), [[1, 0, 0], [0, 1, 0], [1, 1, 1]])
+    env.step(np.zeros(N, int))
+    np.testing.assert_array_equal(env.env_method("action_masks"), [[0, 0, 1], [0, 1, 0], [1, 0, 0]])
+    env.step(np.zeros(N, int))
+    np.testing.assert_array_equal(env.env_method("action_masks"), np.ones((3, 3)))
+
+
 # -------------------------------------------------- environments that are one
 
 
