@@ -1,14 +1,15 @@
 """Returns, advantages and baselines: pure functions, most of them on arrays of shape (n_steps, n_envs)."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch as th
 from numpy.typing import NDArray
 
-from sb3_pg.common.arrays import take
+from sb3_pg.common import workers
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.products import inner
 
@@ -170,12 +171,14 @@ class Samples:
     """The samples of whole episodes, in time order, (n, ...) each.
 
     :param observations: an array, or a dictionary of them
+    :param first: those of the samples that begin an episode, (n_episodes, ...)
     :param returns: reward-to-go
     :param episode: number of the episode, 0 .. n_episodes - 1
     :param step: step within it
     """
 
     observations: Any
+    first: Any
     returns: FloatArray
     episode: NDArray[np.int64]
     step: NDArray[np.int64]
@@ -191,8 +194,7 @@ class Samples:
         :raises ArgumentError: no two episodes did
         """
         is_first = self.step == 0
-        first: Any = take(self.observations, np.flatnonzero(is_first))
-        parts = first.values() if isinstance(first, dict) else [first]
+        parts = self.first.values() if isinstance(self.first, dict) else [self.first]
         rows = np.concatenate([x.reshape(len(x), -1) for x in parts], axis=1)
         start = np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1)
         if start.max() + 1 == len(start):
@@ -205,6 +207,21 @@ class Samples:
         of_episode[self.episode[is_first]] = start
         group: NDArray[np.int64] = of_episode[self.episode]
         return group
+
+
+def of_all_workers(own: Samples) -> tuple[Samples, slice]:
+    """Return the samples of all workers, without observations but the first, and where this worker's own are."""
+    parts = workers.gathered(replace(own, observations=None))
+    episodes = np.cumsum([0, *(x.n_episodes for x in parts)])
+    n_before = sum(len(x.step) for x in parts[: workers.rank()])
+    firsts = [x.first for x in parts]
+    if isinstance(own.first, dict):
+        first: Any = {key: np.concatenate([x[key] for x in firsts]) for key in own.first}
+    else:
+        first = np.concatenate(firsts)
+    returns, step = (np.concatenate([getattr(x, name) for x in parts]) for name in ("returns", "step"))
+    episode = np.concatenate([x.episode + n for x, n in zip(parts, episodes, strict=False)])
+    return Samples(None, first, returns, episode, step), slice(n_before, n_before + len(own.step))
 
 
 #: (observations, returns) to the baseline of each sample
@@ -226,23 +243,30 @@ def compared(baseline: str | Baseline | None, samples: Samples, average: float |
         actions; None at the first
     :raises ArgumentError: the baseline cannot be had from these episodes, or the function gave something else
     """
+    if baseline == "ema":
+        return samples.returns - (average or 0.0)
+    if not isinstance(baseline, str):
+        return samples.returns - _own(baseline, samples) if baseline is not None else samples.returns
+    if workers.size() == 1:
+        return _compared_with_others(baseline, samples)
+    of_all, own = of_all_workers(samples)
+    return _compared_with_others(baseline, of_all)[own]
+
+
+def _compared_with_others(baseline: str, samples: Samples) -> FloatArray:
+    """Return how much better each sample's return is than those of other episodes, (n,)."""
     returns, episode, step = samples.returns, samples.episode, samples.step
-    if isinstance(baseline, str) and baseline != "ema":
-        require_several(baseline, samples.n_episodes)
+    require_several(baseline, samples.n_episodes)
     if baseline == "leave_one_out":
         return returns - leave_one_out(returns, episode, step)[0]
-    if baseline in ("leave_one_out_same_start", "group"):
-        group = samples.same_start()
-        if baseline == "group":
-            mean, deviation = within_group(group, returns, episode, step)
-            return (returns - mean) / (deviation + _SMALL)
-        # One that nobody began like is compared with all others: none of it depends on its own actions.
-        alone = np.bincount(group, weights=step == 0)[group] < 2
-        others = leave_one_out(returns, episode, step)[0]
-        return returns - np.where(alone, others, leave_one_out_within(group, returns, episode, step))
-    if baseline == "ema":
-        return returns - (average or 0.0)
-    return returns - _own(baseline, samples) if callable(baseline) else returns
+    group = samples.same_start()
+    if baseline == "group":
+        mean, deviation = within_group(group, returns, episode, step)
+        return (returns - mean) / (deviation + _SMALL)
+    # One that nobody began like is compared with all others: none of it depends on its own actions.
+    alone = np.bincount(group, weights=step == 0)[group] < 2
+    others = leave_one_out(returns, episode, step)[0]
+    return returns - np.where(alone, others, leave_one_out_within(group, returns, episode, step))
 
 
 def require_several(baseline: str, n_episodes: int) -> None:
@@ -274,12 +298,29 @@ def _own(baseline: Baseline, samples: Samples) -> FloatArray:
 
 def moving_average(before: float | None, returns: FloatArray, decay: float) -> float:
     """Return the average return with those of one more rollout; ``decay`` in [0, 1), higher remembers longer."""
-    now = float(returns.mean())
+    now = float(workers.mean(float(returns.mean()), len(returns)))
     return now if before is None else decay * before + (1 - decay) * now
 
 
-def normalized(advantages: Any) -> Any:
-    """Return advantages with mean 0 and standard deviation 1; one alone is left as it is (SB3 issue 325)."""
+def moments(columns: Sequence[Any]) -> list[tuple[float, float]]:
+    """Return the mean and the standard deviation (n - 1) of each of several columns of numbers, over all workers."""
+    numbers = [np.asarray(x.cpu() if isinstance(x, th.Tensor) else x, np.float64) for x in columns]
+    sums = workers.total([y for x in numbers for y in (len(x), x.sum(), (x * x).sum())])
+    found = []
+    for n, total, squares in np.reshape(sums, (-1, 3)).tolist():
+        variance = (squares - total * total / n) / (n - 1) if n > 1 else 1.0
+        found.append((total / n if n > 1 else 0.0, math.sqrt(max(variance, 0.0))))
+    return found
+
+
+def normalized(advantages: Any, scale: tuple[float, float] | None = None) -> Any:
+    """Return advantages with mean 0 and standard deviation 1; one alone is left as it is (SB3 issue 325).
+
+    :param scale: their mean and standard deviation over all workers, if they are known already
+    """
+    if workers.size() > 1:
+        mean, deviation = scale or moments([advantages])[0]
+        return (advantages - mean) / (deviation + 1e-8)
     if len(advantages) < 2:
         return advantages
     centered = advantages - advantages.sum() / len(advantages)

@@ -7,6 +7,8 @@ import numpy as np
 import torch as th
 from array_api_compat import array_namespace
 
+from sb3_pg.common import workers
+
 #: An array of either library; of one and the same in any one call.
 Array: TypeAlias = np.ndarray | th.Tensor
 
@@ -124,5 +126,6 @@ class Column:
         return taken
 
     def mean(self) -> float:
-        """Return the mean of what has been collected; NaN if nothing was."""
-        return float(self._memory[: self._n].mean()) if self._n else float("nan")
+        """Return the mean of what has been collected, by all workers; NaN if nothing was."""
+        own = float(self._memory[: self._n].mean()) if self._n else float("nan")
+        return float(workers.mean(own, self._n))

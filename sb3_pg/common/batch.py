@@ -9,6 +9,8 @@ import numpy as np
 import torch as th
 from stable_baselines3.common import buffers as sb3_buffers
 
+from sb3_pg.common import workers
+from sb3_pg.common.advantages import moments, normalized
 from sb3_pg.common.arrays import Array, Observations, length, namespace, nbytes, take
 from sb3_pg.common.buffers import RolloutBuffer, sb3_order
 from sb3_pg.common.engines.protocol import Engine
@@ -63,8 +65,8 @@ class Batch:
         return 1.0 / len(self) if self.weight is None else self.weight
 
     def mean(self, x: Array) -> float:
-        """Return the mean of one number per sample, (n,), by the samples' weights."""
-        return float(x.mean() if self.weight is None else (self.weight * x).sum())
+        """Return the mean of one number per sample, (n,), by the samples' weights, over all workers."""
+        return float(workers.mean(float(x.mean() if self.weight is None else (self.weight * x).sum()), len(self)))
 
     def normalised(self) -> "Batch":
         """Return the same samples with weights that add up to 1."""
@@ -75,34 +77,43 @@ class Batch:
         return replace(self, old_values=_ABSENT, old_log_prob=_ABSENT, advantages=_ABSENT)
 
     def minibatches(
-        self, batch_size: int | None, order: np.ndarray | None = None, *, even: bool = False
+        self, batch_size: int | None, order: np.ndarray | None = None, *, even: bool = False, normalize: bool = False
     ) -> Generator["Batch", None, None]:
         """Yield pieces of ``batch_size`` samples; all at once for None.
 
-        Sequences are not cut: a piece goes on to the end of the one that it ends in. Weights add up to 1 in each.
+        Sequences are not cut: a piece goes on to the end of the one that it ends in. Weights add up to 1 in each. All
+        workers yield the same number of pieces, that of the one with the fewest.
 
         :param order: the numbers of the samples in the order in which they are wanted, by default as they are
         :param even: spread a shorter last piece over all, so that none is much smaller than the others
+        :param normalize: normalise the advantages of each piece
         """
         edges = self._edges(batch_size or len(self), order, even)
         if order is None:
             pieces = (self[start:end] for start, end in pairwise(edges))
         else:
             pieces = self._gathered(edges, order, batch_size or len(self))
-        for piece in pieces:
+        scales: Any = [None] * (len(edges) - 1)
+        if normalize and workers.size() > 1:  # one message for all pieces
+            advantages = self.advantages if order is None else self.advantages[order]
+            scales = moments([advantages[start:end] for start, end in pairwise(edges)])
+        for piece, scale in zip(pieces, scales, strict=True):
+            if normalize:
+                piece.advantages = normalized(piece.advantages, scale)
             yield piece.normalised()
 
     def _edges(self, size: int, order: np.ndarray | None, even: bool) -> list[int]:
         """Where pieces begin, and where the last one ends."""
         n, n_pieces = len(self), -(-len(self) // size)
         if self.sequences is None:
-            return [int(x) for x in np.linspace(0, n, n_pieces + 1)] if even else [*range(0, n, size), n]
+            edges = [int(x) for x in np.linspace(0, n, n_pieces + 1)] if even else [*range(0, n, size), n]
+            return edges if workers.size() == 1 else _as_many_as_all(edges, np.arange(1, n + 1))
         sequences = self.sequences if order is None else self.sequences[order]
         ends = np.append(np.flatnonzero(np.diff(sequences)) + 1, n)
         size, edges = -(-n // n_pieces) if even else size, [0]
         while edges[-1] < n:
             edges.append(int(ends[np.searchsorted(ends, min(edges[-1] + size, n))]))
-        return edges
+        return edges if workers.size() == 1 else _as_many_as_all(edges, ends)
 
     def _gathered(self, edges: list[int], order: np.ndarray, size: int) -> Generator["Batch", None, None]:
         """Yield the pieces of a reordered batch.
@@ -116,6 +127,19 @@ class Batch:
             gathered = self[order[its[0] : its[-1]]]
             for start, end in pairwise(its):
                 yield gathered[start - its[0] : end - its[0]]
+
+
+def _as_many_as_all(edges: list[int], ends: np.ndarray) -> list[int]:
+    """Return the edges of as many pieces as the worker with the fewest has.
+
+    :param edges: of this worker's own pieces
+    :param ends: where a piece may end
+    """
+    n_pieces = min(workers.gathered(len(edges) - 1))
+    if n_pieces == len(edges) - 1:
+        return edges
+    last = np.linspace(0, len(ends), n_pieces + 1).round().astype(int)[1:] - 1
+    return [0, *(int(x) for x in ends[last])]
 
 
 #: The columns that become arrays of the engine as they are.
@@ -173,7 +197,13 @@ def has_own_get(kind: type[sb3_buffers.RolloutBuffer]) -> bool:
 
 
 def epoch(
-    batch: Batch, rollout: Rollout, engine: Engine, batch_size: int | None, *, even: bool = False
+    batch: Batch,
+    rollout: Rollout,
+    engine: Engine,
+    batch_size: int | None,
+    *,
+    even: bool = False,
+    normalize: bool = False,
 ) -> Generator[Batch, None, None]:
     """Yield one pass over the rollout in random minibatches.
 
@@ -181,11 +211,15 @@ def epoch(
 
     :param batch: the rollout as one batch
     :param even: spread a shorter last minibatch over all
+    :param normalize: normalise the advantages of each minibatch
     """
-    if has_own_get(type(rollout.buffer)):
-        yield from own_samples(rollout, engine, batch_size)
-    else:
-        yield from batch.minibatches(batch_size, random_order(batch, rollout), even=even)
+    if not has_own_get(type(rollout.buffer)):
+        yield from batch.minibatches(batch_size, random_order(batch, rollout), even=even, normalize=normalize)
+        return
+    for samples in own_samples(rollout, engine, batch_size):
+        if normalize:
+            samples.advantages = normalized(samples.advantages)
+        yield samples
 
 
 def own_samples(rollout: Rollout, engine: Engine, batch_size: int | None) -> Generator[Batch, None, None]:
@@ -204,6 +238,11 @@ def own_samples(rollout: Rollout, engine: Engine, batch_size: int | None) -> Gen
         raise ArgumentError(
             f"`rollout_buffer_class={type(rollout.buffer).__name__}` has a `get` of its own, which does not know which "
             f"samples {what}. {advice}"
+        )
+    if workers.size() > 1:
+        raise ArgumentError(
+            f"`rollout_buffer_class={type(rollout.buffer).__name__}` has a `get` of its own, with which several "
+            "workers cannot agree on the number of minibatches. Leave it out, or train with one worker."
         )
     n_batches = 0
     for data in rollout.buffer.get(batch_size):

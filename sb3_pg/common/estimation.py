@@ -47,5 +47,7 @@ def estimate_by_comparison(
     episode = np.unique(of_env[keep], return_inverse=True)[1].reshape(-1)
     observations = take(rollout.column("observations"), np.flatnonzero(keep))
     advantages = np.zeros(keep.shape)
-    advantages[keep] = compared(baseline, Samples(observations, returns[keep], episode, step[keep]), average)
+    first = take(observations, np.flatnonzero(step[keep] == 0))
+    samples = Samples(observations, first, returns[keep], episode, step[keep])
+    advantages[keep] = compared(baseline, samples, average)
     buffer.returns[:n], buffer.advantages[:n] = returns, advantages

@@ -22,10 +22,10 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
-from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.patch_gym import _patch_env
 
+from sb3_pg.common import workers
 from sb3_pg.common.acting import Horizon, Steps, WholeEpisodes, longest_episode
 from sb3_pg.common.advantages import Baseline, moving_average
 from sb3_pg.common.archive.archived import Archived
@@ -33,6 +33,7 @@ from sb3_pg.common.archive.peers import unmasked
 from sb3_pg.common.arrays import Column, as_tensors, take
 from sb3_pg.common.batch import Batch, epoch
 from sb3_pg.common.buffers import RolloutBuffer
+from sb3_pg.common.data_parallel import DataParallel
 from sb3_pg.common.diagnosis import LastGood, explain_bad_gradient, explained, require_sound_policy
 from sb3_pg.common.engines.choice import make_engine
 from sb3_pg.common.engines.protocol import Acted, Engine, Judged, Seen
@@ -73,7 +74,7 @@ _WRITTEN = ("stdout", "log", "json", "csv", "tensorboard")
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="PolicyGradientAlgorithm")
 
 
-class PolicyGradientAlgorithm(Archived):
+class PolicyGradientAlgorithm(Archived, DataParallel):
     """Acting and judging, shared by REINFORCE, TRPO and PPO; a subclass adds ``train``.
 
     Arguments are SB3's, with the same names; each algorithm documents its own. What differs from
@@ -109,6 +110,7 @@ class PolicyGradientAlgorithm(Archived):
         engine: str,
         **arguments: Any,
     ) -> None:
+        workers.join()
         policy = unmasked(policy)
         if is_vectorised(env):
             env = as_vec_env(env)
@@ -296,6 +298,8 @@ class PolicyGradientAlgorithm(Archived):
             reset_noise(self.policy, env.num_envs)
         callback.on_rollout_start()
         network = self._refreshed_network()
+        n_workers = workers.size()
+        n_before = self.num_timesteps - rollout.n_steps * env.num_envs * n_workers
 
         while not horizon.is_complete(rollout):
             n_steps = rollout_buffer.pos
@@ -311,7 +315,7 @@ class PolicyGradientAlgorithm(Archived):
             except Exception:
                 self._blame_observations(n_steps)
                 raise
-            self.num_timesteps += env.num_envs
+            self.num_timesteps += env.num_envs * n_workers
             if is_watched:
                 obs_tensor = as_tensors(self._last_obs)  # SB3's name for what was acted on
                 callback.update_locals(locals())
@@ -331,9 +335,14 @@ class PolicyGradientAlgorithm(Archived):
             if is_watched and not (self.network is network and network.is_current()):
                 network = self._replaced(network, rollout)
             if not keep_going:
+                workers.agree(False)
                 rollout.is_paused = True
                 return False
 
+        if not workers.agree(True):  # another worker's callback has stopped training
+            rollout.is_paused = True
+            return False
+        self.num_timesteps = n_before + int(workers.total([rollout.n_steps * env.num_envs])[0])
         judged = self.judge(rollout)
         self._last_memory = judged.memory
         self.network.adapt(judged.figures)
@@ -467,6 +476,7 @@ class PolicyGradientAlgorithm(Archived):
         require_sound_policy(self.policy, "action", buffer.actions[:n])
         with rollout.changing_rewards():
             judged = self.network.judge(rollout)
+            judged = judged._replace(figures=workers.mean_of(judged.figures))
             self._write_judgement(rollout, judged)
             if judged.rewards is not None:
                 buffer.rewards[:n] = judged.rewards
@@ -517,7 +527,7 @@ class PolicyGradientAlgorithm(Archived):
 
         :raises NonFiniteError: a gradient is not finite; nothing was moved
         """
-        norm = self.network.step(max_grad_norm)
+        norm = self.network.step(max_grad_norm, len(batch))
         if not np.isfinite(norm):
             raise explain_bad_gradient(self.network, self.rollout, batch, norm)
 
@@ -529,7 +539,7 @@ class PolicyGradientAlgorithm(Archived):
             self._return_ema = moving_average(self._return_ema, returns, self.ema_decay)
         # flat already if SB3's ``get`` was asked
         values, returns = (x.reshape(-1)[: n * self.n_envs] for x in (buffer.values, buffer.returns))
-        figures.explained_variance = explained_variance(values, returns)
+        figures.explained_variance = self.explained_variance(values, returns)
         log_std = getattr(self.policy, "log_std", None)
         if log_std is not None:
             figures.std = th.exp(log_std).mean().item()
@@ -574,11 +584,15 @@ class PolicyGradientAlgorithm(Archived):
         iteration, last_logged = 0, 0
         callback.on_training_start(locals(), globals())
         self._refreshed_network()  # chooses the threads that copies of the parameters take, too
-        with self._last_good() as good:
+        self.begin_together()
+        with workers.together(), self._last_good() as good:
             while self.num_timesteps < total_timesteps:
-                if not self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps):
+                with self.sharing_statistics():
+                    is_complete = self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps)
+                if not is_complete:
                     break
                 iteration += 1
+                self.require_equal_policies(iteration)
                 self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
                 good.keep(self.policy)
                 self.train()

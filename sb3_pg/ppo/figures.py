@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
+from sb3_pg.common import workers
 from sb3_pg.common.arrays import Array, Column, namespace
 from sb3_pg.common.figures import Figures, logged
 from sb3_pg.common.objectives import kl_penalty
@@ -41,7 +44,7 @@ class Means:
         self._clip_range = clip_range
         self._sums = dict.fromkeys(("value_loss", "policy_gradient_loss", "entropy", "approx_kl", "clip_fraction"), 0.0)
         self._counts = dict.fromkeys(self._sums, 0)
-        self._at_last_end = (0.0, 0)
+        self._at_last_end = (0.0, 0.0)
 
     def add(self, log_ratio: Array, loss: Array, entropy: Array) -> None:
         """Add a minibatch on which the policy takes a step."""
@@ -54,7 +57,7 @@ class Means:
     def end_epoch(self) -> float:
         """Return the KL of the steps since the last epoch's end, NaN if the policy took none."""
         self._sum_up()
-        kl, n = self._sums["approx_kl"], self._counts["approx_kl"]
+        kl, n = workers.total([self._sums["approx_kl"], self._counts["approx_kl"]])
         (kl_before, n_before), self._at_last_end = self._at_last_end, (kl, n)
         return (kl - kl_before) / (n - n_before) if n > n_before else math.nan
 
@@ -69,7 +72,11 @@ class Means:
     def figures(self) -> PPOFigures:
         """Return the means over all epochs; NaN where no minibatch contributed."""
         self._sum_up()
-        means = {name: x / self._counts[name] if self._counts[name] else math.nan for name, x in self._sums.items()}
+        sums, counts = np.split(np.array(workers.total([*self._sums.values(), *self._counts.values()])), 2)
+        means = {
+            name: x / n if n else math.nan
+            for name, x, n in zip(self._sums, sums.tolist(), counts.tolist(), strict=True)
+        }
         entropy = means.pop("entropy")
         return PPOFigures(entropy_loss=-entropy, **means)  # type: ignore[arg-type]
 

@@ -167,6 +167,7 @@ class PPO(PolicyGradientAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         batch = engine.batch(rollout, self.horizon.keep(rollout))
+        normalizes_minibatches = self.normalize_advantage in (True, "minibatch")
         if self.normalize_advantage == "batch":
             batch.advantages = normalized(batch.advantages)
         stopping = EarlyStopping(engine, batch, None if self.target_kl is None else self._coefficient("target_kl"))
@@ -178,14 +179,11 @@ class PPO(PolicyGradientAlgorithm):
 
         means = Means(batch.old_log_prob, self._coefficient("clip_range"))
         for _ in range(self.n_epochs):
-            for minibatch in epoch(batch, rollout, engine, self.batch_size):
-                advantages: Any = minibatch.advantages
-                if self.normalize_advantage in (True, "minibatch"):
-                    advantages = normalized(advantages)
+            for minibatch in epoch(batch, rollout, engine, self.batch_size, normalize=normalizes_minibatches):
                 # r = pi(a|s) / pi_old(a|s), by its logarithm
                 evaluation = engine.evaluate(minibatch)
                 log_ratio: Any = evaluation.log_prob - minibatch.old_log_prob
-                loss, d_log_prob = objective(log_ratio, advantages)
+                loss, d_log_prob = objective(log_ratio, minibatch.advantages)
                 v_loss, d_v_loss = value_loss(evaluation.value, minibatch)
                 d_value = vf_coef * d_v_loss if has_critic else None
                 means.value_loss.add(v_loss)
@@ -201,7 +199,7 @@ class PPO(PolicyGradientAlgorithm):
         stopping.end(minibatch)
 
         figures = means.figures()
-        figures.loss = float(loss.mean() - ent_coef * evaluation.entropy.mean() + vf_coef * v_loss.mean())
+        figures.loss = minibatch.mean(loss - ent_coef * evaluation.entropy + vf_coef * v_loss)
         figures.clip_range = self._coefficient("clip_range")
         figures.clip_range_vf = None if self.clip_range_vf is None else self._coefficient("clip_range_vf")
         figures.kl_coef = kl_coef or None

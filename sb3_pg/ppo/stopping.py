@@ -1,5 +1,6 @@
 """Rules that keep PPO's updates at a wanted size: early stopping, and adapted coefficients."""
 
+from sb3_pg.common import workers
 from sb3_pg.common.arrays import Array
 from sb3_pg.common.batch import Batch
 from sb3_pg.common.engines.protocol import Engine
@@ -42,7 +43,7 @@ class EarlyStopping:
         """Return whether the policy may take a step on the minibatch with these log-ratios."""
         if self._actor is None or self.stopped:
             return not self.stopped
-        if float(kl_penalty(log_ratio)[0].mean()) > self._limit:
+        if workers.mean(float(kl_penalty(log_ratio)[0].mean()), len(log_ratio)) > self._limit:
             self.stopped = True
             if self._before_step is not None:
                 self._actor.vector = self._before_step

@@ -8,6 +8,7 @@ from stable_baselines3.common import buffers as sb3_buffers
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
+from sb3_pg.common import workers
 from sb3_pg.common.advantages import Baseline, normalized
 from sb3_pg.common.arrays import Column
 from sb3_pg.common.batch import Batch, has_own_get, own_samples, random_order
@@ -175,7 +176,7 @@ class REINFORCE(PolicyGradientAlgorithm):
                 entropy_loss=-entropies.mean(),
                 policy_loss=policy_losses.mean(),
                 value_loss=value_losses.mean(),
-                samples_used=len(batch) / (rollout.n_steps * rollout.n_envs),
+                samples_used=workers.mean(len(batch) / (rollout.n_steps * rollout.n_envs), rollout.n_steps),
             ),
         )
 

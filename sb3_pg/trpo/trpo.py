@@ -9,6 +9,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
+from sb3_pg.common import workers
 from sb3_pg.common.advantages import Baseline, normalized
 from sb3_pg.common.arrays import Array, Column
 from sb3_pg.common.batch import Batch, has_own_get, joined, own_samples
@@ -171,13 +172,14 @@ class TRPO(PolicyGradientAlgorithm):
         # g: the gradient of the surrogate (and entropy bonus), at ratio one.
         old = actor.old
         _, d_log_prob = surrogate(old.log_prob - batch.old_log_prob, advantages)
-        gradient: Any = -actor.gradient(d_log_prob, -ent_coef)
+        gradient: Any = -workers.mean(actor.gradient(d_log_prob, -ent_coef), len(batch))
 
         # x: the natural gradient F^-1 g.
         fisher = actor.fisher(every=self.sub_sampling_factor)
 
         def damped(vector: Array) -> Array:
-            return fisher(vector) + self.cg_damping * vector
+            curved: Array = workers.mean(fisher(vector), len(batch)) + self.cg_damping * vector
+            return curved
 
         direction, iterations, residual = conjugate_gradient(damped, gradient, self.cg_max_steps)
         curvature = inner(direction, gradient)  # x.F x, without another product

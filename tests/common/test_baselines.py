@@ -311,16 +311,17 @@ def test_starts_that_are_never_the_same(algorithm, baseline):
 
 def test_starts_of_dictionaries():
     observations = {"a": np.array([[0.0], [9.0], [0.0], [0.0]]), "b": np.array([1, 9, 2, 1])}
-    samples = Samples(observations, np.zeros(4), np.array([0, 0, 1, 2]), np.array([0, 1, 0, 0]))
+    first = {key: x[[0, 2, 3]] for key, x in observations.items()}
+    samples = Samples(observations, first, np.zeros(4), np.array([0, 0, 1, 2]), np.array([0, 1, 0, 0]))
     group = samples.same_start()
     assert group[0] == group[1] == group[3] != group[2]
-    samples.observations["b"][3] = 3
+    samples.first["b"][2] = 3
     with pytest.raises(ArgumentError, match="No two of the 3 episodes"):
         samples.same_start()
 
 
 def test_an_own_baseline_is_checked():
-    samples = Samples(np.zeros((3, 1)), np.arange(3.0), np.array([0, 0, 1]), np.array([0, 1, 0]))
+    samples = Samples(np.zeros((3, 1)), np.zeros((2, 1)), np.arange(3.0), np.array([0, 0, 1]), np.array([0, 1, 0]))
     np.testing.assert_allclose(compared(lambda o, r: 2 * r, samples, None), [0.0, -1.0, -2.0])
     for wrong in (lambda o, r: r[:2], lambda o, r: np.array([0.0, np.nan, 1.0])):
         with pytest.raises(ArgumentError, match="one finite number for each of the 3 samples"):

@@ -14,6 +14,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 from stable_baselines3.common.utils import update_learning_rate
 
+from sb3_pg.common import workers
 from sb3_pg.common.archive.peers import (
     Portable,
     algorithm_in,
@@ -50,8 +51,11 @@ class Archived(OnPolicyAlgorithm):
     ) -> None:
         """SB3's. A policy made from files is saved so that it can be loaded without them.
 
-        A PPO that learned with masks is saved so that MaskablePPO can load it, if that is installed.
+        A PPO that learned with masks is saved so that MaskablePPO can load it, if that is installed. Of several
+        workers only the first one saves.
         """
+        if workers.rank():
+            return
         given = self.policy_class, self.policy_kwargs
         if isinstance(self.policy, Portable):
             self.policy_kwargs = self.policy.portable_kwargs(self.policy_kwargs)

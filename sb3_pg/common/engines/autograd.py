@@ -15,6 +15,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.utils import obs_as_tensor
 
+from sb3_pg.common import workers
 from sb3_pg.common.arrays import Array, length, mapped, namespace, take
 from sb3_pg.common.batch import Batch
 from sb3_pg.common.distributions import Family, Gaussian, Parameters, describe, draw, family_of, masked, masking
@@ -315,10 +316,14 @@ class AutogradEngine(RowEngine):
     def actor(self, batch: Batch) -> "GraphActor":
         return GraphActor(self, batch)
 
-    def step(self, max_grad_norm: float | None) -> float:
+    def step(self, max_grad_norm: float | None, n: int) -> float:
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         if not parameters:
             return 0.0
+        if workers.size() > 1:
+            mean = workers.mean(_flat([p.grad for p in parameters], parameters), n)
+            for p, its in zip(parameters, _split(mean, parameters), strict=True):
+                p.grad = its
         norm = th.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         size = float(norm)
         if not np.isfinite(size):

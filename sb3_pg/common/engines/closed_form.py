@@ -10,9 +10,9 @@ The torch parameters stay the one truth. Weights are views of their memory, grad
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
@@ -20,6 +20,7 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
 
+from sb3_pg.common import workers
 from sb3_pg.common.arrays import Array
 from sb3_pg.common.batch import Batch
 from sb3_pg.common.distributions import Categorical, Likelihood, Parameters, draw, masked
@@ -106,6 +107,10 @@ class ClosedFormEngine(RowEngine):
     def reading(self, batch: Batch) -> tuple[Any, ...]:
         """Return what actor and critic need beside the encoded observations to read a batch."""
         return ()
+
+    def chunks(self, batch: Batch) -> list[slice]:
+        """Return which rows of a batch to pass over at a time."""
+        return _chunks(len(batch))
 
     def _build(self, blueprint: Blueprint) -> None:
         """Make views of the parameters and of one flat vector of all gradients, the actor's first."""
@@ -247,11 +252,13 @@ class ClosedFormEngine(RowEngine):
                 parameter.grad = gradient if moves else None
 
     @quiet
-    def step(self, max_grad_norm: float | None) -> float:
+    def step(self, max_grad_norm: float | None, n: int) -> float:
         actor_moves, critic_moves = (offered[0][0].grad is not None for offered in self._offered)
         if not (actor_moves or critic_moves):
             return 0.0
         moving = self.gradient[0 if actor_moves else self.actor_size : None if critic_moves else self.actor_size]
+        if workers.size() > 1:
+            moving[...] = workers.mean(moving, n)
         norm = math.sqrt(inner(moving, moving))
         if not math.isfinite(norm):
             return norm
@@ -313,6 +320,21 @@ class ClosedFormEvaluation:
         self._engine.write_gradient(actor, critic)
 
 
+class Part(NamedTuple):
+    """Some rows of a batch, so few that what passes over them leave stays in the cache, and the first such pass."""
+
+    batch: Batch
+    scale: Any  #: of each row, or one number for all
+    rows: slice
+    trace: Trace
+    parameters: Parameters  #: of each row's distribution, before any step
+
+    @property
+    def zeros(self) -> np.ndarray:
+        """Return the KL of the old parameters from themselves."""
+        return np.zeros(len(self.batch), np.float64)
+
+
 class ClosedFormActor:
     """The actor's parameters as one vector, looked at in closed form on one batch."""
 
@@ -332,65 +354,91 @@ class ClosedFormActor:
             start += x.size
 
     @cached_property
-    def _pass(self) -> tuple[Trace, Parameters]:
+    def _parts(self) -> list[Part]:
         """Return the forward pass at the old parameters; a trust-region step asks three times for the same."""
-        engine, batch = self._engine, self._batch
-        outputs, trace = engine.actor_net.forward(engine.encode(batch.observations), *engine.reading(batch))
-        return trace, tuple(x.copy() for x in engine.parameters(outputs, batch.masks))  # type: ignore[union-attr]
+        engine, parts, scale = self._engine, [], self._batch.scale
+        for rows in engine.chunks(self._batch):
+            batch = self._batch[rows]
+            outputs, trace = engine.actor_net.forward(engine.encode(batch.observations), *engine.reading(batch))
+            parameters = tuple(x.copy() for x in engine.parameters(outputs, batch.masks))  # type: ignore[union-attr]
+            parts.append(Part(batch, scale if isinstance(scale, float) else scale[rows], rows, trace, parameters))
+        return parts
 
     @property
     @quiet
     def old(self) -> Look:
         """Return the look at the old parameters."""
-        family, parameters = self._engine.family, self._pass[1]
-        log_prob: Any = family.log_prob(parameters, self._batch.actions)
-        return Look(log_prob, family.entropy(parameters), np.zeros_like(log_prob))
+        family = self._engine.family
+        return _joined(
+            (family.log_prob(part.parameters, part.batch.actions), family.entropy(part.parameters), part.zeros)
+            for part in self._parts
+        )
 
     @quiet
     def look(self) -> Look:
-        engine, old = self._engine, self._pass[1]
-        outputs = engine.actor_net(engine.encode(self._batch.observations), *engine.reading(self._batch))
-        now = engine.parameters(outputs, self._batch.masks)
+        return _joined(map(self._look, self._parts))
+
+    def _look(self, part: Part) -> tuple[Any, Any, Any]:
+        engine, batch = self._engine, part.batch
+        outputs = engine.actor_net(engine.encode(batch.observations), *engine.reading(batch))
+        now = engine.parameters(outputs, batch.masks)
         # In float64: rounding to float32 is as large as a small trust region's KL is exact.
-        exact = [tuple(np.asarray(x, np.float64) for x in parameters) for parameters in (old, now)]
-        log_prob = engine.family.log_prob(now, self._batch.actions)
-        return Look(log_prob, engine.family.entropy(now), engine.family.kl(*exact))
+        exact = [tuple(np.asarray(x, np.float64) for x in parameters) for parameters in (part.parameters, now)]
+        family = engine.family
+        return family.log_prob(now, batch.actions), family.entropy(now), family.kl(*exact)
 
     @quiet
     def gradient(self, d_log_prob: Any, d_entropy: float) -> Array:
-        engine, scale, (trace, parameters) = self._engine, self._batch.scale, self._pass
-        weighted = np.asarray(d_log_prob * scale, engine.dtype)
-        likelihood = engine.family.evaluate(parameters, self._batch.actions)
-        gradient = np.empty(engine.actor_size, engine.dtype)
-        engine.actor_backward(trace, likelihood.pull(weighted, d_entropy * scale), engine.split(gradient))
-        return gradient
+        engine = self._engine
+
+        def d_parameters(part: Part) -> Parameters:
+            weighted = np.asarray(d_log_prob[part.rows] * part.scale, engine.dtype)
+            likelihood = engine.family.evaluate(part.parameters, part.batch.actions)
+            return likelihood.pull(weighted, d_entropy * part.scale)
+
+        return self._pulled_back((part, d_parameters(part)) for part in self._parts)
+
+    def _pulled_back(self, derivatives: Iterable[tuple[Part, Parameters]]) -> np.ndarray:
+        """Return J^T d, from the derivatives by the parameters of each part's distributions."""
+        engine = self._engine
+        total = np.zeros(engine.actor_size, engine.dtype)
+        of_part = np.empty_like(total)
+        pieces = engine.split(of_part)
+        for part, d in derivatives:
+            engine.actor_backward(part.trace, d, pieces)
+            total += of_part
+        return total
 
     @quiet
     def fisher(self, every: int = 1) -> Fisher:
         """Return products ``J^T M J v``, averaged, where M is the family's own Fisher matrix of each row."""
-        engine, batch, (trace, parameters) = self._engine, self._batch, self._pass
+        engine, batch, parts = self._engine, self._batch, self._parts
         if every > 1:
-            batch = batch[engine.thinned(batch, every)].normalised()
-            trace, parameters = ClosedFormActor(engine, batch)._pass
-        shape, scale = parameters[0].shape, column(batch.scale)
-        of_family = engine.family.fisher(parameters)
+            parts = ClosedFormActor(engine, batch[engine.thinned(batch, every)].normalised())._parts
+        of_family = [engine.family.fisher(part.parameters) for part in parts]
 
         @quiet
         def times(vector: Any) -> np.ndarray:
-            d_log_std, pieces = engine.split(np.asarray(vector, engine.dtype))
-            tangent: Parameters = (engine.actor_net.tangent(trace, pieces),)
-            if d_log_std is not None:
-                tangent = (tangent[0], np.broadcast_to(d_log_std, shape))
-            weighted = tuple(x * scale for x in of_family(tangent))
-            result = np.empty(engine.actor_size, engine.dtype)
-            engine.actor_backward(trace, weighted, engine.split(result))
-            return result
+            d_log_std, change = engine.split(np.asarray(vector, engine.dtype))
+
+            def weighted(part: Part, fisher: Callable[[Parameters], Parameters]) -> Parameters:
+                tangent: Parameters = (engine.actor_net.tangent(part.trace, change),)
+                if d_log_std is not None:
+                    tangent = (tangent[0], np.broadcast_to(d_log_std, tangent[0].shape))
+                return tuple(x * column(part.scale) for x in fisher(tangent))
+
+            return self._pulled_back((part, weighted(part, f)) for part, f in zip(parts, of_family, strict=True))
 
         return times
 
 
-#: Rows of one chunk of a judging pass, so that its activations take little memory and stay in the cache.
-_CHUNK_ROWS = 1 << 13
+def _joined(looks: Iterable[tuple[Any, Any, Any]]) -> Look:
+    """Return the looks at the parts of a batch as one."""
+    return Look(*(x[0] if len(x) == 1 else np.concatenate(x) for x in zip(*looks, strict=True)))
+
+
+#: Rows of one pass over many, so that its activations take little memory and stay in the cache.
+_CHUNK_ROWS = 1 << 11
 
 
 def _chunks(n: int) -> list[slice]:

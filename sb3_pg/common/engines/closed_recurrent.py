@@ -148,6 +148,9 @@ class ClosedRecurrentEngine(SequenceEngine, ClosedFormEngine):
         packing = packed(batch.sequences)
         return (Reading(packing, tuple(x[:, packing.numbers].astype(self.dtype) for x in batch.memory)),)
 
+    def chunks(self, batch: Batch) -> list[slice]:
+        return [slice(None)]  # sequences are not cut
+
     @quiet
     def act(self, seen: Seen, deterministic: bool = False) -> Acted:
         x = self.encode(seen.observations)

@@ -167,10 +167,11 @@ class Engine(Protocol):
     def actor(self, batch: "Batch") -> Actor:
         """Return the actor as it is now; what it knows of the batch is computed when it is asked for."""
 
-    def step(self, max_grad_norm: float | None) -> float:
+    def step(self, max_grad_norm: float | None, n: int) -> float:
         """Scale the gradients to at most ``max_grad_norm`` and let the policy's optimizer move the parameters.
 
-        Parameters without a gradient stay.
+        Parameters without a gradient stay. With several workers the gradients are first averaged over them.
 
+        :param n: of so many samples the gradients are the mean
         :return: the norm of the gradients before scaling; if it is not finite, nothing was moved
         """

@@ -149,7 +149,7 @@ def test_step_clips_as_sb3_does(max_grad_norm, hold_actor, double):
         if hold_actor:
             before, d_value = actor.vector, network.asarray(np.random.default_rng(3).normal(size=N))
             network.evaluate(make_batch(network, observations, actions)).backward(d_value=N * d_value)
-        norms.append(network.step(max_grad_norm))
+        norms.append(network.step(max_grad_norm, 1))
         assert not hold_actor or (actor.vector == before).all()
         policies_after.append(policy.state_dict())
     close(*norms)
@@ -162,7 +162,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     engine = make_engine(policy)
     before = copy.deepcopy(policy.state_dict())
     engine.evaluate(make_batch(engine, *draw(policy))).backward(np.full(N, np.nan), 0.0, np.ones(N))
-    assert np.isnan(engine.step(0.5))
+    assert np.isnan(engine.step(0.5, 1))
     for x, y in zip(policy.state_dict().values(), before.values(), strict=True):
         assert th.equal(x, y)
 

@@ -23,7 +23,7 @@ def assert_current(engine):
     assert_same(engine, make_engine(policy, "autograd"), observations, actions, tolerance=2e-4)
     before = copy.deepcopy(policy.state_dict())
     outputs_and_gradients(engine, observations, actions, 0.1)
-    engine.step(0.5)
+    engine.step(0.5, 1)
     assert all(not th.equal(x, before[name]) for name, x in policy.state_dict().items())
 
 

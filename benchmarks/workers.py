@@ -1,0 +1,150 @@
+"""What several workers gain, and what a message between them takes: ``python benchmarks/workers.py``.
+
+Times ``learn()`` with one worker and with two, each on a core and a thread of its own, at the same settings per worker,
+alternately; then messages of several sizes. From those and from the seconds that one worker computes the table says
+what 8, 64 and 512 workers on as many cores would gain, if a sum over n workers takes log2(n) such messages. Writes
+``benchmarks/workers/``. Needs two free cores.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+
+FOLDER = Path(__file__).parent / "workers"
+
+#: Algorithm, environment, environments of each worker, arguments
+ROWS: dict[str, tuple[str, str, int, dict[str, Any]]] = {
+    "PPO, CartPole-v1, 8 environments, batch 64": ("PPO", "CartPole-v1", 8, {"n_steps": 512, "batch_size": 64}),
+    "PPO, CartPole-v1, 8 environments, batch 1024": ("PPO", "CartPole-v1", 8, {"n_steps": 512, "batch_size": 1024}),
+    "PPO, HalfCheetah-v5, 8 environments, batch 64": ("PPO", "HalfCheetah-v5", 8, {"n_steps": 512, "batch_size": 64}),
+    "PPO, HalfCheetah-v5, 8 environments, batch 1024": (
+        "PPO",
+        "HalfCheetah-v5",
+        8,
+        {"n_steps": 512, "batch_size": 1024},
+    ),
+    "TRPO, CartPole-v1, 8 environments, batch 128": ("TRPO", "CartPole-v1", 8, {"n_steps": 512, "batch_size": 128}),
+    "TRPO, CartPole-v1, 8 environments, batch 1024": ("TRPO", "CartPole-v1", 8, {"n_steps": 512, "batch_size": 1024}),
+    "TRPO, HalfCheetah-v5, 8 environments, batch 128": (
+        "TRPO",
+        "HalfCheetah-v5",
+        8,
+        {"n_steps": 512, "batch_size": 128},
+    ),
+    "TRPO, HalfCheetah-v5, 8 environments, batch 1024": (
+        "TRPO",
+        "HalfCheetah-v5",
+        8,
+        {"n_steps": 512, "batch_size": 1024},
+    ),
+}
+
+#: Numbers of float32 in a message: a few sums, and the gradients of [64, 64], of [256, 256] and of a small CNN.
+MESSAGES = (4, 10_000, 140_000, 1_700_000)
+
+
+def measure(name: str) -> None:
+    """Print the steps a second of one row, and how many messages a step sends; run in each worker."""
+    from stable_baselines3.common.env_util import make_vec_env
+
+    import sb3_pg
+    from sb3_pg.common import workers
+
+    th.set_num_threads(1)
+    algorithm, env, n_envs, arguments = ROWS[name]
+    kind = getattr(sb3_pg, algorithm)
+    model = kind("MlpPolicy", make_vec_env(env, n_envs), seed=1, device="cpu", **arguments)
+    rollout = arguments["n_steps"] * n_envs * workers.size()
+    model.learn(rollout)
+    n_messages, add = 0, workers.add
+
+    def counted(x: Any) -> None:
+        nonlocal n_messages
+        n_messages += 1
+        add(x)
+
+    workers.add = counted
+    start = time.perf_counter()
+    model.learn(2 * rollout, reset_num_timesteps=False)
+    seconds = time.perf_counter() - start
+    if workers.rank() == 0:
+        steps = 2 * rollout
+        print(json.dumps({"speed": steps / seconds, "messages": n_messages / 2, "seconds": seconds / 2}))
+
+
+def time_messages() -> None:
+    """Print the microseconds of a sum over all workers, by the numbers in it; run in each worker."""
+    from sb3_pg.common import workers
+
+    workers.join()
+    found = {}
+    for n in MESSAGES:
+        x, times = np.zeros(n, np.float32), []
+        for _ in range(200):
+            start = time.perf_counter()
+            workers.add(x)
+            times.append(time.perf_counter() - start)
+        found[n] = 1e6 * statistics.median(times)
+    if workers.rank() == 0:
+        print(json.dumps(found))
+
+
+def started(n: int, *arguments: str) -> Any:
+    """Return what the first of n workers has printed."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] if n > 1 else []
+    command = [sys.executable, "-W", "ignore", *torchrun, __file__, *arguments]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads([line for line in out.splitlines() if line.startswith("{")][-1])
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the measurements and what follows from them as Markdown."""
+    lines = ["| | steps/s, 1 worker | steps/s, 2 workers | ratio | messages per update |", "|---|---|---|---|---|"]
+    for name, its in results["rows"].items():
+        one, two = (statistics.median(x["speed"] for x in its[n]) for n in ("1", "2"))
+        lines.append(f"| {name} | {one:,.0f} | {two:,.0f} | {two / one:.2f} | {its['2'][0]['messages']:.0f} |")
+    lines += ["", "| numbers in a message | microseconds, 2 workers |", "|---|---|"]
+    lines += [f"| {int(n):,} | {x:,.0f} |" for n, x in results["messages"].items()]
+    lines += ["", "| computed: times as fast with | 8 | 64 | 512 workers |", "|---|---|---|---|"]
+    message = results["messages"][str(MESSAGES[1])] / 1e6
+    for name, its in results["rows"].items():
+        alone = statistics.median(x["seconds"] for x in its["1"])
+        gains = [n * alone / (alone + its["2"][0]["messages"] * message * math.log2(n)) for n in (8, 64, 512)]
+        lines.append(f"| {name} | " + " | ".join(f"{x:.1f}" for x in gains) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure all rows, alternately, and write data and table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    repeats = parser.parse_args().repeats
+    rows: dict[str, Any] = {name: {"1": [], "2": []} for name in ROWS}
+    for name in ROWS:
+        for _ in range(repeats):
+            for n in (1, 2):
+                rows[name][str(n)].append(started(n, "--measure", name))
+        print(name, *(round(statistics.median(x["speed"] for x in rows[name][n])) for n in "12"), flush=True)
+    results = {"rows": rows, "messages": started(2, "--messages")}
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (FOLDER / "table.md").write_text(table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    if "--measure" in sys.argv:
+        measure(sys.argv[-1])
+    elif "--messages" in sys.argv:
+        time_messages()
+    else:
+        main()

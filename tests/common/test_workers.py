@@ -1,0 +1,122 @@
+"""Several workers compute what one does with all of their environments, and end together."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import together
+
+FOLDER = Path(__file__).parent
+PLACES = os.pathsep.join(str(x) for x in (FOLDER.parents[1], FOLDER.parent, FOLDER))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PLACES}
+
+
+def torchrun(n: int, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*command, *arguments], env=ENVIRONMENT, text=True, stdout=pipe, stderr=pipe)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Path:
+    return tmp_path_factory.mktemp("workers")
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def found(request: Any, folder: Path) -> dict[str, np.ndarray]:
+    """What several workers have found in all cases."""
+    file = folder / f"{request.param}.npz"
+    worker = torchrun(request.param, str(FOLDER / "together.py"), str(file), str(folder / str(request.param)))
+    _, errors = worker.communicate(timeout=180)
+    assert worker.returncode == 0, errors
+    return dict(np.load(file))
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    """What one worker finds, as it is asked for."""
+    return {}
+
+
+@pytest.mark.parametrize("name", together.CASES)
+def test_several_workers_compute_what_one_does(name, found, alone, monkeypatch):
+    together.prepare(monkeypatch.setattr)
+    if name not in alone:
+        alone[name] = together.CASES[name]()
+    for key, expected in alone[name].items():
+        np.testing.assert_allclose(found[f"{name}/{key}"], expected, rtol=2e-3, atol=2e-5, err_msg=key)
+
+
+def test_running_statistics_are_those_of_all_workers(found, monkeypatch):
+    """But for the observations before the first step, of which the first worker's alone count."""
+    expected = together.statistics()
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[f"statistics/{key}"], value, rtol=0.1, atol=0.05)
+
+
+def test_workers_with_unequal_rollouts_take_the_same_steps(found):
+    assert found["unequal/is_equal"]
+
+
+def test_workers_tune_one_language_model(found):
+    assert found["texts/is_equal"]
+    assert found["texts/has_moved"]
+
+
+def test_all_stop_when_the_callback_of_one_does(found):
+    assert found["stopped/updates"] == 1
+    assert found["stopped/paused"]
+
+
+def test_the_first_worker_alone_saves(found, folder, request):
+    written = folder / str(request.node.callspec.params["found"])
+    assert {"model.zip", "best_model.zip", "progress.csv"} < {x.name for x in (written / "0").iterdir()}
+    others = [x.name for x in (written / "1").iterdir()]
+    assert others == ["progress.csv"]  # which the test itself made
+    assert (written / "1" / "progress.csv").stat().st_size == 0
+    assert len((written / "0" / "progress.csv").read_text().splitlines()) > 2
+
+
+SCRIPT = """
+import os, signal, sys, time
+sys.path.insert(0, {folder!r})
+import torch as th
+from together import PPO, BaseCallback, envs
+from sb3_pg.common import workers
+workers.join()
+th.set_num_threads(1)
+class Fault(BaseCallback):
+    def _on_step(self):
+        if workers.rank() == 1 and self.n_calls == 40:
+            {fault}
+        return True
+model = PPO("MlpPolicy", envs(), n_steps=16, batch_size=16, seed=1, device="cpu")
+model.learn(96)
+model.save(sys.argv[1])
+print("READY", flush=True)
+model.learn(10**9, callback=Fault())
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("raise OSError('the disk is gone')", "the disk is gone"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "has lost the others"),
+        ("next(model.policy.parameters()).data.add_(1.0)", "no longer those of worker 0"),
+    ],
+)
+def test_all_end_within_seconds_when_one_fails(fault, message, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.format(folder=str(FOLDER), fault=fault))
+    archive = tmp_path / "model.zip"
+    workers = torchrun(2, str(script), str(archive))
+    out, errors = workers.communicate(timeout=60)
+    assert workers.returncode != 0
+    assert message in errors
+    assert "READY" in out
+    assert together.PPO.load(archive).num_timesteps == 96
