@@ -18,6 +18,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import Schedule
 
+from sb3_pg.common import workers
 from sb3_pg.common.errors import ArgumentError, NonFiniteError, check_count, check_number, did_you_mean
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
 from sb3_pg.common.vec_env import DummyVecEnv
@@ -177,7 +178,8 @@ class ExperimentManager(exp_manager.ExperimentManager):
             log = None if eval_env or no_log else Path(self.save_path)
             options = self.eval_env_kwargs if eval_env else self.env_kwargs
             keywords = self.monitor_kwargs.get("info_keywords", ())
-            made = functools.partial(pool, self.env_name.gym_id, n_envs, self.seed, options, log, keywords)
+            seed = self.seed + workers.rank() * n_envs  # as that of the algorithm, for it cannot be set later
+            made = functools.partial(pool, self.env_name.gym_id, n_envs, seed, options, log, keywords)
             self.vec_env_class = lambda _: made()  # type: ignore[assignment]
         return super().create_envs(n_envs, eval_env, no_log)
 
