@@ -5,8 +5,8 @@
     python benchmarks/vectorised.py --report          # write the table again from the data
 
 The sides of a row take turns in one process with one thread for NumPy and torch; EnvPool's own threads and other
-processes use what cores there are. Figures are medians of ``--repeats`` turns with the range beside. The peers take
-EnvPool's environments by our adapter, since they have none.
+processes use what cores there are. Figures are medians of ``--repeats`` turns with the range beside, by the clock and
+by the processor time of this process. The peers take EnvPool's environments by our adapter, since they have none.
 
 :func:`returns` plays one policy, and one of chance, in EnvPool's environments and in gymnasium's.
 """
@@ -291,16 +291,17 @@ def adapting() -> dict[str, Callable[[], dict[str, Side]]]:
 GROUPS = {"stepping": stepping, "learning": learning, "normalising": normalising, "adapting": adapting}
 
 
-def measured(sides: dict[str, Side], repeats: int) -> dict[str, list[float]]:
-    """Return units per second of each side, in turns."""
-    rates: dict[str, list[float]] = {name: [] for name in sides}
+def measured(sides: dict[str, Side], repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Return units of each side per second, and per second of this process's processor time, in turns."""
+    rates: dict[str, dict[str, list[float]]] = {name: {"wall": [], "processor": []} for name in sides}
     for run, _, _ in sides.values():
         run()  # warm-up
     for _ in range(repeats):
         for name, (run, n, _) in sides.items():
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             run()
-            rates[name].append(n / (time.perf_counter() - start))
+            rates[name]["wall"].append(n / (time.perf_counter() - start))
+            rates[name]["processor"].append(n / (time.process_time() - used))
     for _, _, env in sides.values():
         env.close()
     return rates
@@ -342,18 +343,29 @@ EPISODES = {"CartPole-v1": 200, "HalfCheetah-v5": 48, "Pong-v5": 8}
 # -------------------------------------------------------------------- report
 
 
+def compared(first: list[float], values: list[float]) -> list[str]:
+    """Return the median of a side with its range, and the median ratio of the first side to it."""
+    ratio = statistics.median(x / y for x, y in zip(first, values, strict=True))
+    return [f"{statistics.median(values):,.0f} ({min(values):,.0f}-{max(values):,.0f})", f"{ratio:.2f}"]
+
+
 def table(data: dict[str, Any]) -> str:
     lines = ["# Vectorised environments", "", f"Made by `benchmarks/vectorised.py` on {data['machine']}.", ""]
-    lines += ["Medians of turns (range), per second. One thread for NumPy and torch.", ""]
+    lines += [
+        "Medians of turns (range). One thread for NumPy and torch. Processor time is that of this process with all its "
+        "threads; a busy machine changes it less.",
+        "",
+    ]
     for group, rows in data["groups"].items():
         lines += [f"## {group.capitalize()}", "", str(GROUPS[group].__doc__), ""]
         for row, rates in rows.items():
-            lines += [f"| {row} | per second | first / this |", "|---|---|---|"]
+            clocks = ["wall"] if group == "stepping" else ["wall", "processor"]  # there other processes do the work
+            head = " | ".join(f"per second ({clock}) | first / this" for clock in clocks)
+            lines += [f"| {row} | {head} |", "|---" * (1 + 2 * len(clocks)) + "|"]
             first = next(iter(rates.values()))
-            for side, values in rates.items():
-                ratio = statistics.median(x / y for x, y in zip(first, values, strict=True))
-                spread = f"{min(values):,.0f}-{max(values):,.0f}"
-                lines.append(f"| {side} | {statistics.median(values):,.0f} ({spread}) | {ratio:.2f} |")
+            for side, by_clock in rates.items():
+                cells = [cell for clock in clocks for cell in compared(first[clock], by_clock[clock])]
+                lines.append(f"| {' | '.join([side, *cells])} |")
             lines.append("")
     if data["returns"]:
         lines += ["## Returns", "", "The same policy in EnvPool's environments and in gymnasium's.", ""]
@@ -384,7 +396,12 @@ def main() -> None:
                 if args.only in name:
                     rates = measured(make(), args.repeats)
                     data["groups"].setdefault(group, {})[name] = rates
-                    print(group, name, {side: round(statistics.median(x)) for side, x in rates.items()}, flush=True)
+                    print(
+                        group,
+                        name,
+                        {side: round(statistics.median(x["wall"])) for side, x in rates.items()},
+                        flush=True,
+                    )
                     path.write_text(json.dumps(data, indent=1) + "\n")
         for name, n_episodes in EPISODES.items() if args.group in ("", "returns") else ():
             if args.only in name:

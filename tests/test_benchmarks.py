@@ -190,6 +190,6 @@ def test_vectorised_environments_are_timed_and_reported(tmp_path):
     script("vectorised.py", *options, "--report")
     table = (tmp_path / "table.md").read_text()
     rows = json.loads((tmp_path / "results.json").read_text())["groups"]["normalising"]
-    assert [len(rates) for row in rows.values() for rates in row.values()] == [2] * 3
-    ours, peer = (statistics.median(rates) for rates in list(next(iter(rows.values())).values())[:2])
+    assert [len(rates["wall"]) for row in rows.values() for rates in row.values()] == [2] * 3
+    ours, peer = (statistics.median(rates["wall"]) for rates in list(next(iter(rows.values())).values())[:2])
     assert f"| ours | {ours:,.0f} (" in table and f"| SB3's | {peer:,.0f} (" in table
