@@ -170,7 +170,7 @@ def stepping() -> dict[str, Callable[[], dict[str, Side]]]:
 
 
 def learning() -> dict[str, Callable[[], dict[str, Side]]]:
-    """``learn`` of ours and a peer on the same environments of EnvPool, and these alone, steps per second."""
+    """``learn`` of ours and a peer, all by our adapter of EnvPool, and that alone, steps per second."""
 
     def row(kinds: tuple[Any, Any], name: str, n: int, policy: str, settings: dict[str, Any]) -> dict[str, Side]:
         steps = 2 * n * settings["n_steps"]
@@ -390,7 +390,7 @@ def main() -> None:
     data = json.loads(path.read_text()) if path.exists() else {"groups": {}, "returns": {}}
     if not args.report:
         th.set_num_threads(1)
-        data["machine"] = machine()
+        data["machine"] = f"{machine()}, load {os.getloadavg()[0]:.0f}"
         for group, rows in GROUPS.items():
             for name, make in rows().items() if args.group in ("", group) else ():
                 if args.only in name:
