@@ -78,6 +78,11 @@ def length(x: Observations) -> int:
     return len(next(iter(x.values()))) if isinstance(x, dict) else len(x)
 
 
+def leaves(x: Any) -> list[Any]:
+    """Return the arrays of a Dict observation, or an array itself, as a list."""
+    return list(x.values()) if isinstance(x, dict) else [x]
+
+
 def nbytes(x: Observations) -> int:
     """Return the memory of an array or of a Dict observation."""
     return int(sum(value.nbytes for value in x.values()) if isinstance(x, dict) else x.nbytes)

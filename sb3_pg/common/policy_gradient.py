@@ -75,7 +75,8 @@ from sb3_pg.common.rollout import Rollout, Step
 from sb3_pg.common.sequences import Memory
 from sb3_pg.common.spaces import check_spaces, shifted
 from sb3_pg.common.threads import threads_to_choose
-from sb3_pg.common.vec_env import DummyVecEnv, take_over
+from sb3_pg.common.vec_env import DummyVecEnv, as_vec_env, take_over
+from sb3_pg.common.vec_env.adapters import is_vectorised
 
 #: The square of a larger gradient is not finite, and Adam and RMSprop would not forget it.
 LARGEST_GRADIENT = 1e18
@@ -130,6 +131,8 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
     ) -> None:
         workers.join()
         policy = unmasked(policy)
+        if is_vectorised(env):
+            env = as_vec_env(env)
         check_policy(policy, getattr(env, "observation_space", None), policy_kwargs)
         # SB3 writes into nested dictionaries of policy_kwargs, so the caller's are copied first.
         policy_kwargs = {k: dict(v) if isinstance(v, dict) else v for k, v in (policy_kwargs or {}).items()}
@@ -155,9 +158,14 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        """SB3's wrappers, with our DummyVecEnv around a single environment, and the methods of our VecNormalize."""
+        """SB3's wrappers, with our DummyVecEnv around a single environment, and the methods of our VecNormalize.
+
+        Vectorised environments of gymnasium and EnvPool are adapted.
+        """
         if isinstance(env, str):
             env = gym.make(env)
+        if is_vectorised(env):
+            env = as_vec_env(env)
         if not isinstance(env, VecEnv):
             check_spaces(env.observation_space, env.action_space)
             single = _patch_env(env)

@@ -1,7 +1,8 @@
 """rl-zoo's commands with REINFORCE, TRPO and PPO: ``python -m sb3_pg.zoo train --algo trpo --env Pendulum-v1``.
 
 Every option is rl_zoo3's own and passes through; ``python -m sb3_pg.zoo train --help`` lists them. One more is ours:
-``--trusted`` runs the code that archives and statistics may hold, which are refused without it.
+``--trusted`` runs the code that archives and statistics may hold, which are refused without it. ``--vec-env``
+knows gymnasium's environments (sync, async) and envpool, too.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
@@ -49,7 +50,10 @@ NEED_OPTIONS = ("all_plots", "plot_from_file")
 
 #: Packages that come with an extra of ours, and which.
 EXTRAS = {"optuna": "zoo", "rl_zoo3": "zoo", "huggingface_sb3": "zoo", "box2d": "zoo", "moviepy": "zoo"}
-EXTRAS |= {"pygame": "zoo", "mujoco": "mujoco"}
+EXTRAS |= {"pygame": "zoo", "mujoco": "mujoco", "envpool": "envpool"}
+
+#: Of ``--vec-env``, beside rl_zoo3's own.
+VEC_ENVS = ("sync", "async", "envpool")
 
 
 @contextmanager
@@ -66,6 +70,17 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 def one_line_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """``ArgumentParser.error`` without the list of all options."""
     parser.exit(2, f"{parser.prog}: {message}\n")
+
+
+def add_with_vec_envs(add: Callable[..., argparse.Action]) -> Callable[..., argparse.Action]:
+    """Return ``ArgumentParser.add_argument`` with more to choose from for ``--vec-env``."""
+
+    def add_argument(self: argparse.ArgumentParser, *names: str, **settings: Any) -> argparse.Action:
+        if "--vec-env" in names:
+            settings["choices"] = [*settings["choices"], *VEC_ENVS]
+        return add(self, *names, **settings)
+
+    return add_argument
 
 
 def our_command(command: Any) -> Any:
@@ -109,6 +124,8 @@ def run(command: str, options: list[str]) -> None:
             stack.enter_context(trusting_files())
         stack.enter_context(replaced(sys, "argv", [f"{PROGRAM} {command}", *options]))
         stack.enter_context(replaced(argparse.ArgumentParser, "error", one_line_error))
+        more_choices = add_with_vec_envs(argparse.ArgumentParser.add_argument)
+        stack.enter_context(replaced(argparse.ArgumentParser, "add_argument", more_choices))
         if command in FUNCTIONS:
             getattr(importlib.import_module(FUNCTIONS[command]), command)()
         else:

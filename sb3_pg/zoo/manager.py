@@ -1,10 +1,12 @@
 """rl_zoo3's ExperimentManager for our algorithms: their settings, schedules and environments, and clear errors."""
 
+import functools
 import inspect
 import sys
 import typing
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -17,11 +19,13 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import Schedule
 
+from sb3_pg.common import workers
 from sb3_pg.common.errors import ArgumentError, NonFiniteError, check_count, check_number, did_you_mean
 from sb3_pg.common.interrupts import interrupts_after_steps, saved_when_interrupted
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
 from sb3_pg.common.vec_env import DummyVecEnv
 from sb3_pg.zoo.configs import CONFIGS
+from sb3_pg.zoo.vec_envs import POOL, VEC_ENVS, pool
 
 #: Keys of a configuration that rl_zoo3 takes for itself; all others are arguments of the algorithm.
 ZOO_KEYS = (
@@ -95,6 +99,9 @@ class ExperimentManager(exp_manager.ExperimentManager):
     """
 
     def __init__(self, args: Any, algo: str, *more: Any, **options: Any) -> None:
+        self.vec_env_type = vec_env_type = options.get("vec_env_type", "dummy")
+        if vec_env_type not in ("dummy", "subproc"):
+            options["vec_env_type"] = "dummy"  # rl_zoo3 knows no other
         super().__init__(args, algo, *more, **options)
         self.config_is_given = options.get("config") is not None
         self.n_timesteps_given = self.n_timesteps if self.n_timesteps > 0 else None
@@ -102,7 +109,9 @@ class ExperimentManager(exp_manager.ExperimentManager):
         if not self.config_is_given and default.exists():
             self.config = str(default)
         self.is_ours = issubclass(ALGOS[algo], PolicyGradientAlgorithm)
-        if self.is_ours and self.vec_env_class is sb3.DummyVecEnv:
+        if vec_env_type in VEC_ENVS:
+            self.vec_env_class = VEC_ENVS[vec_env_type]  # type: ignore[assignment]
+        elif self.is_ours and self.vec_env_class is sb3.DummyVecEnv:
             self.vec_env_class = DummyVecEnv
 
     # --------------------------------------------------------------- settings
@@ -171,6 +180,27 @@ class ExperimentManager(exp_manager.ExperimentManager):
                     raise ArgumentError(f"`{name}` must be a number, or lin_ and a number for a schedule, not {value}.")
                 hyperparams[name] = linear_schedule(start)
         return hyperparams
+
+    # ----------------------------------------------------------- environments
+
+    def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> sb3.VecEnv:
+        """Return the environments in their wrappers.
+
+        :raises ArgumentError: EnvPool's are to be in a wrapper of single environments
+        """
+        if self.vec_env_type == POOL:
+            if self.env_wrapper is not None:
+                raise ArgumentError(
+                    f"--vec-env {POOL} has no single environments for the setting `env_wrapper`. Take it out, or "
+                    "choose another --vec-env."
+                )
+            log = None if eval_env or no_log else Path(self.save_path)
+            options = self.eval_env_kwargs if eval_env else self.env_kwargs
+            keywords = self.monitor_kwargs.get("info_keywords", ())
+            seed = self.seed + workers.rank() * n_envs  # as that of the algorithm, for it cannot be set later
+            made = functools.partial(pool, self.env_name.gym_id, n_envs, seed, options, log, keywords)
+            self.vec_env_class = lambda _: made()  # type: ignore[assignment]
+        return super().create_envs(n_envs, eval_env, no_log)
 
     # --------------------------------------------------------------- training
 

@@ -1,5 +1,6 @@
 """The commands of the bridge to rl-zoo, and the files that they write."""
 
+import importlib.util
 import re
 import shutil
 import signal
@@ -10,6 +11,7 @@ from itertools import pairwise
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 from stable_baselines3.common import vec_env as sb3
 from tiny_models import weights
 from zoo_tools import ALGORITHMS, ROOT, constructor, python
@@ -121,6 +123,34 @@ def test_environments_are_ours_but_subprocesses_are_sb3s(construct, small):
     model = construct("ppo", "Pendulum-v1", "-c", small, "--vec-env", "subproc")
     assert type(model.env.venv) is sb3.SubprocVecEnv
     model.env.close()
+
+
+@pytest.mark.parametrize("name", ["sync", "async"])
+def test_environments_of_gymnasium(name, small, tmp_path):
+    options = ["--algo", "ppo", "--env", "Pendulum-v1", "--seed", "1", "-c", small, "-f", str(tmp_path)]
+    options += ["--eval-freq", "200", "--eval-episodes", "2"]
+    assert main(["train", *options, "--vec-env", name]) == main(["train", *options, "--vec-env", "dummy"]) == 0
+    runs = [tmp_path / "ppo" / f"Pendulum-v1_{i}" for i in (1, 2)]
+    for file in ("0.monitor.csv", "1.monitor.csv"):
+        episodes, others = ([line.split(",")[:2] for line in (run / file).open()][2:] for run in runs)
+        assert episodes == others and episodes
+    networks, others = (PPO.load(run / "Pendulum-v1.zip").policy.state_dict() for run in runs)
+    assert all(th.equal(networks[key], others[key]) for key in networks)
+
+
+def test_environments_of_envpool(small, tmp_path, capsys):
+    pytest.importorskip("envpool")
+    options = ["--algo", "ppo", "--env", "Pendulum-v1", "--seed", "1", "-c", small, "-f", str(tmp_path)]
+    assert main(["train", *options, "--eval-freq", "200", "--eval-episodes", "2", "--vec-env", "envpool"]) == 0
+    lines = (tmp_path / "ppo" / "Pendulum-v1_1" / "0.monitor.csv").read_text().splitlines()
+    assert [line.split(",")[1] for line in lines[2:]] == ["200"] * 2  # each environment made 256 steps
+
+
+@pytest.mark.skipif(importlib.util.find_spec("envpool") is not None, reason="EnvPool is installed")
+def test_envpool_is_asked_for(small, tmp_path, capsys):
+    options = ["--algo", "ppo", "--env", "Pendulum-v1", "-c", small, "-f", str(tmp_path), "--vec-env", "envpool"]
+    assert main(["train", *options]) == 2
+    assert "pip install 'sb3_pg[envpool]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)

@@ -1,18 +1,32 @@
-"""SB3's DummyVecEnv, VecNormalize and SubprocVecEnv with the same results, less overhead and clearer errors.
+"""Vectorised environments: SB3's with less overhead and clearer errors, and gymnasium's and EnvPool's as SB3's.
 
 SB3 deep-copies observations and infos at every step, and keeps its running statistics with functions made for
-large arrays. For small observations that costs as much as the simulation itself. These subclasses give the same
-numbers, are instances of SB3's classes and read and write the same files. The VecNormalize and SubprocVecEnv of an
-environment that is given to one of our algorithms become ours.
+large arrays. For small observations that costs as much as the simulation itself. DummyVecEnv, VecNormalize and
+SubprocVecEnv give the same numbers, are instances of SB3's classes and read and write the same files. The VecNormalize
+and SubprocVecEnv of an environment that is given to one of our algorithms become ours.
+
+:func:`as_vec_env` makes a VecEnv of a ``gymnasium.vector.VectorEnv`` or of what ``envpool.make`` returns; the
+algorithms take these as they are.
 """
 
 from stable_baselines3.common import vec_env as sb3
 
+from sb3_pg.common.vec_env.adapters import as_vec_env
 from sb3_pg.common.vec_env.dummy import DummyVecEnv
+from sb3_pg.common.vec_env.envpool import EnvPoolVecEnv
+from sb3_pg.common.vec_env.gymnasium_vector import GymnasiumVecEnv
 from sb3_pg.common.vec_env.normalize import VecNormalize
 from sb3_pg.common.vec_env.subproc import SubprocVecEnv
 
-__all__ = ["DummyVecEnv", "SubprocVecEnv", "VecNormalize"]
+__all__ = [
+    "DummyVecEnv",
+    "EnvPoolVecEnv",
+    "GymnasiumVecEnv",
+    "SubprocVecEnv",
+    "VecNormalize",
+    "as_vec_env",
+    "take_over",
+]
 
 
 def take_over(env: sb3.VecEnv) -> None:

@@ -39,8 +39,9 @@ def updated(statistics: RunningMeanStd, batch: np.ndarray) -> dict[str, Any]:
         kind, old_mean, old_variance = np.float64, float(old_mean), float(old_variance)
     else:
         mean = np.add.reduce(batch, axis=0) / n
-        deviation = batch - mean
-        variance = np.add.reduce(deviation * deviation, axis=0) / n
+        squares = batch - mean
+        squares *= squares  # in place, here and below: new memory for 1024 environments takes as long as the arithmetic
+        variance = np.add.reduce(squares, axis=0) / n
     total, delta = count + n, mean - old_mean
     return {
         "mean": kind(old_mean + delta * n / total),
@@ -79,6 +80,13 @@ Changes = list[tuple[dict[str, Any], dict[str, Any]]]
 def make(changes: Changes) -> None:
     """Make all changes, or none: no interrupt comes between them, since no line of Python is run."""
     collections.deque(itertools.starmap(dict.update, changes), maxlen=0)
+
+
+def _clip(x: np.ndarray, limit: float) -> np.ndarray:
+    """Clip an array in place to [-limit, limit], and return it."""
+    np.maximum(x, -limit, out=x)
+    np.minimum(x, limit, out=x)
+    return x
 
 
 class VecNormalize(sb3.VecNormalize):
@@ -139,9 +147,9 @@ class VecNormalize(sb3.VecNormalize):
         return [*changes, (self.__dict__, {"old_reward": rewards, "returns": returns})]
 
     def _normalize_obs(self, obs: np.ndarray, obs_rms: RunningMeanStd) -> np.ndarray:
-        scaled = (obs - obs_rms.mean) / np.sqrt(obs_rms.var + self.epsilon)
-        clipped: np.ndarray = np.minimum(np.maximum(scaled, -self.clip_obs), self.clip_obs)
-        return clipped
+        scaled = np.asarray(obs - obs_rms.mean)
+        scaled /= np.sqrt(obs_rms.var + self.epsilon)
+        return _clip(scaled, self.clip_obs)
 
     def normalize_obs(self, obs: Any) -> Any:
         """Normalise observations without changing the statistics or ``obs``."""
@@ -161,9 +169,8 @@ class VecNormalize(sb3.VecNormalize):
         """Divide rewards by the deviation of the discounted return, and clip."""
         if not self.norm_reward:
             return reward.astype(np.float32)
-        scaled = reward / np.float64(math.sqrt(self.ret_rms.var + self.epsilon))
-        clipped: np.ndarray = np.minimum(np.maximum(scaled, -self.clip_reward), self.clip_reward)
-        return clipped.astype(np.float32)
+        scaled = np.asarray(reward / np.float64(math.sqrt(self.ret_rms.var + self.epsilon)))
+        return _clip(scaled, self.clip_reward).astype(np.float32)
 
     def save(self, save_path: str | Path) -> None:
         """Write a file that SB3's ``VecNormalize.load`` reads, also where this package is not installed.
