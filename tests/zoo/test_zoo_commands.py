@@ -116,12 +116,12 @@ def test_statistics_are_those_of_sb3(algo, logs):
     assert type(loaded) is sb3.VecNormalize and loaded.obs_rms.count > 500
 
 
-def test_environments_are_ours_but_subprocesses_are_sb3s(construct, small):
+def test_environments_are_ours(construct, small):
     model = construct("ppo", "Pendulum-v1", "-c", small)
     assert type(model.env) is ours.VecNormalize and type(model.env.venv) is ours.DummyVecEnv
     assert model.env.gamma == 0.9
     model = construct("ppo", "Pendulum-v1", "-c", small, "--vec-env", "subproc")
-    assert type(model.env.venv) is sb3.SubprocVecEnv
+    assert type(model.env.venv) is ours.SubprocVecEnv
     model.env.close()
 
 
