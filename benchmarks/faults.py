@@ -426,7 +426,8 @@ HEAD = """# Faults
 Made by `benchmarks/faults.py` ({n} cases; the script says what a case is, and what is asked after it). In each cell
 stands after how many of the row's cases all four answers are yes, and in brackets the answers that are not always
 yes, with how often they are. A2C stands beside REINFORCE. "interrupt" is ctrl-C at a random line of the libraries' own
-code or of torch's optimizers; for the peers, too, what was before or after any whole update counts as kept.
+code or of torch's optimizers; for the peers, too, what was before or after any whole update counts as kept. Parameters
+that are not numbers count as not saved.
 
 """
 

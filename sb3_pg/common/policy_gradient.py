@@ -427,7 +427,8 @@ class PolicyGradientAlgorithm(Archived):
         """Add a step to the rollout, and go on from where it has led to."""
         actions, rewards, dones, infos, observations, values, log_probs, memory, masks = step
         rollout.unrecorded, buffer = None, rollout.buffer
-        require_finite_of(None, "reward", rewards, buffer.pos)  # here, for a callback may have changed them
+        if not math.isfinite(rewards.dot(rewards)):  # here, for a callback may have changed them
+            require_finite_of(None, "reward", rewards, buffer.pos)
         self._update_info_buffer(infos, dones)
         if np.count_nonzero(dones):  # quicker than ``any`` on a few
             rollout.note(dones, infos)

@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from sb3_pg.common.archive.statistics import read_statistics, write_statistics
 from sb3_pg.common.arrays import mapped
-from sb3_pg.common.errors import EnvironmentNumberError, is_finite, require_finite_of
+from sb3_pg.common.errors import EnvironmentNumberError, require_finite_of
 
 
 def updated(statistics: RunningMeanStd, batch: np.ndarray) -> dict[str, Any]:
@@ -54,10 +54,18 @@ def _sum(numbers: list[float]) -> float:
     return functools.reduce(operator.add, numbers)
 
 
-def _updated_soundly(statistics: RunningMeanStd, observations: np.ndarray) -> dict[str, Any]:
+#: A variance below this, over fewer than 1e30 numbers, has seen no number that single precision does not hold.
+_USUAL_VARIANCE = 1e37
+
+
+def _updated_by_observations(statistics: RunningMeanStd, observations: np.ndarray) -> dict[str, Any]:
     """Return what ``updated`` does, unless an observation has no finite square: the statistics could not forget it."""
     changed = updated(statistics, observations)
-    if not (is_finite(changed["var"]) or np.isfinite(changed["var"]).all()):
+    variance = changed["var"].ravel()
+    if float(variance.dot(variance)) < _USUAL_VARIANCE:  # then so is each of them; else look at all
+        return changed
+    require_finite_of(None, "observation", observations)
+    if not np.isfinite(variance).all():
         env, *where = np.unravel_index(np.abs(observations).argmax(), observations.shape)
         value = observations[(env, *where)]
         raise EnvironmentNumberError("observation", int(env), value, verdict="is too large to be normalised")
@@ -86,8 +94,8 @@ class VecNormalize(sb3.VecNormalize):
         :raises EnvironmentNumberError: an observation or reward is not finite, or its square is not
         """
         obs, rewards, dones, infos = self.venv.step_wait()
-        over: Any = np.flatnonzero(dones) if np.count_nonzero(dones) else []  # quicker than ``any`` on a few
-        last = {int(i): infos[i] for i in over if "terminal_observation" in infos[i]}
+        over: list[int] = np.flatnonzero(dones).tolist() if np.count_nonzero(dones) else []  # quicker than ``any``
+        last = {i: infos[i] for i in over if "terminal_observation" in infos[i]} if over else {}
         for i, info in last.items():
             require_finite_of(i, "terminal observation", mapped(np.asarray, info["terminal_observation"]))
         make(self._changes_by_observations(obs) + self._changes_by_rewards(rewards, over))
@@ -105,20 +113,29 @@ class VecNormalize(sb3.VecNormalize):
         return self.normalize_obs(obs)
 
     def _changes_by_observations(self, obs: Any) -> Changes:
-        require_finite_of(None, "observation", obs)
+        """Return what observations change.
+
+        :raises EnvironmentNumberError: one is not finite, or its square is not
+        """
         changes: Changes = [(self.__dict__, {"old_obs": obs})]
-        if self.training and self.norm_obs:
-            of: Any = self.obs_rms
-            pairs = [(of[key], obs[key]) for key in of] if isinstance(of, dict) else [(of, obs)]
-            changes += [(statistics.__dict__, _updated_soundly(statistics, x)) for statistics, x in pairs]
+        is_counted = self.training and self.norm_obs
+        of: Any = self.obs_rms if self.norm_obs else None
+        if not is_counted or isinstance(of, dict):
+            require_finite_of(None, "observation", obs)
+        if is_counted:
+            pairs: Any = [(of[key], obs[key]) for key in of] if isinstance(of, dict) else [(of, obs)]
+            changes += [(statistics.__dict__, _updated_by_observations(statistics, x)) for statistics, x in pairs]
         return changes
 
-    def _changes_by_rewards(self, rewards: np.ndarray, over: Any) -> Changes:
+    def _changes_by_rewards(self, rewards: np.ndarray, over: list[int]) -> Changes:
         """Return what a step's rewards change; the environments in ``over`` have ended their episodes."""
-        require_finite_of(None, "reward", rewards)
         returns = self.returns * self.gamma + rewards if self.training else self.returns.copy()
-        changes = [(self.ret_rms.__dict__, updated(self.ret_rms, returns))] if self.training else []
-        returns[over] = 0.0
+        changed = updated(self.ret_rms, returns) if self.training else {}
+        if not changed or not changed["var"] < _USUAL_VARIANCE:
+            require_finite_of(None, "reward", rewards)
+        changes: Changes = [(self.ret_rms.__dict__, changed)]
+        if over:
+            returns[over] = 0.0
         return [*changes, (self.__dict__, {"old_reward": rewards, "returns": returns})]
 
     def _normalize_obs(self, obs: np.ndarray, obs_rms: RunningMeanStd) -> np.ndarray:
