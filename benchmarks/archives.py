@@ -162,16 +162,18 @@ def kills(side: str, what: str, n: int, folder: Path, seed: int = 0) -> dict[str
     path, rng, found = folder / f"{what}.zip", random.Random(seed), Counter[str]()
     old.save(path)
     before, good = path.read_bytes(), old.same(old.load(path))
-    durations = []
-    for _ in range(5):
+
+    def seconds() -> float:
         start = time.perf_counter()
-        in_a_process(lambda: new.save(path))
-        durations.append(time.perf_counter() - start)
+        new.save(path)
+        return time.perf_counter() - start
+
+    duration = sorted(in_a_process(seconds) for _ in range(9))[4]
     becomes = new.same(new.load(path))
     assert good != becomes
     for _ in range(n):
         path.write_bytes(before)
-        in_a_process(lambda: new.save(path), kill_after=rng.uniform(0, min(durations)))
+        in_a_process(lambda: new.save(path), kill_after=rng.uniform(0, duration))
         try:
             now = old.same(old.load(path))
         except Exception:
@@ -378,7 +380,7 @@ def damaged_entries(archive: bytes, other: bytes) -> Iterator[Mutation]:
             with zipfile.ZipFile(twice, "a") as file:
                 file.writestr(name, theirs[name])
             yield Mutation("entry twice", name, twice.getvalue())
-    for name in ("../../evil.pth", "/tmp/evil.pth", "..\\evil.pth", "C:\\evil.pth", "a/../../data"):
+    for name in ("../../evil.pth", "/evil.pth", "..\\evil.pth", "C:\\evil.pth", "a/../../data"):
         yield Mutation("path name", name, changed(archive, {name: theirs["policy.pth"]}))
     for name in ("evil.pth", "predict.pth", "policy.__dict__.pth", "env.pth"):
         yield Mutation("unknown state", name, changed(archive, {name: theirs["policy.pth"]}))
@@ -571,7 +573,7 @@ def judged(side: str, its: Kept, good: str, mutation: Mutation, path: Path, mark
         except Exception as error:
             message = str(error)
             clear = "\n" not in message and path.name in message and isinstance(error, ValueError)
-            outcome = "refused" if clear else f"raw: {type(error).__name__}: {message[:100]}"
+            outcome = "refused" if clear else f"raw: {type(error).__name__}"
             if os.environ.get("SHOW"):
                 traceback.print_exc()
         return outcome, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024

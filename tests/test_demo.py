@@ -12,7 +12,8 @@ from tiny_models import weights
 
 import sb3_pg.demo
 from sb3_pg import PPO
-from sb3_pg.demo import CONTINUOUS, DISCRETE, main, running_mean
+from sb3_pg.common.errors import ArgumentError
+from sb3_pg.demo import CONTINUOUS, DISCRETE, load, main, parse, running_mean
 
 
 @pytest.fixture(autouse=True)
@@ -176,3 +177,19 @@ def test_an_interrupt_before_anything_was_learned_is_one_line(tmp_path, capsys, 
     monkeypatch.setattr(sb3_pg.demo, "evaluate", interrupted)
     assert main(["--env", "CartPole-v1", "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err.count("\n") == 1
+
+
+class Harm:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def test_what_is_loaded_is_not_run_unless_trusted(tmp_path, capsys):
+    model = PPO("MlpPolicy", "CartPole-v1", n_steps=64)
+    model.harm = Harm()
+    model.save(tmp_path / "model.zip")
+    with pytest.raises(ArgumentError, match="`harm` needs builtins"):
+        load("ppo", "CartPole-v1", tmp_path)
+    assert capsys.readouterr().out == ""
+    load("ppo", "CartPole-v1", tmp_path, trusted=parse(["--trusted"]).trusted)
+    assert capsys.readouterr().out == "code ran\n"

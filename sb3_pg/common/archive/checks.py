@@ -27,6 +27,9 @@ _POLICY_KWARGS: dict[str, type] = {
     "optimizer_class": th.optim.Optimizer,
 }
 
+#: What SB3 saves only if it is told to: making an environment of a name, for one, may import any module.
+_NEVER_SAVED = ("env", "policy", "_custom_logger", "_logger", "_vec_normalize_env", "rollout_buffer", "device")
+
 #: What a model counts, and what it remembers of its environments.
 _COUNTED: tuple[str, ...] = (
     "num_timesteps",
@@ -64,8 +67,10 @@ def check_attributes(file: str, model: type, data: dict[str, Any], given: Collec
     if not isinstance(data.get("policy_kwargs", {}), dict):
         raise ArchiveError(f"{file}: `policy_kwargs` is {data['policy_kwargs']!r}, but must be a dictionary.")
     for name in data.keys() - set(given):
-        if callable(getattr(model, name, None)):
-            raise ArchiveError(f"{file}: `{name}` is no attribute but a method of {model.__name__}.")
+        if callable(getattr(model, name, None)) or name in _NEVER_SAVED:
+            raise ArchiveError(
+                f"{file}: `{name}` is nothing that a {model.__name__} saves, and is not taken from a file."
+            )
     for name in data.keys() & set(_COUNTED) - set(given):
         if as_number(data[name]) is None:
             raise ArchiveError(f"{file}: `{name}` is {data[name]!r}, but must be a number.")

@@ -148,8 +148,8 @@ def algorithm_in(data: dict[str, Any]) -> str | None:
 def without_contrib(data: dict[str, Any]) -> dict[str, Any]:
     """Return what to read in the archive of a masked PPO in place of sb3-contrib's classes, if there are none."""
     kind = data.get("policy_class")
-    if importlib.util.find_spec("sb3_contrib") or not isinstance(kind, dict) or kind.get("__module__") != _MASKABLE:
+    if not isinstance(kind, dict) or kind.get("__module__") != _MASKABLE or importlib.util.find_spec("sb3_contrib"):
         return {}
     pickled = base64.b64decode(kind[":serialized:"])
-    found = next(plain for name, plain in _UNMASKED.items() if name.encode() in pickled)
+    found = next((plain for name, plain in _UNMASKED.items() if name.encode() in pickled), None)
     return {"policy_class": found, "rollout_buffer_class": None}

@@ -141,6 +141,15 @@ def test_archives_of_the_peers_need_nothing(reader, writer, policy, env):
     np.testing.assert_array_equal(weights(loaded), weights(theirs))
 
 
+@pytest.mark.parametrize("name", ["env", "policy", "_logger", "predict", "rollout_buffer"])
+def test_a_file_sets_no_methods_and_makes_no_environments(name, tmp_path, monkeypatch):
+    (tmp_path / "harm.py").write_text("raise SystemExit('code ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = saved(tiny(PPO, make_envs()))
+    with pytest.raises(ArchiveError, match=f"`{name}` is nothing that a PPO saves"):
+        PPO.load(with_attributes(file, **{name: "harm:Env-v0"}))
+
+
 IN_MAIN = """
 import sys
 import numpy as np
