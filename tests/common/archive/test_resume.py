@@ -139,6 +139,12 @@ def test_normalised_environments_need_no_file_of_statistics(algorithm, where, tm
     check(algorithm, PENDULUM, tmp_path / "model.zip", where)
 
 
+def test_episodes_that_begin_with_the_next_step(tmp_path):
+    pytest.importorskip("sb3_contrib")
+    short = of(lambda: FakeEnv(action_space=spaces.Discrete(2), lengths=(1, -1)))
+    check(PPO, short, tmp_path / "model.zip", "between", policy="MlpLstmPolicy", policy_kwargs={"lstm_hidden_size": 4})
+
+
 @pytest.mark.parametrize("policy", ["MlpLstmPolicy", "MlpGruPolicy"])
 @pytest.mark.parametrize(("algorithm", "where"), [(PPO, "between"), (PPO, "step"), (TRPO, "end"), (REINFORCE, "step")])
 def test_memory(policy, algorithm, where, tmp_path):
