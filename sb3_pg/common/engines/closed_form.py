@@ -174,7 +174,9 @@ class ClosedFormEngine(RowEngine):
 
     def parameters(self, outputs: np.ndarray, masks: Any = None) -> Parameters:
         """Turn the actor's outputs into its distribution's parameters."""
-        return (masked(outputs, masks),) if self.log_std is None else (outputs, self.log_std)
+        if self.log_std is not None:
+            return outputs, self.log_std
+        return (outputs if masks is None else masked(outputs, masks),)
 
     # Judge
 
