@@ -15,12 +15,8 @@ from sb3_pg.common import errors
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    *sorted(DOCS.glob("*.md")),
-    *sorted(DOCS.glob("algorithms/*.md")),
-]
+OF_DOCS = [*sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("algorithms/*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *OF_DOCS]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 
 #: By name, as Sphinx loads it.
