@@ -9,7 +9,7 @@ import sys
 
 import sb3_pg
 from sb3_pg.common.masks import STEPPERS
-from sb3_pg.zoo.configs import CONFIGS
+from sb3_pg.zoo.settings import CONFIGS
 
 __all__ = ["CONFIGS", "register"]
 

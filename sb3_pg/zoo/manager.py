@@ -19,7 +19,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from sb3_pg.common.errors import ArgumentError, NonFiniteError, check_count, check_number, did_you_mean
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
 from sb3_pg.common.vec_env import DummyVecEnv, VecNormalize
-from sb3_pg.zoo.configs import CONFIGS
+from sb3_pg.zoo.settings import CONFIGS
 
 #: Keys of a configuration that rl_zoo3 takes for itself; all others are arguments of the algorithm.
 ZOO_KEYS = (
