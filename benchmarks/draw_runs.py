@@ -65,8 +65,8 @@ CASES = {
         100_000,
         {
             "well: target_kl=0.24": {},
-            "region too wide: target_kl=20": {"target_kl": 20.0},
-            "solve too short: cg_max_steps=1": {"cg_max_steps": 1},
+            "region too wide: target_kl=2, cg_damping=1e-3": {"target_kl": 2.0, "cg_damping": 1e-3},
+            "region too narrow: target_kl=0.001": {"target_kl": 1e-3},
         },
         ["rollout/ep_rew_mean", "train/kl_divergence_loss", "train/backtracks", "train/cg_residual"],
         {"n_steps": 1024, "target_kl": 0.24, "n_critic_updates": 20, "cg_max_steps": 25, "stats_window_size": 10},
