@@ -26,7 +26,6 @@ myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings say what an argument is for, and signatures of a screen's length hide it
-autodoc_class_signature = "separated"
 python_display_short_literal_types = True
 
 html_theme = "furo"

@@ -22,7 +22,7 @@ TABLES = {
 
 def table(figures: dict[str, str]) -> str:
     """Return a legend as a Markdown table."""
-    rows = [f"| `{name}` | {doc} |" for name, doc in figures.items()]
+    rows = [f"| `{name}` | {doc.replace('|', '&#124;')} |" for name, doc in figures.items()]
     return "\n".join(["| key | meaning |", "|---|---|", *rows, ""])
 
 
