@@ -11,6 +11,7 @@ TIMESTEPS ?=
 N_ENVS ?=
 SEED ?= 1
 OUT ?=
+RESUME ?=
 
 # Which tests `make dist` runs in the source distribution; an empty one all.
 DIST_TESTS ?=
@@ -35,12 +36,13 @@ SOURCES := sb3_pg tests benchmarks docs setup.py
 
 help:  ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo "Variables of run: ALGO=reinforce|trpo|ppo ENV=id TIMESTEPS=n N_ENVS=n SEED=n OUT=folder; of test: JOBS=2;"
+	@echo "Variables of run: ALGO=reinforce|trpo|ppo ENV=id TIMESTEPS=n N_ENVS=n SEED=n OUT=folder RESUME=1; of test: JOBS=2;"
 	@echo "of all: PYTHON=python3"
 
 run: $(STAMP)  ## train, evaluate, save, load and draw (about a minute)
 	$(BIN)/python -m sb3_pg.demo --algo $(ALGO) --env $(ENV) --seed $(SEED) \
-		$(if $(TIMESTEPS),--timesteps $(TIMESTEPS)) $(if $(N_ENVS),--n-envs $(N_ENVS)) $(if $(OUT),--out $(OUT))
+		$(if $(TIMESTEPS),--timesteps $(TIMESTEPS)) $(if $(N_ENVS),--n-envs $(N_ENVS)) $(if $(OUT),--out $(OUT)) \
+		$(if $(RESUME),--resume)
 
 test: lint type  ## lint, types and tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope

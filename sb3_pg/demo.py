@@ -17,15 +17,19 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import CallbackList, ConvertCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.logger import configure
+from stable_baselines3.common.logger import CSVOutputFormat, Logger
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.vec_env import VecNormalize, sync_envs_normalization
+from stable_baselines3.common.vec_env import sync_envs_normalization
 
 from sb3_pg import PPO, REINFORCE, TRPO
+from sb3_pg.common.archive.container import read_archive
 from sb3_pg.common.errors import NonFiniteError
+from sb3_pg.common.interrupts import Interrupted, interrupts_after_steps, saved_when_interrupted
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
+from sb3_pg.common.vec_env import VecNormalize
 
 PROGRAM = "python -m sb3_pg.demo"
 
@@ -63,6 +67,7 @@ CONTINUOUS_SIZE, DISCRETE_SIZE = (2, 204_800), (4, 50_000)
 EVALUATION_EPISODES = 10
 
 FILES = {"model": "model.zip", "statistics": "vecnormalize.pkl", "curve": "learning_curve.png", "log": "progress.csv"}
+FILES["episodes"] = "episodes.csv"  # step and return of each
 
 
 class DemoError(Exception):
@@ -92,6 +97,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timesteps", type=positive, metavar="N", help="environment steps in all")
     parser.add_argument("--n-envs", type=positive, metavar="N", help="parallel environments")
     parser.add_argument("--seed", type=whole, default=1, metavar="S", help="default: 1")
+    parser.add_argument("--trusted", action="store_true", help="when loading, run the code that the files hold")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, up to --timesteps")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/ALGO-ENV-SEED")
     options = parser.parse_args(arguments)
     if options.out is None:
@@ -135,18 +142,35 @@ def set_up(options: argparse.Namespace) -> PolicyGradientAlgorithm:
     policy, continuous = inspect_environment(options.env)
     n_envs, timesteps = CONTINUOUS_SIZE if continuous else DISCRETE_SIZE
     options.timesteps = options.timesteps or timesteps
+    device = "auto" if policy == "CnnPolicy" else "cpu"
+    if options.resume:
+        return set_up_again(options, continuous, device)
     env = make_vec_env(options.env, n_envs=options.n_envs or n_envs, seed=options.seed)
     settings = dict((CONTINUOUS if continuous else DISCRETE)[options.algo])
     if continuous:
         env = VecNormalize(env)
         if options.algo == "trpo":
             settings["target_kl"] = TARGET_KL_PER_ACTION_DIMENSION * math.prod(env.action_space.shape or ())
-    device = "auto" if policy == "CnnPolicy" else "cpu"
     return ALGORITHMS[options.algo](policy, env, seed=options.seed, device=device, **settings)
 
 
-def prepare(folder: Path) -> None:
-    """Make the folder of the results, and forget an earlier run's statistics."""
+def set_up_again(options: argparse.Namespace, continuous: bool, device: str) -> PolicyGradientAlgorithm:
+    """Return the model that a run has saved in the folder, on new environments."""
+    path = options.out / FILES["model"]
+    if not path.exists():
+        raise DemoError(f"nothing to resume: there is no {path}")
+    n_envs = options.n_envs or read_archive(path).data["n_envs"]
+    env = make_vec_env(options.env, n_envs=n_envs)
+    if continuous:
+        env = VecNormalize.load(options.out / FILES["statistics"], env, trusted=options.trusted)
+    model = ALGORITHMS[options.algo].load(path, env=env, device=device, trusted=options.trusted)
+    if model.num_timesteps >= options.timesteps:
+        raise DemoError(f"{path} has {model.num_timesteps:,} steps already: pass --timesteps with more")
+    return model
+
+
+def prepare(folder: Path, resume: bool = False) -> None:
+    """Make the folder of the results, and forget an earlier run's statistics unless it is resumed."""
     missing = [name for name in ("matplotlib", "rich", "tqdm") if importlib.util.find_spec(name) is None]
     if missing:
         raise DemoError(f"{', '.join(missing)} not installed: pip install 'sb3_pg[extra]'")
@@ -154,24 +178,31 @@ def prepare(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DemoError(f"cannot write to {folder}: {error.strerror}") from None
-    (folder / FILES["statistics"]).unlink(missing_ok=True)
+    for name in () if resume else ("statistics", "episodes"):
+        (folder / FILES[name]).unlink(missing_ok=True)
 
 
-def train(model: PolicyGradientAlgorithm, timesteps: int, folder: Path) -> tuple[list[tuple[int, float]], float]:
-    """Learn with a progress bar; return the environment step and return of each episode, and the seconds it took."""
-    episodes: list[tuple[int, float]] = []
+def train(model: PolicyGradientAlgorithm, timesteps: int, folder: Path, episodes: list[tuple[int, float]]) -> float:
+    """Learn with a progress bar up to so many steps in all; return the seconds it took.
+
+    :param episodes: to which the environment step and return of each is added
+    """
 
     def note_episodes(names: dict[str, Any], _: dict[str, Any]) -> bool:
         ended = [info["episode"] for info in names["infos"] if "episode" in info]
         episodes.extend((model.num_timesteps, float(episode["r"])) for episode in ended)
         return True
 
-    model.set_logger(configure(str(folder), ["csv"]))
+    n, log = model.num_timesteps, folder / FILES["log"]
+    log = log.with_stem(f"{log.stem}-from-{n}") if n else log
+    model.set_logger(Logger(str(folder), [CSVOutputFormat(str(log))]))
     start = time.perf_counter()
-    model.learn(timesteps, callback=note_episodes, progress_bar=True)
+    with interrupts_after_steps() as after_step:
+        callbacks = CallbackList([ConvertCallback(note_episodes), after_step])
+        model.learn(timesteps - n, callback=callbacks, progress_bar=True, reset_num_timesteps=not n)
     seconds = time.perf_counter() - start
     model.logger.close()
-    return episodes, seconds
+    return seconds
 
 
 def evaluate(model: PolicyGradientAlgorithm, env_id: str, seed: int) -> tuple[float, float]:
@@ -185,21 +216,38 @@ def evaluate(model: PolicyGradientAlgorithm, env_id: str, seed: int) -> tuple[fl
     return float(np.mean(mean)), float(np.mean(std))
 
 
-def save(model: PolicyGradientAlgorithm, folder: Path) -> None:
-    """Write the model, and the statistics without which its observations mean nothing."""
+def save(model: PolicyGradientAlgorithm, folder: Path, episodes: list[tuple[int, float]]) -> None:
+    """Write the model, the statistics without which its observations mean nothing, and what the curve is drawn of."""
     model.save(folder / FILES["model"])
+    np.savetxt(folder / FILES["episodes"], np.reshape(episodes, (-1, 2)), "%.10g", ",", header="step,return")
     statistics = model.get_vec_normalize_env()
     if statistics is not None:
         statistics.save(str(folder / FILES["statistics"]))
 
 
-def load(algorithm: str, env_id: str, folder: Path) -> PolicyGradientAlgorithm:
+def save_for_later(model: PolicyGradientAlgorithm, options: argparse.Namespace, episodes: Any) -> str:
+    """Save an interrupted run; return where, and how to go on."""
+    save(model, options.out, episodes)
+    return (
+        f"{options.out / FILES['model']} after {model.num_timesteps:,} steps; go on with {PROGRAM} --resume --algo "
+        f"{options.algo} --env {options.env} --timesteps {options.timesteps} --out {options.out}"
+    )
+
+
+def episodes_in(folder: Path) -> list[tuple[int, float]]:
+    """Return the steps and returns of the episodes of a run that is resumed; none if it is a new one."""
+    path = folder / FILES["episodes"]
+    lines = path.read_text().splitlines()[1:] if path.exists() else []
+    return [(int(step), float(its)) for step, its in (line.split(",") for line in lines)]
+
+
+def load(algorithm: str, env_id: str, folder: Path, trusted: bool = False) -> PolicyGradientAlgorithm:
     """Read both back into fresh objects."""
     env = make_vec_env(env_id, n_envs=1)
     statistics = folder / FILES["statistics"]
     if statistics.exists():
-        env = VecNormalize.load(str(statistics), env)
-    return ALGORITHMS[algorithm].load(folder / FILES["model"], env=env)
+        env = VecNormalize.load(statistics, env, trusted=trusted)
+    return ALGORITHMS[algorithm].load(folder / FILES["model"], env=env, trusted=trusted)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -240,22 +288,28 @@ def run(options: argparse.Namespace) -> bool:
     """Run the whole demonstration; return whether the loaded model scores what the saved one does."""
     quieten_mujoco()
     model = set_up(options)
-    prepare(options.out)
+    prepare(options.out, options.resume)
+    episodes, n_before = episodes_in(options.out), model.num_timesteps
     title, seed = f"{type(model).__name__} on {options.env}", options.seed + 10_000
     print(f"{title}: {options.timesteps:,} steps in {model.n_envs} environments, seed {options.seed}")
     print(f"Network: {model.network.description}")
 
     untrained = evaluate(model, options.env, seed)
-    episodes, seconds = train(model, options.timesteps, options.out)
-    trained = evaluate(model, options.env, seed)
-    save(model, options.out)
-    loaded = evaluate(load(options.algo, options.env, options.out), options.env, seed)
+    with saved_when_interrupted(lambda: save_for_later(model, options, episodes)):
+        seconds = train(model, options.timesteps, options.out, episodes)
+        trained = evaluate(model, options.env, seed)
+        save(model, options.out, episodes)
+    loaded = evaluate(load(options.algo, options.env, options.out, options.trusted), options.env, seed)
     draw(episodes, f"{title}, seed {options.seed}", options.out / FILES["curve"])
 
-    print(f"Trained in {seconds:.0f} s, {model.num_timesteps / seconds:,.0f} steps a second")
+    print(f"Trained in {seconds:.0f} s, {(model.num_timesteps - n_before) / seconds:,.0f} steps a second")
     print(f"Score (mean return of {EVALUATION_EPISODES} episodes +/- standard deviation, deterministic actions)")
     verdict = "  (the same)" if loaded == trained else "  (NOT the same)"
-    for when, (mean, std) in {"untrained": untrained, "trained": trained, "loaded": loaded}.items():
+    for when, (mean, std) in {
+        "resumed" if options.resume else "untrained": untrained,
+        "trained": trained,
+        "loaded": loaded,
+    }.items():
         print(f"  {when:<11}{mean:.1f} +/- {std:.1f}{verdict if when == 'loaded' else ''}")
     for what, name in FILES.items():
         if (options.out / name).exists():
@@ -264,10 +318,18 @@ def run(options: argparse.Namespace) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the demonstration; the exit code: 0, 1 if the loaded model differs, 2 for input that cannot work."""
+    """Run the demonstration; the exit code: 0, 1 if the loaded model differs, 2 for input that cannot work.
+
+    An interrupt has that of a shell: 130 after ctrl-C, 143 after SIGTERM.
+    """
     try:
         return 0 if run(parse(arguments)) else 1
-    except (DemoError, NonFiniteError, gym.error.Error, ValueError) as error:
+    except Interrupted as interrupt:
+        return interrupt.exit_status
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted; there is nothing new to save", file=sys.stderr)
+        return 130
+    except (DemoError, NonFiniteError, gym.error.Error, OSError, ValueError) as error:
         print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

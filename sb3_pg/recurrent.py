@@ -1,6 +1,7 @@
-"""Policies with a GRU, beside sb3-contrib's with an LSTM (extra ``contrib``)."""
+"""Policies with a GRU, and what ours add to sb3-contrib's with an LSTM (extra ``contrib``)."""
 
-from typing import Any
+import inspect
+from typing import Any, ClassVar
 
 from gymnasium import spaces
 from sb3_contrib.common.recurrent.policies import (
@@ -8,8 +9,59 @@ from sb3_contrib.common.recurrent.policies import (
     RecurrentActorCriticPolicy,
     RecurrentMultiInputActorCriticPolicy,
 )
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
+
+from sb3_pg.common.archive.policy_files import SavedPolicy
+from sb3_pg.common.engines.prediction import Predictor
+from sb3_pg.common.engines.recurrent import RecurrentBlueprint
+from sb3_pg.common.engines.recurrent_prediction import RecurrentPredictor
+from sb3_pg.common.policies import QuickMlpPolicy
+
+
+class _CountedInPython(ActorCriticPolicy):
+    """SB3 counts the features of MultiDiscrete observations in NumPy's numbers, which torch's LSTM does not take."""
+
+    def make_features_extractor(self) -> BaseFeaturesExtractor:
+        extractor = super().make_features_extractor()
+        extractor._features_dim = int(extractor._features_dim)
+        return extractor
+
+
+class QuickActorCriticLstmPolicy(_CountedInPython, QuickMlpPolicy, RecurrentActorCriticPolicy):
+    """sb3-contrib's MlpLstmPolicy with one argument more, whose ``predict`` takes the closed form where it can.
+
+    Models are made with it in place of sb3-contrib's class, which archives name.
+
+    :param forget_bias: added to the biases of the forget gates before training. With 3 or more they begin nearly open,
+        so that what is seen lasts for tens of steps; as torch starts them, they halve the memory at each step.
+    """
+
+    predictor_class: ClassVar[type[Predictor]] = RecurrentPredictor
+
+    def __init__(self, *args: Any, forget_bias: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for lstm in (self.lstm_actor, self.lstm_critic):
+            for name, parameter in [] if lstm is None else lstm.named_parameters():
+                if name.startswith("bias_hh"):
+                    parameter.data.view(4, -1)[1] += forget_bias  # of torch's gates: input, forget, cell, output
+
+    def portable_kwargs(self, policy_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments without what is only for new policies, so that RecurrentPPO reads the archive."""
+        return {name: value for name, value in policy_kwargs.items() if name != "forget_bias"}
+
+
+class QuickActorCriticCnnLstmPolicy(QuickActorCriticLstmPolicy, RecurrentActorCriticCnnPolicy):
+    """The same of sb3-contrib's CnnLstmPolicy."""
+
+
+class QuickMultiInputActorCriticLstmPolicy(QuickActorCriticLstmPolicy, RecurrentMultiInputActorCriticPolicy):
+    """The same of sb3-contrib's MultiInputLstmPolicy."""
+
+
+RecurrentBlueprint.kinds.add(QuickActorCriticLstmPolicy)
 
 
 class Gru(nn.GRU):
@@ -22,11 +74,13 @@ class Gru(nn.GRU):
         return outputs, (hidden, cell)
 
 
-class MlpGruPolicy(RecurrentActorCriticPolicy):
+class MlpGruPolicy(SavedPolicy, _CountedInPython, RecurrentActorCriticPolicy):
     """sb3-contrib's MlpLstmPolicy with a GRU in place of each LSTM, a quarter fewer numbers to learn.
 
     Arguments are the same, ``lstm_hidden_size`` and the others that name the LSTM included.
     """
+
+    __signature__ = inspect.signature(RecurrentActorCriticPolicy)
 
     def __init__(
         self,
@@ -47,6 +101,10 @@ class MlpGruPolicy(RecurrentActorCriticPolicy):
 class CnnGruPolicy(MlpGruPolicy, RecurrentActorCriticCnnPolicy):
     """With SB3's convolutions before the GRU."""
 
+    __signature__ = inspect.signature(RecurrentActorCriticCnnPolicy)
+
 
 class MultiInputGruPolicy(MlpGruPolicy, RecurrentMultiInputActorCriticPolicy):
     """For Dict observations."""
+
+    __signature__ = inspect.signature(RecurrentMultiInputActorCriticPolicy)

@@ -4,8 +4,10 @@ import argparse
 import csv
 import importlib
 import importlib.util
+import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -179,3 +181,15 @@ def test_a_task_counts_once_in_the_average_of_all(monkeypatch):
     won, lost = {"ppo": curve(2), "sb3_ppo": curve(1)}, {"ppo": curve(1), "sb3_ppo": curve(2)}
     curves = {("Hopper-v5", 10): won, ("Swimmer-v5", 10): won, ("Swimmer-v5", 30): lost}
     assert learning.make_table(curves)[-1].startswith("| all 2 | | PPO | | | | | 1.00 ")
+
+
+def test_vectorised_environments_are_timed_and_reported(tmp_path):
+    options = ["--folder", str(tmp_path), "--repeats", "2", "--only", "8 environments"]
+    printed = script("vectorised.py", *options, "--group", "normalising")
+    assert "8 environments, observations of 17" in printed
+    script("vectorised.py", *options, "--report")
+    table = (tmp_path / "table.md").read_text()
+    rows = json.loads((tmp_path / "results.json").read_text())["groups"]["normalising"]
+    assert [len(rates["wall"]) for row in rows.values() for rates in row.values()] == [2] * 3
+    ours, peer = (statistics.median(rates["wall"]) for rates in list(next(iter(rows.values())).values())[:2])
+    assert f"| ours | {ours:,.0f} (" in table and f"| SB3's | {peer:,.0f} (" in table

@@ -1,10 +1,19 @@
+import contextlib
+import os
+import pty
+import re
+import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from tiny_models import weights
 
 import sb3_pg.demo
-from sb3_pg.demo import CONTINUOUS, DISCRETE, main, running_mean
+from sb3_pg import PPO
+from sb3_pg.common.errors import ArgumentError
+from sb3_pg.demo import CONTINUOUS, DISCRETE, load, main, parse, running_mean
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +48,40 @@ def test_a_run_without_a_finished_episode_has_an_empty_curve(tmp_path):
         patch.setitem(CONTINUOUS["ppo"], "n_steps", 32)
         assert main(arguments) == 0
     assert (tmp_path / "learning_curve.png").exists()
+
+
+@pytest.mark.parametrize("stopped", ["by fewer steps", "by ctrl-C"])
+def test_a_resumed_run_equals_the_whole(stopped, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(CONTINUOUS["ppo"], "n_steps", 128)
+    arguments = ["--algo", "ppo", "--env", "Pendulum-v1", "--n-envs", "2"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert main([*arguments, "--timesteps", "768", "--out", str(whole)]) == 0
+    if stopped == "by ctrl-C":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PPO, "train", interrupting(PPO.train))
+            assert main([*arguments, "--timesteps", "768", "--out", str(resumed)]) == 130
+    else:
+        assert main([*arguments, "--timesteps", "256", "--out", str(resumed)]) == 0
+    assert main([*arguments, "--timesteps", "768", "--out", str(resumed), "--resume"]) == 0
+    first, second = (PPO.load(folder / "model.zip") for folder in (whole, resumed))
+    np.testing.assert_array_equal(weights(first), weights(second))
+    assert (whole / "episodes.csv").read_text() == (resumed / "episodes.csv").read_text()
+    assert main([*arguments, "--timesteps", "768", "--out", str(resumed), "--resume"]) == 2
+    assert "has 768 steps already" in capsys.readouterr().err
+
+
+def interrupting(train):
+    def then_interrupt(self):
+        train(self)
+        if self.num_timesteps == 256:
+            signal.raise_signal(signal.SIGINT)
+
+    return then_interrupt
+
+
+def test_nothing_to_resume_is_one_line(tmp_path, capsys):
+    assert main(["--algo", "ppo", "--env", "Pendulum-v1", "--out", str(tmp_path), "--resume"]) == 2
+    assert "nothing to resume" in capsys.readouterr().err
 
 
 def test_every_algorithm_has_settings():
@@ -87,3 +130,66 @@ def test_a_file_in_place_of_the_folder_is_one_line(tmp_path, capsys):
 
 def test_running_mean():
     assert running_mean([1.0, 2.0, 6.0, 10.0], 2).tolist() == [1.0, 1.5, 4.0, 8.0]
+
+
+def test_ctrl_c_saves_and_leaves_the_terminal_whole(tmp_path):
+    """With a real terminal and a real signal."""
+    command = [sys.executable, "-W", "ignore", "-m", "sb3_pg.demo", "--algo", "ppo", "--env", "CartPole-v1"]
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        [*command, "--timesteps", "1000000", "--out", str(tmp_path)], stdin=child, stdout=child, stderr=child
+    )
+    os.close(child)
+    shown = b""
+    try:
+        while b"it/s" not in shown:  # the progress bar has moved
+            shown += os.read(parent, 4096)
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # the end of a terminal's output
+            while chunk := os.read(parent, 4096):
+                shown += chunk
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+        os.close(parent)
+    *_, last = shown.decode().strip().splitlines()
+    said = re.match(r"(\x1b\[\?25h)?Interrupted: saved in .*model\.zip after ([\d,]+) steps; go on with ", last)
+    assert "Traceback" not in shown.decode()
+    assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l") > 0  # the cursor is shown again
+    model = PPO.load(tmp_path / "model.zip", env="CartPole-v1")
+    assert said and model.num_timesteps == int(said[2].replace(",", ""))
+
+
+def test_sigterm_saves(tmp_path, capsys, monkeypatch):
+    def train(model, *_):
+        model.learn(600)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(sb3_pg.demo, "train", train)
+    assert main(["--algo", "ppo", "--env", "CartPole-v1", "--timesteps", "600", "--out", str(tmp_path)]) == 143
+    assert capsys.readouterr().err.startswith(f"Interrupted: saved in {tmp_path / 'model.zip'} after ")
+
+
+def test_an_interrupt_before_anything_was_learned_is_one_line(tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sb3_pg.demo, "evaluate", interrupted)
+    assert main(["--env", "CartPole-v1", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+class Harm:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def test_what_is_loaded_is_not_run_unless_trusted(tmp_path, capsys):
+    model = PPO("MlpPolicy", "CartPole-v1", n_steps=64)
+    model.harm = Harm()
+    model.save(tmp_path / "model.zip")
+    with pytest.raises(ArgumentError, match="`harm` needs builtins"):
+        load("ppo", "CartPole-v1", tmp_path)
+    assert capsys.readouterr().out == ""
+    load("ppo", "CartPole-v1", tmp_path, trusted=parse(["--trusted"]).trusted)
+    assert capsys.readouterr().out == "code ran\n"

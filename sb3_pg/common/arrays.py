@@ -78,6 +78,11 @@ def length(x: Observations) -> int:
     return len(next(iter(x.values()))) if isinstance(x, dict) else len(x)
 
 
+def leaves(x: Any) -> list[Any]:
+    """Return the arrays of a Dict observation, or an array itself, as a list."""
+    return list(x.values()) if isinstance(x, dict) else [x]
+
+
 def nbytes(x: Observations) -> int:
     """Return the memory of an array or of a Dict observation."""
     return int(sum(value.nbytes for value in x.values()) if isinstance(x, dict) else x.nbytes)
@@ -99,7 +104,7 @@ class Column:
     """
 
     def __init__(self, like: Array) -> None:
-        self._memory = namespace(like).empty_like(like)
+        self._numbers = namespace(like).empty_like(like)
         self._n = 0
 
     def __len__(self) -> int:
@@ -108,19 +113,19 @@ class Column:
     def add(self, x: Array) -> None:
         """Append the numbers of a minibatch."""
         end = self._n + len(x)
-        if end > len(self._memory):
+        if end > len(self._numbers):
             xp = namespace(x)
-            self._memory = xp.concat([self._memory, xp.empty_like(self._memory), xp.empty_like(x)])
-        memory: Any = self._memory
-        memory[self._n : end] = x
+            self._numbers = xp.concat([self._numbers, xp.empty_like(self._numbers), xp.empty_like(x)])
+        numbers: Any = self._numbers
+        numbers[self._n : end] = x
         self._n = end
 
     def take(self) -> Array:
         """Return what has been collected, (n,), until the next ``add``; the column begins anew."""
-        taken, self._n = self._memory[: self._n], 0
+        taken, self._n = self._numbers[: self._n], 0
         return taken
 
     def mean(self) -> float:
         """Return the mean of what has been collected, by all workers; NaN if nothing was."""
-        own = float(self._memory[: self._n].mean()) if self._n else float("nan")
+        own = float(self._numbers[: self._n].mean()) if self._n else float("nan")
         return float(workers.mean(own, self._n))

@@ -91,6 +91,12 @@ class RolloutBuffer(sb3_buffers.RolloutBuffer):
         for name, (shape, dtype) in shapes.items():
             setattr(self, name, enlarged(self.__dict__.get(name), shape, dtype))
 
+    def enlarge(self, n_steps: int) -> None:
+        """Make room for at least so many steps, doubling what there is."""
+        while self.buffer_size < n_steps:
+            self.buffer_size *= 2
+        self._allocate()
+
     def reset(self) -> None:
         """Forget the rollout but keep its memory."""
         self.pos = 0
@@ -119,8 +125,7 @@ class RolloutBuffer(sb3_buffers.RolloutBuffer):
         :param log_prob: log-probability of ``action``, if it is known already
         """
         if self.pos >= self.buffer_size:
-            self.buffer_size *= 2
-            self._allocate()
+            self.enlarge(self.pos + 1)
         row = self.pos
         if isinstance(obs, dict):
             for key, stored in self.observations.items():

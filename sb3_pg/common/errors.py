@@ -22,6 +22,45 @@ class PolicyError(NonFiniteError):
     """The policy or its gradient, and not the environment, gives numbers that are not finite."""
 
 
+class EnvironmentNumberError(NonFiniteError):
+    """An environment has given a number that cannot be learned from.
+
+    :param what: "observation" or "reward"
+    :param env: the number of the environment
+    :param value: what it gave
+    :param step: of the rollout; None where it is not known
+    :param verdict: what is wrong with it
+    """
+
+    def __init__(
+        self, what: str, env: int, value: float, step: int | None = None, verdict: str = "is not finite"
+    ) -> None:
+        when = "" if step is None else f" at step {step} of this rollout"
+        shown = f"({value})"
+        if verdict == "is not finite" and math.isfinite(value):
+            shown = f"in single precision ({value:g})"
+        super().__init__(
+            f"The {what} of environment {env}{when} {verdict} {shown}. The policy is unchanged since its last update "
+            "and can be saved. Look for a division by zero or a diverging simulation in the environment."
+        )
+        self._said, self._step, self._verdict = (what, env, value), step, verdict
+
+    def at(self, step: int) -> "EnvironmentNumberError":
+        """Return the same with its step in the rollout, if that is missing.
+
+        :param step: in which the environment acted; an observation is for the next
+        """
+        if self._step is None:
+            step += self._said[0].startswith("observation")
+        else:
+            step = self._step
+        return EnvironmentNumberError(*self._said, step, self._verdict)
+
+
+class WorkerError(RuntimeError):
+    """A process that steps an environment has ended."""
+
+
 def check_number(
     name: str,
     value: Any,
@@ -131,31 +170,70 @@ def evaluate_schedule(name: str, value: Any, progress_remaining: float) -> float
     return number
 
 
+#: The largest number in single precision, in which policies compute.
+LARGEST = float(np.finfo(np.float32).max)
+
+#: If the squares of some numbers add up to less, all are far below ``LARGEST``.
+_SQUARE = 1e76
+
+#: Of so many numbers the BLAS adds the squares at once; of more it may take threads, which wait for each other.
+_FEW = 1 << 12
+
+
+def is_finite(x: np.ndarray) -> bool:
+    """Return whether all numbers are finite in single precision; of a few numbers, in less than a microsecond."""
+    if x.dtype.kind != "f":
+        return True
+    if x.size <= _FEW:
+        flat = x.ravel()
+        if float(flat.dot(flat)) < _SQUARE:
+            return True
+    elif x.dtype.itemsize <= 4 and math.isfinite(np.sum(x, dtype=np.float64)):
+        return True
+    return bool(_are_finite(x).all())
+
+
+def _are_finite(x: np.ndarray) -> np.ndarray:
+    finite: np.ndarray = np.isfinite(x) if x.dtype.itemsize <= 4 else np.abs(x) <= LARGEST
+    return finite
+
+
+def first_not_finite(x: np.ndarray) -> tuple[int, ...] | None:
+    """Return the index of the first number that is not finite in single precision, None if all are."""
+    if is_finite(x):
+        return None
+    found: list[int] = np.argwhere(~_are_finite(x))[0].tolist()
+    return tuple(found)
+
+
 def require_finite(what: str, x: Any, first_step: int = 0) -> None:
     """Check a recorded array of shape (n_steps, n_envs, ...), or a dictionary of them.
 
     :param what: what the array holds, for the message
     :param first_step: number of the array's first row in the rollout, for the message
-    :raises NonFiniteError: naming the environment and the step of the first value that is not finite
+    :raises EnvironmentNumberError: naming the environment and the step of the first value that is not finite
     """
     if isinstance(x, dict):
         for key, value in x.items():
             require_finite(f"{what} {key!r}", value, first_step)
         return
     found = first_not_finite(x)
-    if found is None:
+    if found is not None:
+        raise EnvironmentNumberError(what, found[1], x[found], found[0] + first_step)
+
+
+def require_finite_of(env: int | None, what: str, x: Any, step: int | None = None) -> None:
+    """Check what one step has given, (n_envs, ...), or a dictionary of such arrays.
+
+    :param env: whose it is, of an array for one environment; None if the rows are those of all
+    :param what: what the array holds, for the message
+    :param step: of the rollout, for the message; None where it is not known
+    :raises EnvironmentNumberError: naming the environment of the first value that is not finite
+    """
+    if isinstance(x, dict):
+        for key, value in x.items():
+            require_finite_of(env, f"{what} {key!r}", value, step)
         return
-    raise NonFiniteError(
-        f"The {what} of environment {found[1]} at step {found[0] + first_step} of this rollout is not finite "
-        f"({x[found]}). The policy is unchanged since its last update and can be saved. Look for a division by zero "
-        "or a diverging simulation in the environment."
-    )
-
-
-def first_not_finite(x: np.ndarray) -> tuple[int, ...] | None:
-    """Return the index of the first number that is not finite, None if all are."""
-    # A sum is finite if all terms are (or overflows, then the full check follows): the cheap test first.
-    if x.dtype.kind != "f" or np.isfinite(np.sum(x, dtype=np.float64)):
-        return None
-    bad = np.argwhere(~np.isfinite(x))
-    return tuple(bad[0].tolist()) if len(bad) else None
+    if not is_finite(x):
+        found = first_not_finite(x) or (0,)
+        raise EnvironmentNumberError(what, found[0] if env is None else env, x[found], step)

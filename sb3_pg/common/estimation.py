@@ -7,7 +7,6 @@ import torch as th
 
 from sb3_pg.common.advantages import Baseline, Samples, compared, episode_numbers, reward_to_go
 from sb3_pg.common.arrays import take
-from sb3_pg.common.errors import require_finite
 from sb3_pg.common.rollout import Rollout
 
 
@@ -17,15 +16,10 @@ def estimate_by_values(rollout: Rollout, final_values: np.ndarray, gamma: float)
     What a time limit cut off is completed by its value, added to the reward of the last step (SB3 issue 633).
 
     :param final_values: V of ``rollout.final_observations``
-    :raises NonFiniteError: one of them is not finite
     """
     of_envs, of_cuts = np.split(final_values, [rollout.n_envs])
     for cut, value in zip(rollout.cuts, of_cuts, strict=True):
-        if not np.isfinite(value):
-            found = np.where(np.arange(rollout.n_envs) == cut.env, value, 0.0)
-            require_finite("value of the terminal observation", found[None], cut.step)
         rollout.buffer.rewards[cut.step, cut.env] += gamma * value
-    require_finite("value after the last step", of_envs[None], rollout.n_steps)
     rollout.buffer.compute_returns_and_advantage(th.as_tensor(of_envs), rollout.last_dones)
 
 

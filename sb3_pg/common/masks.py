@@ -17,6 +17,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_pg.common.errors import ArgumentError
+from sb3_pg.common.registry import STEPPERS
 
 METHOD = "action_masks"
 
@@ -105,9 +106,9 @@ def n_rows(space: spaces.Space[Any], observation: Any) -> int:
     return shape[0] if len(shape) > len(space.shape or ()) else 1
 
 
-#: Files whose code steps an environment named ``env`` by ``model.predict``, without telling it the masks.
-STEPPERS = {evaluate_policy.__code__.co_filename}
+STEPPERS.add(evaluate_policy.__code__.co_filename)
 
+#: What asks the environments of earlier evaluations, since to find that out takes long.
 _known: weakref.WeakKeyDictionary[VecEnv, AskMasks | None] = weakref.WeakKeyDictionary()
 
 

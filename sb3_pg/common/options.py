@@ -19,6 +19,7 @@ from sb3_pg.common.errors import (
     check_parameters,
     evaluate_schedule,
 )
+from sb3_pg.common.registry import ENGINE_PLACES, engine_class, has_memory
 
 if TYPE_CHECKING:
     from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
@@ -38,6 +39,11 @@ def check_common(model: "PolicyGradientAlgorithm") -> None:
         check_number("max_grad_norm", model.max_grad_norm)
     if model.sequence_length is not None:
         check_count("sequence_length", model.sequence_length)
+        if not has_memory(model.policy_class):
+            raise ArgumentError(
+                f"`sequence_length={model.sequence_length}` is for policies with a memory, such as 'MlpLstmPolicy', "
+                f"but {model.policy_class.__name__} has none. Leave it out."
+            )
     check_choice("use_masking", model.use_masking, (True, False))
     check_choice("engine", model.engine, ("auto", "autograd"))
     _check_baseline(model)
@@ -90,6 +96,8 @@ def _check_buffer_of_episodes(kind: type[sb3_buffers.RolloutBuffer] | None) -> N
 def check_rollout_size(model: "PolicyGradientAlgorithm", batch_size: int, normalize_advantage: bool) -> None:
     """Check rollouts of fixed length; like SB3 warn when an epoch's last minibatch is smaller than the others.
 
+    Policies with an engine of their own have minibatches of whole sequences, whose sizes differ anyway.
+
     :raises ArgumentError: there is one sample, whose advantage cannot be normalised
     """
     if model._learns_from_episodes:
@@ -100,7 +108,7 @@ def check_rollout_size(model: "PolicyGradientAlgorithm", batch_size: int, normal
             "`n_steps * n_envs` must be greater than 1 to normalise advantages. Currently "
             f"n_steps={model.n_steps} and n_envs={model.n_envs}; raise one or pass normalize_advantage=False."
         )
-    if rollout_size % batch_size:
+    if rollout_size % batch_size and engine_class(model.policy_class, ENGINE_PLACES) is None:
         whole = rollout_size // batch_size
         warnings.warn(
             f"You have specified a mini-batch size of {batch_size}, but the rollout has n_steps * n_envs = "

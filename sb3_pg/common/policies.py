@@ -1,7 +1,7 @@
 """SB3's policies under their names, with a faster ``predict``, and checks of what they are given."""
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -14,13 +14,14 @@ from stable_baselines3.common.policies import (
 )
 from stable_baselines3.common.preprocessing import is_image_space
 
+from sb3_pg.common.archive.policy_files import SavedPolicy
 from sb3_pg.common.distributions import masking
 from sb3_pg.common.distributions.recognition import detached
 from sb3_pg.common.engines.blueprint import PLAIN
 from sb3_pg.common.engines.prediction import Predictor
 from sb3_pg.common.errors import ArgumentError, check_count, did_you_mean
 from sb3_pg.common.masks import checked_masks, n_rows
-from sb3_pg.common.registry import POLICY_PLACES, at
+from sb3_pg.common.registry import OWN_PLACES, POLICY_PLACES, at, place_of
 
 #: SB3's classes by the names that it has for them.
 POLICIES: dict[str, type[BasePolicy]] = {
@@ -33,11 +34,13 @@ POLICIES: dict[str, type[BasePolicy]] = {
 _ASKED_EVERY = 1000
 
 
-class QuickMlpPolicy(ActorCriticPolicy):
+class QuickMlpPolicy(SavedPolicy, ActorCriticPolicy):
     """SB3's MlpPolicy whose ``predict`` takes the closed form where that computes the same.
 
-    Models are made with it in place of SB3's class. Their archives name SB3's, so that SB3 reads them alone.
+    Models are made with it in place of SB3's class.
     """
+
+    predictor_class: ClassVar[type[Predictor]] = Predictor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -52,7 +55,7 @@ class QuickMlpPolicy(ActorCriticPolicy):
         deterministic: bool = False,
         action_masks: np.ndarray | None = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """Return actions as SB3's ``predict`` does, among those that masks allow, and ``state`` as it is."""
+        """Return actions and state as the ``predict`` of SB3's class does, the actions among those that masks allow."""
         masks = None
         if action_masks is not None:
             masks = checked_masks(self.action_space, action_masks, n_rows(self.observation_space, observation))
@@ -60,22 +63,37 @@ class QuickMlpPolicy(ActorCriticPolicy):
             self._predictor, self._n_refused = None, 0
         if self._predictor is None:
             # To ask takes half as long as SB3's prediction, so not each time.
-            self._predictor = Predictor.of(self) if self._n_refused % _ASKED_EVERY == 0 else None
+            self._predictor = self.predictor_class.of(self) if self._n_refused % _ASKED_EVERY == 0 else None
             self._n_refused += 1
         if self._predictor is not None:
-            actions = self._predictor.predict(observation, deterministic, masks)
-            if actions is not None:
+            predicted = self._predictor.predict(observation, state, episode_start, deterministic, masks)
+            if predicted is not None:
                 if self.training:
                     self.set_training_mode(False)
-                return actions, state
-        with masking(self, None if masks is None else th.as_tensor(masks, device=self.device)):
-            return super().predict(observation, state, episode_start, deterministic)
+                return predicted
+        with masking(self, None if masks is None else th.as_tensor(masks, device=self.device)) as policy:
+            return super(QuickMlpPolicy, policy).predict(observation, state, episode_start, deterministic)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_predictor": None}
 
 
+class SavedCnnPolicy(SavedPolicy, ActorCriticCnnPolicy):
+    """SB3's CnnPolicy with our files."""
+
+
+class SavedMultiInputPolicy(SavedPolicy, MultiInputActorCriticPolicy):
+    """SB3's MultiInputPolicy with our files."""
+
+
 PLAIN.add(QuickMlpPolicy)
+OWN_PLACES.update(
+    {
+        place_of(ActorCriticPolicy): place_of(QuickMlpPolicy),
+        place_of(ActorCriticCnnPolicy): place_of(SavedCnnPolicy),
+        place_of(MultiInputActorCriticPolicy): place_of(SavedMultiInputPolicy),
+    }
+)
 
 
 def predict(
@@ -97,8 +115,8 @@ def predict(
     if action_masks is not None:
         n = n_rows(policy.observation_space, observation)
         masks = th.as_tensor(checked_masks(policy.action_space, action_masks, n), device=policy.device)
-    with masking(policy, masks):
-        return policy.predict(observation, state, episode_start, deterministic)
+    with masking(policy, masks) as choosing:
+        return choosing.predict(observation, state, episode_start, deterministic)
 
 
 def detach_distribution(policy: ActorCriticPolicy) -> None:
@@ -112,18 +130,21 @@ def reset_noise(policy: ActorCriticPolicy, n_envs: int) -> None:
     detach_distribution(policy)
 
 
-def own_class(kind: type[BasePolicy]) -> type[BasePolicy]:
-    """Return our class in place of SB3's, any other as it is."""
-    return QuickMlpPolicy if kind is ActorCriticPolicy else kind
+def own_class(kind: Any) -> Any:
+    """Return our class in place of one of SB3's or sb3-contrib's, any other as it is."""
+    place = place_of(kind)
+    return at(OWN_PLACES[place]) if place in OWN_PLACES else kind
 
 
 def class_of(policy: Any) -> type[BasePolicy]:
-    """Return the policy class that goes by a name. Of classes, take SB3's in place of ours, so that archives name it.
+    """Return the policy class that goes by a name. Of classes, take the one that ours stands for: archives name that.
 
     :raises ArgumentError: there is none; names those that there are
     """
     if not isinstance(policy, str):
-        return ActorCriticPolicy if policy is QuickMlpPolicy else policy
+        place = place_of(policy) if inspect.isclass(policy) else None
+        given: type[BasePolicy] = next((at(given) for given, own in OWN_PLACES.items() if own == place), policy)
+        return given
     try:
         found: type[BasePolicy] | None = at(POLICY_PLACES[policy]) if policy in POLICY_PLACES else POLICIES.get(policy)
     except ImportError as error:
@@ -155,7 +176,8 @@ def check_policy(policy: Any, observation_space: spaces.Space[Any] | None, polic
     if not isinstance(policy_kwargs, dict | None):
         raise ArgumentError(f"`policy_kwargs` must be a dictionary or None, not {policy_kwargs!r}.")
     kwargs = policy_kwargs or {}
-    _check_names("policy_kwargs", kind, kwargs)
+    added = inspect.signature(own_class(kind)).parameters
+    _check_names("policy_kwargs", kind, {name: value for name, value in kwargs.items() if name not in added})
     _check_values(kwargs)
     defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
     for part in ("optimizer", "features_extractor"):
@@ -190,8 +212,9 @@ def _check_values(kwargs: dict[str, Any]) -> None:
         value = kwargs.get(name, dict)
         if not callable(value) or isinstance(value, th.nn.Module):
             raise ArgumentError(f"policy_kwargs: `{name}` is {value!r}, but must be a class such as {example}.")
-    if not isinstance(kwargs.get("log_std_init", 0.0), int | float | np.number):
-        raise ArgumentError(f"policy_kwargs: `log_std_init` must be a number, not {kwargs['log_std_init']!r}.")
+    for name in ("log_std_init", "forget_bias"):
+        if not isinstance(kwargs.get(name, 0.0), int | float | np.number):
+            raise ArgumentError(f"policy_kwargs: `{name}` must be a number, not {kwargs[name]!r}.")
     if "net_arch" in kwargs and kwargs["net_arch"] is not None:
         _check_net_arch(kwargs["net_arch"])
     for name in ("lstm_hidden_size", "n_lstm_layers"):
@@ -199,6 +222,8 @@ def _check_values(kwargs: dict[str, Any]) -> None:
     for name in kwargs.get("lstm_kwargs") or {}:
         if name not in ("bias", "dropout"):
             raise ArgumentError(f"policy_kwargs: `lstm_kwargs` has {name!r}; it may have 'bias' and 'dropout'.")
+    if kwargs.get("forget_bias") and not (kwargs.get("lstm_kwargs") or {}).get("bias", True):
+        raise ArgumentError("policy_kwargs: `forget_bias` needs biases. Leave it out, or lstm_kwargs={'bias': False}.")
     if kwargs.get("shared_lstm") and kwargs.get("enable_critic_lstm", True):
         raise ArgumentError(
             "policy_kwargs: `shared_lstm=True` and `enable_critic_lstm=True`, which is the default, contradict each "

@@ -30,20 +30,31 @@ from sb3_pg.common.acting import Horizon, Steps, WholeEpisodes, longest_episode
 from sb3_pg.common.advantages import Baseline, moving_average
 from sb3_pg.common.archive.archived import Archived
 from sb3_pg.common.archive.peers import unmasked
+from sb3_pg.common.archive.resume import resuming
 from sb3_pg.common.arrays import Column, as_tensors, take
 from sb3_pg.common.batch import Batch, epoch
 from sb3_pg.common.buffers import RolloutBuffer
+from sb3_pg.common.closing import closing, learning_alone, screen_logger
 from sb3_pg.common.data_parallel import DataParallel
-from sb3_pg.common.diagnosis import LastGood, explain_bad_gradient, explained, require_sound_policy
+from sb3_pg.common.diagnosis import (
+    LastGood,
+    explain_bad_gradient,
+    explained,
+    require_sound_parameters,
+    require_sound_policy,
+    unsound,
+)
 from sb3_pg.common.engines.choice import make_engine
 from sb3_pg.common.engines.protocol import Acted, Engine, Judged, Seen
 from sb3_pg.common.errors import (
     ArgumentError,
+    EnvironmentNumberError,
     NonFiniteError,
     PolicyError,
     as_number,
     evaluate_schedule,
     require_finite,
+    require_finite_of,
 )
 from sb3_pg.common.estimation import estimate_by_comparison, estimate_by_values
 from sb3_pg.common.figures import Figures
@@ -60,11 +71,15 @@ from sb3_pg.common.policies import (
     reset_noise,
 )
 from sb3_pg.common.returned import checked_observations, checked_step, is_usual
-from sb3_pg.common.rollout import Rollout
+from sb3_pg.common.rollout import Rollout, Step
 from sb3_pg.common.sequences import Memory
 from sb3_pg.common.spaces import check_spaces, shifted
 from sb3_pg.common.threads import threads_to_choose
-from sb3_pg.common.vec_env import DummyVecEnv
+from sb3_pg.common.vec_env import DummyVecEnv, as_vec_env, take_over
+from sb3_pg.common.vec_env.adapters import is_vectorised
+
+#: The square of a larger gradient is not finite, and Adam and RMSprop would not forget it.
+LARGEST_GRADIENT = 1e18
 
 #: Excludes a figure from all of SB3's formats.
 _WRITTEN = ("stdout", "log", "json", "csv", "tensorboard")
@@ -81,12 +96,18 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
     - values and log-probabilities are computed after the rollout in one pass, not at each step;
     - logs are written after the update they belong to, so that the last update's are written too;
     - schedules stop at their end value, they do not run past it;
-    - stopping in a callback keeps the last observation and the unfinished rollout, which a following
+    - stopping or an exception in a callback keeps the last observation and the unfinished rollout, which a following
       ``learn(reset_num_timesteps=False)`` completes;
-    - a number that is not finite stops training with its environment and step, before it reaches the policy.
+    - a number that is not finite stops training with its environment and step, before it reaches the policy;
+    - whatever else stops it, ctrl-C too, what is there is whole: an exception within a step of the environments, whose
+      rollout is dropped, resets them before learning goes on, and one within an update takes the update back. (Of
+      policies with more than 2^24 parameters no copy is kept: there it keeps the last whole step of the optimizer.)
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICIES
+
+    #: Attributes that an update changes, beside the policy and its optimizer.
+    _changed_by_updates: ClassVar[tuple[str, ...]] = ("_n_updates", "_return_ema", "learning_rate", "lr_schedule")
 
     #: How to learn from rollouts that are not of whole episodes, for errors.
     _without_episodes: ClassVar[str] = "leave out `n_episodes` and use baseline='value'"
@@ -110,6 +131,8 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
     ) -> None:
         workers.join()
         policy = unmasked(policy)
+        if is_vectorised(env):
+            env = as_vec_env(env)
         check_policy(policy, getattr(env, "observation_space", None), policy_kwargs)
         # SB3 writes into nested dictionaries of policy_kwargs, so the caller's are copied first.
         policy_kwargs = {k: dict(v) if isinstance(v, dict) else v for k, v in (policy_kwargs or {}).items()}
@@ -126,6 +149,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         self._network: Engine | None = None
         self._rollout: Rollout | None = None
         self._last_memory: Memory | None = None
+        self._resume: dict[str, Any] | None = None  # of the archive, until learning goes on
 
     # ------------------------------------------------------------------ setup
 
@@ -134,9 +158,14 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        """SB3's wrappers, with our DummyVecEnv around a single environment."""
+        """SB3's wrappers, with our DummyVecEnv around a single environment, and the methods of our VecNormalize.
+
+        Vectorised environments of gymnasium and EnvPool are adapted.
+        """
         if isinstance(env, str):
             env = gym.make(env)
+        if is_vectorised(env):
+            env = as_vec_env(env)
         if not isinstance(env, VecEnv):
             check_spaces(env.observation_space, env.action_space)
             single = _patch_env(env)
@@ -145,6 +174,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
                     print("Wrapping the env with a `Monitor` wrapper")
                 single = Monitor(single)
             env = DummyVecEnv([lambda: single])
+        take_over(env)
         check_spaces(env.observation_space, env.action_space)
         return OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
@@ -155,13 +185,18 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
             value = getattr(self, name, None)
             if isinstance(value, np.number | np.ndarray | th.Tensor) and np.ndim(value) == 0:
                 setattr(self, name, value.item())  # numbers of other libraries become Python's
+        if th.get_default_dtype() not in (th.float32, th.float64):
+            raise ArgumentError(
+                f"torch's default type is {th.get_default_dtype()}, in which no policy can be initialised: call "
+                "torch.set_default_dtype(torch.float32)."
+            )
         self._check_arguments()
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         self.rollout_buffer = self._make_rollout_buffer()
         self.policy_class = unmasked(self.policy_class)
         check_policy(self.policy_class, self.observation_space, self.policy_kwargs)
-        self.policy = own_class(self.policy_class)(  # type: ignore[assignment]
+        self.policy = own_class(self.policy_class)(
             self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
         )
         self.policy = self.policy.to(self.device)
@@ -283,51 +318,43 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         rollout, env_is_usual = self._start_rollout(env, rollout_buffer, horizon), is_usual(env)
         ask_masks = masks_of(env) if self.use_masking else None
         self._is_masked = ask_masks is not None
+        if rollout.n_judged:
+            return True  # a callback at its end was the last to be asked
         is_watched = type(callback) is not ConvertCallback or callback.callback is not None
-        if self.use_sde:
-            reset_noise(self.policy, env.num_envs)
         callback.on_rollout_start()
         network = self._refreshed_network()
         n_workers = workers.size()
         n_before = self.num_timesteps - rollout.n_steps * env.num_envs * n_workers
 
-        while not horizon.is_complete(rollout):
-            n_steps = rollout_buffer.pos
-            if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
-                reset_noise(self.policy, env.num_envs)
-            action_masks = ask_masks and ask_masks(n_steps)
-            seen = Seen(self._last_obs, action_masks, self._last_episode_starts, self._last_memory)  # type: ignore[arg-type]
-            actions, values, log_probs, memory = self._act(network, seen, n_steps)
-            clipped_actions = self._to_action_space(actions)
-            try:
-                step: Any = env.step(clipped_actions)
-                new_obs, rewards, dones, infos = step if env_is_usual else checked_step(env, step)
-            except Exception:
-                self._blame_observations(n_steps)
-                raise
-            self.num_timesteps += env.num_envs * n_workers
-            if is_watched:
-                obs_tensor = as_tensors(self._last_obs)  # SB3's name for what was acted on
-                callback.update_locals(locals())
-            keep_going = callback.on_step()
-            n_steps += 1
-
-            # Recorded before the callback is obeyed, so that stopping here loses neither this step nor the next.
-            self._update_info_buffer(infos, dones)
-            if np.count_nonzero(dones):  # quicker than ``any`` on a few
-                rollout.note(dones, infos)
-            rollout.n_known += values is not None and rollout.n_known == rollout_buffer.pos
-            self._record(rollout_buffer, actions, rewards, values, log_probs)
-            if action_masks is not None:
-                rollout.masks.append(action_masks)
-            self._last_memory = memory
-            self._last_obs, self._last_episode_starts = rollout.last_observations, rollout.last_dones = new_obs, dones
-            if is_watched and not (self.network is network and network.is_current()):
-                network = self._replaced(network, rollout)
-            if not keep_going:
-                workers.agree(False)
+        with self._whole_steps(rollout):
+            while not horizon.is_complete(rollout):
+                n_steps = rollout_buffer.pos
+                if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
+                    reset_noise(self.policy, env.num_envs)
+                action_masks = ask_masks and ask_masks(n_steps)
+                seen = Seen(self._last_obs, action_masks, self._last_episode_starts, self._last_memory)  # type: ignore[arg-type]
+                actions, values, log_probs, memory = self._act(network, seen, n_steps)
+                clipped_actions = self._to_action_space(actions)
+                rollout.is_paused = False
+                returned: Any = env.step(clipped_actions)
+                new_obs, rewards, dones, infos = returned if env_is_usual else checked_step(env, returned)
+                require_finite_of(None, "observation", new_obs, n_steps + 1)
+                self.num_timesteps += env.num_envs * n_workers
+                if is_watched:
+                    obs_tensor = as_tensors(self._last_obs)  # SB3's name for what was acted on
+                    callback.update_locals(locals())
+                step = Step(actions, rewards, dones, infos, new_obs, values, log_probs, memory, action_masks)
+                rollout.unrecorded, rollout.is_paused = step, True
+                keep_going = callback.on_step()
+                rollout.is_paused = False
+                n_steps += 1
+                self._record(rollout, step)  # before the callback is obeyed: a stop loses neither this nor the next
+                if is_watched and not (self.network is network and network.is_current()):
+                    network = self._replaced(network, rollout)
                 rollout.is_paused = True
-                return False
+                if not keep_going:
+                    workers.agree(False)
+                    return False
 
         if not workers.agree(True):  # another worker's callback has stopped training
             rollout.is_paused = True
@@ -339,23 +366,42 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         values, log_probs = th.as_tensor(judged.final_values[: env.num_envs]), th.as_tensor(rollout_buffer.log_probs)
         callback.update_locals(locals())
         callback.on_rollout_end()
+        rollout.is_paused = False
         return True
 
     def _start_rollout(self, env: VecEnv, buffer: sb3_buffers.RolloutBuffer, horizon: Horizon) -> Rollout:
-        """Return an empty rollout, unless a callback interrupted this very one and it can be completed."""
+        """Return an empty rollout, unless this very one was interrupted and can be completed."""
         rollout = self._rollout
         is_same = rollout is not None and rollout.buffer is buffer and self.use_masking == rollout.may_be_masked
+        if rollout is not None and rollout.is_paused and rollout.unrecorded is not None:
+            self._record(rollout, rollout.unrecorded)  # it was made, though the callback failed, or saved the model
         if rollout is not None and rollout.is_paused and is_same:
-            rollout.is_paused = False
             return rollout
         buffer.reset()
         starts: Any = self._last_episode_starts
-        self._last_obs, self._last_episode_starts = horizon.prepare(env, self._last_obs, starts)
-        self._last_obs = checked_observations(env.observation_space, self._last_obs, env.num_envs)
-        self._rollout = Rollout(buffer, self._last_obs, self._last_episode_starts)  # type: ignore[arg-type]
+        observations, self._last_obs, self._rollout = self._last_obs, None, None  # until the environments are ready
+        observations, self._last_episode_starts = horizon.prepare(env, observations, starts)
+        observations = checked_observations(env.observation_space, observations, env.num_envs)
+        require_finite_of(None, "observation", observations, 0)
+        self._last_obs = observations
+        self._rollout = Rollout(buffer, observations, self._last_episode_starts)
         self._rollout.memory, self._rollout.sequence_length = self._last_memory, self.sequence_length
-        self._rollout.may_be_masked = self.use_masking
+        self._rollout.may_be_masked, self._rollout.is_paused = self.use_masking, True
+        if self.use_sde:
+            reset_noise(self.policy, env.num_envs)
         return self._rollout
+
+    @contextmanager
+    def _whole_steps(self, rollout: Rollout) -> Iterator[None]:
+        """Have the environments reset before learning goes on if a step stays half done in the block."""
+        try:
+            yield
+        except BaseException as failure:
+            if not rollout.is_paused:
+                self._last_obs = None
+            if isinstance(failure, EnvironmentNumberError):
+                raise failure.at(rollout.n_steps) from failure
+            raise
 
     @property
     def rollout(self) -> Rollout:
@@ -394,18 +440,24 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
             rollout.n_known, rollout.replaced = rollout.n_steps, (rollout.n_steps, judged.memory)
         return self._refreshed_network()
 
-    def _record(
-        self,
-        buffer: sb3_buffers.RolloutBuffer,
-        actions: np.ndarray,
-        rewards: np.ndarray,
-        values: th.Tensor | None,
-        log_probs: th.Tensor | None,
-    ) -> None:
+    def _record(self, rollout: Rollout, step: Step) -> None:
+        """Add a step to the rollout, and go on from where it has led to."""
+        actions, rewards, dones, infos, observations, values, log_probs, memory, masks = step
+        rollout.unrecorded, buffer = None, rollout.buffer
+        if not math.isfinite(rewards.dot(rewards)):  # here, for a callback may have changed them
+            require_finite_of(None, "reward", rewards, buffer.pos)
+        self._update_info_buffer(infos, dones)
+        if np.count_nonzero(dones):  # quicker than ``any`` on a few
+            rollout.note(dones, infos)
+        rollout.n_known += values is not None and rollout.n_known == buffer.pos
         if values is None and not isinstance(buffer, RolloutBuffer):
             values = log_probs = th.zeros(self.n_envs)  # SB3's buffers insist on them; judging writes the true ones
         starts: Any = self._last_episode_starts
         buffer.add(self._last_obs, actions, rewards, starts, values, log_probs)  # type: ignore[arg-type]
+        if masks is not None:
+            rollout.masks.append(masks)
+        self._last_memory = memory
+        self._last_obs, self._last_episode_starts = rollout.last_observations, rollout.last_dones = observations, dones
 
     def _act(self, network: Engine, seen: Seen, step: int) -> Acted:
         """Choose actions for the last observations.
@@ -468,6 +520,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
             judged = self.network.judge(rollout)
             judged = judged._replace(figures=workers.mean_of(judged.figures))
             self._write_judgement(rollout, judged)
+            self._check_final_values(rollout, judged.final_values)
             if judged.rewards is not None:
                 buffer.rewards[:n] = judged.rewards
             if self.baseline == "value":
@@ -485,6 +538,12 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         require_sound_policy(self.policy, "value", judged.values)
         require_sound_policy(self.policy, "log-probability", judged.log_probs)
         buffer.values[:n], buffer.log_probs[:n] = judged.values, judged.log_probs
+
+    def _check_final_values(self, rollout: Rollout, values: np.ndarray) -> None:
+        require_sound_policy(self.policy, "value", values[None, : rollout.n_envs], rollout.n_steps)
+        for cut, value in zip(rollout.cuts, values[rollout.n_envs :], strict=True):
+            if not math.isfinite(value):
+                raise unsound(self.policy, "value after the last step", cut.env, cut.step, value)
 
     # ------------------------------------------------------------------- step
 
@@ -515,10 +574,10 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
     def _take_step(self, batch: Batch, max_grad_norm: float | None) -> None:
         """Let the optimizer move the parameters by the gradients just made.
 
-        :raises NonFiniteError: a gradient is not finite; nothing was moved
+        :raises NonFiniteError: a gradient is not finite, or its square is not, which optimizers remember
         """
         norm = self.network.step(max_grad_norm, len(batch))
-        if not np.isfinite(norm):
+        if not (math.isfinite(norm) and min(norm, max_grad_norm or math.inf) < LARGEST_GRADIENT):
             raise explain_bad_gradient(self.network, self.rollout, batch, norm)
 
     def _end_update(self, rollout: Rollout, figures: Figures) -> None:
@@ -552,40 +611,55 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
 
         Until it returns, torch uses a single thread where that is faster, also in callbacks and environments.
 
-        :param total_timesteps: steps over all environments; whole rollouts are made, so it may be a few more
+        :param total_timesteps: steps over all environments; whole rollouts are made, so it may be a few more. With
+            ``reset_num_timesteps=False`` so many more than before, and schedules progress over the whole: to end a run
+            of a million steps that was stopped, ``learn(1_000_000 - model.num_timesteps, reset_num_timesteps=False)``
         :param callback: SB3 callback(s), called at every step
         :param log_interval: updates between two log lines; the last update is always logged
         :param tb_log_name: name of the run for TensorBoard
-        :param reset_num_timesteps: False continues the step count, the episodes and an interrupted rollout
+        :param reset_num_timesteps: False continues the step count, the episodes and an interrupted rollout; after
+            ``load`` with all that the archive holds, random numbers and environments too, see ``load``
         :param progress_bar: show one (needs tqdm and rich)
         :return: the model itself
         :raises NonFiniteError: a number was not finite; the policy keeps its last good parameters
+        :raises ArgumentError: the model is learning already
         """
         check_learning(total_timesteps, log_interval)
         total_timesteps = as_number(total_timesteps)  # type: ignore[assignment]
         if self.env is None:
             raise ArgumentError("The model has no environment to learn from: call set_env(env) or load(path, env=env).")
-        self._apply_changes()
-        if reset_num_timesteps or self._last_obs is None:
-            self._rollout = None
-        total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
+        with learning_alone(self):
+            self._apply_changes()
+            if reset_num_timesteps or self._last_obs is None:
+                self._rollout = self._last_obs = None
+            with resuming(self, reset_num_timesteps):
+                total_timesteps, callback = self._setup_learn(
+                    total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+                )
+            iteration = 0  # for callbacks, as in SB3
+            with closing(callback, None if self._custom_logger else self.logger):
+                callback.on_training_start(locals(), globals())
+                self._learn(total_timesteps, callback, log_interval)
+                callback.on_training_end()
+        return self
+
+    def _learn(self, total_timesteps: int, callback: BaseCallback, log_interval: int | None) -> None:
         iteration, last_logged = 0, 0
-        callback.on_training_start(locals(), globals())
         self._refreshed_network()  # chooses the threads that copies of the parameters take, too
         self.begin_together()
         with workers.together(), self._last_good() as good:
-            while self.num_timesteps < total_timesteps:
+            while self.num_timesteps < total_timesteps or self._is_amid_rollout:
                 with self.sharing_statistics():
-                    is_complete = self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps)
+                    is_complete = self.collect_rollouts(self.env, callback, self.rollout_buffer, self.n_steps)  # type: ignore[arg-type]
                 if not is_complete:
                     break
                 iteration += 1
                 self.require_equal_policies(iteration)
                 self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-                good.keep(self.policy)
-                self.train()
+                self._rollout.is_paused = True  # type: ignore[union-attr]
+                with good.whole():
+                    self.train()
+                self._rollout.is_paused = False  # type: ignore[union-attr]
                 detach_distribution(self.policy)
                 is_last = self.num_timesteps >= total_timesteps
                 if log_interval is not None and (is_last or iteration % log_interval == 0):
@@ -593,22 +667,44 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
                     self._write_log(iteration)
         if log_interval is not None and last_logged < iteration:  # stopped by a callback between two log lines
             self._write_log(iteration)
-        callback.on_training_end()
-        return self
 
     @contextmanager
     def _last_good(self) -> Iterator[LastGood]:
         """Return to the last good parameters, and say so, if the policy or its gradient fails in the block."""
-        good = LastGood(self.policy)
+        try:
+            require_sound_parameters(self.policy)
+            good = LastGood(self, self._changed_by_updates)
+        except PolicyError as error:
+            raise PolicyError(f"{error} Load an archive, or mend the policy before learning goes on.") from None
         try:
             yield good
         except Exception as failure:
-            error = explained(failure, self.policy)
-            if isinstance(error, NonFiniteError):
+            explanation = explained(failure, self.policy)
+            if isinstance(explanation, NonFiniteError):
                 self._last_obs = None  # the environments may be broken: reset them before learning goes on
-            if isinstance(error, PolicyError):
-                raise PolicyError(f"{error} {good.restore(self.policy)}") from failure
+            if isinstance(explanation, PolicyError):
+                raise PolicyError(f"{explanation} {good.returned()}") from failure
+            if explanation is not failure:
+                raise explanation from failure
             raise
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        """SB3's, without its folder for logs where none are written."""
+        arguments = total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        if self._custom_logger or self.tensorboard_log is not None:
+            return super()._setup_learn(*arguments)
+        self._logger, self._custom_logger = screen_logger(self.verbose), True
+        try:
+            return super()._setup_learn(*arguments)
+        finally:
+            self._custom_logger = False
 
     def _write_log(self, iteration: int) -> None:
         """Write the log, but leave the update's figures in the logger, where SB3 has them until the next rollout's end.

@@ -7,8 +7,17 @@ your own may be in the same way.
 from importlib import import_module
 from typing import Any
 
-#: Where a policy is that goes by a name, as in ``PPO("CausalLMPolicy", env)``.
+#: Where a policy is that goes by a name, as in ``PPO("CausalLMPolicy", env)``. Archives may name it.
 POLICY_PLACES: dict[str, str] = {}
+
+#: Where our class is that models are made with, by where the one is that users and archives name.
+OWN_PLACES: dict[str, str] = {}
+
+#: Where policies are that remember what they have seen; subclasses of theirs do too.
+MEMORY_PLACES: set[str] = set()
+#: Spaces that archives may hold beside gymnasium's, by where they are: the whole numbers that their constructors take,
+#: which must be attributes too.
+SPACE_PLACES: dict[str, tuple[str, ...]] = {}
 
 #: Where the engine of a policy is, by where the policy is; subclasses of the policy have it too. It is a class whose
 #: constructor takes the policy, see :class:`sb3_pg.common.engines.protocol.Engine`, or a function that makes one.
@@ -17,11 +26,25 @@ ENGINE_PLACES: dict[str, str] = {}
 #: The same for ``engine="autograd"``, if that of all policies will not do.
 AUTOGRAD_PLACES: dict[str, str] = {}
 
+#: Files whose code steps an environment named ``env`` by ``model.predict``, without telling it the masks, which it then
+#: gets from the environment, see :mod:`sb3_pg.common.masks`.
+STEPPERS: set[str] = set()
+
 
 def engine_class(policy: type, entered: dict[str, str]) -> Any:
     """Return the engine class of a policy class, None if none is entered for it or its bases."""
-    places = (f"{kind.__module__}:{kind.__qualname__}" for kind in policy.__mro__)
+    places = map(place_of, policy.__mro__)
     return next((at(entered[place]) for place in places if place in entered), None)
+
+
+def has_memory(policy: type) -> bool:
+    """Return whether policies of a class remember what they have seen."""
+    return not MEMORY_PLACES.isdisjoint(map(place_of, policy.__mro__))
+
+
+def place_of(kind: type) -> str:
+    """Return where a class is."""
+    return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def at(place: str) -> Any:

@@ -11,6 +11,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
 from sb3_pg.common.errors import ArgumentError
 
+#: Kinds of VecEnv that do as ``is_usual`` says.
+USUAL: list[type[VecEnv]] = [DummyVecEnv]
+
 
 def is_usual(env: VecEnv) -> bool:
     """Return whether steps return arrays of the usual types in memory of their own, as DummyVecEnv's do.
@@ -19,7 +22,7 @@ def is_usual(env: VecEnv) -> bool:
     """
     while isinstance(env, VecEnvWrapper) and _is_sb3s(env):
         env = env.venv
-    return isinstance(env, DummyVecEnv) and _is_sb3s(env)
+    return isinstance(env, tuple(USUAL)) and _is_sb3s(env)
 
 
 def _is_sb3s(env: VecEnv) -> bool:
@@ -34,9 +37,9 @@ def checked_step(env: VecEnv, returned: Any) -> tuple[Any, np.ndarray, np.ndarra
     observations, rewards, dones, infos = returned
     n = env.num_envs
     if type(rewards) is not np.ndarray or rewards.dtype != np.float32 or rewards.shape != (n,):
-        rewards = _numbers("rewards", rewards, (n,)).astype(np.float32)
+        rewards = numbers("rewards", rewards, (n,)).astype(np.float32)
     if type(dones) is not np.ndarray or dones.dtype != np.bool_ or dones.shape != (n,):
-        dones = _numbers("dones", dones, (n,)).astype(bool)
+        dones = numbers("dones", dones, (n,)).astype(bool)
     if isinstance(infos, list) and not infos:  # SB3 asks for those of last steps only, so some environments give none
         infos = [{} for _ in range(n)]
     if not isinstance(infos, list | tuple) or len(infos) != n:
@@ -62,11 +65,17 @@ def checked_observations(space: spaces.Space[Any], x: Any, n: int | None, what: 
         return x.copy()
     if type(x) is np.ndarray and x.shape == (n, 1) and shape == (n,):
         x = x.reshape(n)  # SB3's shape of a choice
-    array = _numbers(what, x, shape)
+    array = numbers(what, x, shape)
     return array.astype(array.dtype.newbyteorder("="))
 
 
-def _numbers(what: str, x: Any, shape: tuple[int, ...]) -> np.ndarray:
+def numbers(what: str, x: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Return numbers as an array.
+
+    :param what: their name, for the message
+    :param shape: that they must have
+    :raises ArgumentError: they have another, or are no numbers
+    """
     array = np.asarray(x)
     if array.shape != shape or array.dtype.kind not in "fiub":
         found = repr(x) if array.dtype.kind not in "fiub" or array.ndim == 0 else ""

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from sb3_pg.common.arrays import Observations
+from sb3_pg.common.arrays import Observations, mapped
 from sb3_pg.common.buffers import episode_ends, flat
+from sb3_pg.common.errors import require_finite_of
 from sb3_pg.common.returned import checked_observations
 from sb3_pg.common.sequences import Memory, Stretches
 
@@ -20,6 +22,20 @@ class Cut(NamedTuple):
     step: int
     env: int
     observation: Any
+
+
+class Step(NamedTuple):
+    """What acting and stepping have given, of all environments, before it is recorded."""
+
+    actions: np.ndarray
+    rewards: np.ndarray
+    dones: np.ndarray
+    infos: Any
+    observations: Any  #: after the step
+    values: th.Tensor | None
+    log_probs: th.Tensor | None
+    memory: Memory | None
+    masks: np.ndarray | None  #: of the actions that were allowed
 
 
 @dataclass
@@ -38,7 +54,8 @@ class Rollout:
     :param starting_memory: and when each of the stretches begins, found by judging
     :param n_known: of so many first steps values and log-probabilities are in the buffer, by the policy that acted
     :param n_judged: steps when it was judged; 0 before
-    :param is_paused: whether a callback has stopped acting between two steps, from where it can go on
+    :param is_paused: whether it is whole, and was interrupted if nobody acts or learns: from where it can go on
+    :param unrecorded: the step after which the callback is asked
     :param figures: what judging has found to log
     :param n_finished: episodes that each environment has ended, (n_envs,)
     :param last_end: the step with which each environment last ended one, (n_envs,); -1 before
@@ -57,6 +74,7 @@ class Rollout:
     n_known: int = 0
     n_judged: int = 0
     is_paused: bool = False
+    unrecorded: Step | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
     n_finished: np.ndarray = field(init=False)
     last_end: np.ndarray = field(init=False)
@@ -77,19 +95,25 @@ class Rollout:
         return self.buffer.n_envs
 
     def note(self, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
-        """Remember which episodes ended with the step that is about to be recorded."""
-        step = self.buffer.pos
-        self.n_finished += dones
-        self.last_end[dones] = step
+        """Remember which episodes ended with the step that is about to be recorded.
+
+        :raises EnvironmentNumberError: the last observation of one that was cut is not finite
+        """
+        step, cuts = self.buffer.pos, []
         for env in np.flatnonzero(dones):
             info = infos[env]
             if info.get("TimeLimit.truncated", False) and info.get("terminal_observation") is not None:
-                self.cuts.append(Cut(step, int(env), self._as_batch(info["terminal_observation"])))
+                cuts.append(Cut(step, int(env), self._as_batch(info["terminal_observation"])))
+        for cut in cuts:
+            require_finite_of(cut.env, "value of the terminal observation", cut.observation, step)
+        self.cuts += cuts
+        self.n_finished += dones
+        self.last_end[dones] = step
 
     def _as_batch(self, observation: Any) -> Any:
         """Return one observation as a batch of one."""
         single = checked_observations(self.buffer.observation_space, observation, None, "terminal observation")
-        return {key: x[None] for key, x in single.items()} if isinstance(single, dict) else single[None]
+        return mapped(lambda x: x[None], single)
 
     @contextmanager
     def changing_rewards(self) -> Iterator[None]:
@@ -99,9 +123,11 @@ class Rollout:
             where, before, after = self._changed
             rewards[where] = np.where(rewards[where] == after, before, rewards[where])
         before = rewards.copy()
-        yield
-        where = np.nonzero(rewards != before)
-        self._changed = where, before[where], rewards[where]
+        try:
+            yield
+        finally:
+            where = np.nonzero(rewards != before)
+            self._changed = where, before[where], rewards[where]
 
     @property
     def dones(self) -> np.ndarray:

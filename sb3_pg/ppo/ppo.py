@@ -28,7 +28,9 @@ class PPO(PolicyGradientAlgorithm):
     With default arguments every update is SB3's PPO's. The arguments after ``_init_setup_model`` are ours; they
     choose an objective or a rule and combine freely unless said otherwise.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy" or a subclass of ActorCriticPolicy
+    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", one of the same with a memory ("MlpLstmPolicy",
+        "MlpGruPolicy" and so on), a language model ("CausalLMPolicy", "Seq2SeqLMPolicy"), or a subclass of
+        ActorCriticPolicy
     :param env: an environment, vectorised or not, or its registered id; None only for loading
     :param learning_rate: of the optimizer, a number or schedule. Higher learns faster and less stably
     :param n_steps: steps per environment and update. More give better estimates, fewer give more updates
@@ -82,12 +84,14 @@ class PPO(PolicyGradientAlgorithm):
     :param use_masking: choose and learn among allowed actions only, where the environment has a method
         ``action_masks()``, see :mod:`sb3_pg.common.masks`. False ignores it
     :param sequence_length: a recurrent policy learns from stretches of episodes of at most so many steps, each from the
-        memory that it began with. None learns from whole ones. Shorter is faster and forgets how older steps matter
+        memory that it began with. None learns from whole ones. Shorter is faster and forgets how older steps
+        matter. Refused for policies without a memory
     :param engine: "auto" takes the fastest engine that computes the same; "autograd" always takes torch's
     :raises ArgumentError: an argument that cannot work, or two that contradict each other
     """
 
     archive_name: ClassVar[str] = "PPO"
+    _changed_by_updates: ClassVar[tuple[str, ...]] = (*PolicyGradientAlgorithm._changed_by_updates, "kl_coef")
 
     def __init__(
         self,

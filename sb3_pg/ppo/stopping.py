@@ -4,6 +4,7 @@ from sb3_pg.common import workers
 from sb3_pg.common.arrays import Array
 from sb3_pg.common.batch import Batch
 from sb3_pg.common.engines.protocol import Engine
+from sb3_pg.common.interrupts import uninterrupted
 from sb3_pg.common.objectives import kl_penalty
 
 
@@ -46,7 +47,8 @@ class EarlyStopping:
         if workers.mean(float(kl_penalty(log_ratio)[0].mean()), len(log_ratio)) > self._limit:
             self.stopped = True
             if self._before_step is not None:
-                self._actor.vector = self._before_step
+                with uninterrupted():
+                    self._actor.vector = self._before_step
         else:
             self._before_step = self._actor.vector
         return not self.stopped

@@ -34,7 +34,9 @@ class REINFORCE(PolicyGradientAlgorithm):
 
     Arguments of A2C are accepted where they can mean something, see ``n_steps`` and ``use_rms_prop``.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy" or a subclass of ActorCriticPolicy
+    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", one of the same with a memory ("MlpLstmPolicy",
+        "MlpGruPolicy" and so on), a language model ("CausalLMPolicy", "Seq2SeqLMPolicy"), or a subclass of
+        ActorCriticPolicy
     :param env: an environment, vectorised or not, or its registered id; None only for loading
     :param learning_rate: of the optimizer, a number or schedule. Higher learns faster and less stably
     :param n_episodes: episodes per update, over all environments; rounded up to the same number from each. More
@@ -77,7 +79,8 @@ class REINFORCE(PolicyGradientAlgorithm):
     :param use_masking: choose and learn among allowed actions only, where the environment has a method
         ``action_masks()``, see :mod:`sb3_pg.common.masks`. False ignores it
     :param sequence_length: a recurrent policy learns from stretches of episodes of at most so many steps, each from the
-        memory that it began with. None learns from whole ones. Shorter is faster and forgets how older steps matter
+        memory that it began with. None learns from whole ones. Shorter is faster and forgets how older steps
+        matter. Refused for policies without a memory
     :param engine: "auto" takes the fastest engine that computes the same; "autograd" always takes torch's
     :raises ArgumentError: an argument that cannot work, or two that contradict each other
     """

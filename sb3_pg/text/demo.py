@@ -5,6 +5,7 @@ two, and shows what it answers to held-out prompts before and after.
 """
 
 import argparse
+import io
 import os
 import sys
 import time
@@ -14,11 +15,14 @@ from typing import Any
 import torch as th
 
 from sb3_pg import PPO, REINFORCE, TRPO
+from sb3_pg.common.interrupts import Interrupted, saved_when_interrupted
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
 from sb3_pg.text.environment import TextTask, TextVecEnv
 from sb3_pg.text.evaluation import evaluate_texts, table
 from sb3_pg.text.supervised import pretrain
 from sb3_pg.text.tasks import TASKS
+
+PROGRAM = "python -m sb3_pg.text.demo"
 
 ALGORITHMS: dict[str, type[PolicyGradientAlgorithm]] = {"reinforce": REINFORCE, "trpo": TRPO, "ppo": PPO}
 
@@ -96,8 +100,9 @@ def run(options: argparse.Namespace) -> None:
 
     model = make_model(options.algo, task, folder, options.seed)
     before = show("Before tuning", model, held_out, built_in.metric)
-    start = time.perf_counter()
-    model.learn(options.timesteps or TIMESTEPS[options.algo], progress_bar=options.progress)
+    start, path = time.perf_counter(), options.out / "model.zip"
+    with saved_when_interrupted(lambda: save_for_later(model, path)):
+        model.learn(options.timesteps or TIMESTEPS[options.algo], progress_bar=options.progress)
     seconds = time.perf_counter() - start
     after = show(
         f"After {model.num_timesteps:,} tokens of {type(model).__name__} in {seconds:.0f} s",
@@ -105,15 +110,23 @@ def run(options: argparse.Namespace) -> None:
         held_out,
         built_in.metric,
     )
-    path = options.out / "model.zip"
     model.save(path)
     metric = built_in.metric if built_in.metric in after else "score"
     print(f"\n{metric} on held-out prompts: {before[metric]:.3g} before, {after[metric]:.3g} after. Saved as {path}")
 
 
+def save_for_later(model: PolicyGradientAlgorithm, path: Path) -> str:
+    """Save an interrupted run; return where, and how to go on."""
+    model.save(path)
+    return (
+        f"{path} after {model.num_timesteps:,} tokens; go on with {type(model).__name__}.load({str(path)!r}, env) and "
+        "learn(tokens, reset_num_timesteps=False)"
+    )
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m sb3_pg.text.demo", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__.split("\n")[0])
     parser.add_argument("--task", default="translation", choices=TASKS, help="default: translation")
     parser.add_argument("--algo", default="ppo", choices=ALGORITHMS, help="default: ppo")
     parser.add_argument("--timesteps", type=int, metavar="N", help="tokens acted while tuning")
@@ -128,13 +141,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the demonstration."""
+    """Run the demonstration; the exit code: 0, 2 for input that cannot work, 130 or 143 after ctrl-C or SIGTERM."""
     options = parse(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not have the letters of a language
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    run(options)
+    try:
+        run(options)
+    except Interrupted as interrupt:
+        return interrupt.exit_status
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted; there is nothing new to save", file=sys.stderr)
+        return 130
+    except (OSError, ValueError) as error:
+        print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     return 0
 
 

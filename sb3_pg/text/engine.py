@@ -91,7 +91,7 @@ class TextEngine(AutogradEngine):
         log_ratio[going] = judged.log_probs.ravel()[going] - log_prob
         coef, kl = float(policy.reference_kl_coef), float(log_ratio[going].mean()) * length
         figures.kl, figures.kl_coef = kl, coef
-        figures.reference_perplexity = math.exp(-float(log_prob.mean()))
+        figures.reference_perplexity = math.exp(min(-float(log_prob.mean()), 700.0))
         if figures.score is not None:
             figures.penalised_reward = figures.score - coef * kl
         penalised = (rewards - coef * log_ratio).reshape(rollout.n_steps, -1)

@@ -11,7 +11,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from sb3_pg.common.errors import ArgumentError, NonFiniteError, check_count, check_number
+from sb3_pg.common.errors import ArgumentError, NonFiniteError, check_count, check_number, first_not_finite
 from sb3_pg.text.spaces import EMPTY, Vocabulary, text_space
 
 #: (prompts, completions, references) to one finite number for each; references are None where the task has none
@@ -118,16 +118,12 @@ class TextTask:
         texts = self.decode(responses)
         prompts = [self.prompts[number] for number in numbers]
         references = [None if self.references is None else self.references[number] for number in numbers]
-        rewards = np.asarray(self.reward(prompts, texts, references), dtype=np.float64)
-        if rewards.shape != (len(texts),):
-            raise ArgumentError(
-                f"`reward` must return one number for each of the {len(texts)} completions it is given, but "
-                f"returned an array of shape {rewards.shape}."
-            )
-        if not np.isfinite(rewards).all():
-            bad = int(np.flatnonzero(~np.isfinite(rewards))[0])
+        rewards = _as_rewards(self.reward(prompts, texts, references), len(texts))
+        bad = first_not_finite(rewards)
+        if bad is not None:
             raise NonFiniteError(
-                f"`reward` returned {rewards[bad]} for the prompt {prompts[bad]!r} and the completion {texts[bad]!r}."
+                f"`reward` returned {rewards[bad]} for the prompt {prompts[bad[0]]!r} and the completion "
+                f"{texts[bad[0]]!r}: it must return finite numbers in single precision."
             )
         unended = ~(responses == self.end_token).any(axis=1)
         return rewards - self.missing_end_penalty * unended, texts
@@ -140,6 +136,24 @@ class TextTask:
             "reference": None if self.references is None else self.references[number],
             "ended": bool((row[self.width :] == self.end_token).any()),
         }
+
+
+def _as_rewards(returned: Any, n: int) -> np.ndarray:
+    """Return what a reward function has returned for n completions as an array.
+
+    :raises ArgumentError: it is not n numbers
+    """
+    try:
+        rewards = np.asarray(returned, dtype=np.float64)
+    except (TypeError, ValueError):
+        rewards = None
+    if returned is None or rewards is None or rewards.shape != (n,):
+        is_other = returned is None or rewards is None
+        found = repr(returned)[:60] if is_other else f"an array of shape {np.shape(returned)}"
+        raise ArgumentError(
+            f"`reward` must return one number for each of the {n} completions it is given, but returned {found}."
+        )
+    return rewards
 
 
 class TextEnv(gym.Env[np.ndarray, np.integer[Any]]):
@@ -170,19 +184,32 @@ class TextEnv(gym.Env[np.ndarray, np.integer[Any]]):
         return self._row.copy(), {}
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Add a token to the response."""
-        task = self.task
-        self._row[task.width + self._length] = action
-        self._length += 1
-        over = int(action) == task.end_token or self._length == task.response_length
-        if not over:
-            return self._row.copy(), 0.0, False, False, {}
-        rewards, texts = task.score([self._number], self._row[None, task.width :])
-        return self._row.copy(), float(rewards[0]), True, False, task.info(self._number, texts[0], self._row)
+        """Add a token to the response; if the reward function fails, it is not added."""
+        task, row = self.task, self._row.copy()
+        row[task.width + self._length] = action
+        over = int(action) == task.end_token or self._length + 1 == task.response_length
+        reward, info = 0.0, {}
+        if over:
+            rewards, texts = task.score([self._number], row[None, task.width :])
+            reward, info = float(rewards[0]), task.info(self._number, texts[0], row)
+        self._row, self._length = row, self._length + 1
+        return row.copy(), reward, over, False, info
+
+    def get_state(self) -> dict[str, Any]:
+        """Return where the environment is, for archives; its generator goes on by itself."""
+        return {"row": self._row, "number": self._number, "length": self._length}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._row, self._number, self._length = state["row"], state["number"], state["length"]
 
     def render(self) -> str:
         """Prompt and response as text."""
         return f"{self.task.prompts[self._number]} | {self.task.decode(self._row[None, self.task.width :])[0]}"
+
+
+#: The attributes of a TextVecEnv that change.
+_STATE = ("_rng", "_rows", "_lengths", "_numbers", "_queues", "_seen", "_left", "_next")
 
 
 class TextVecEnv(VecEnv):
@@ -273,26 +300,39 @@ class TextVecEnv(VecEnv):
         self._actions = np.asarray(actions).reshape(-1)
 
     def step_wait(self) -> VecEnvStepReturn:
+        """Add a token to each response; if the reward function fails, none is added."""
         task, is_going = self.task, self._left > 0
-        going = np.flatnonzero(is_going)
-        self._rows[going, task.width + self._lengths[going]] = self._actions[going]
-        self._lengths[going] += 1
-        dones = is_going & ((self._actions == task.end_token) | (self._lengths == task.response_length))
+        columns, lengths = task.width + self._lengths, self._lengths + is_going
+        dones = is_going & ((self._actions == task.end_token) | (lengths == task.response_length))
+        over, going = np.flatnonzero(dones), np.flatnonzero(is_going)
+        finished = self._rows[over]
+        finished[np.arange(len(over)), columns[over]] = self._actions[over]
+        found, texts = np.zeros(0), list[str]()
+        if len(over):
+            found, texts = task.score(self._numbers[over].tolist(), finished[:, task.width :])
+
+        self._rows[going, columns[going]] = self._actions[going]
+        self._lengths = lengths
         rewards = np.zeros(self.num_envs, dtype=np.float32)
+        rewards[over] = found
         infos: list[dict[str, Any]] = [{"TimeLimit.truncated": False} for _ in range(self.num_envs)]
-        if dones.any():
-            over = np.flatnonzero(dones)
-            found, texts = task.score(self._numbers[over].tolist(), self._rows[over, task.width :])
-            rewards[over] = found
-            passed = round(time.time() - self._start_time, 6)
-            for env, reward, text in zip(over, found, texts, strict=True):
-                row = self._rows[env].copy()
-                infos[env].update(task.info(int(self._numbers[env]), text, row))
-                infos[env]["terminal_observation"] = row
-                infos[env]["episode"] = {"r": round(float(reward), 6), "l": int(self._lengths[env]), "t": passed}
-            self._left[over] -= 1
-            self._show_prompts(over[self._left[over] > 0])
+        passed = round(time.time() - self._start_time, 6)
+        for env, row, reward, text in zip(over, finished, found, texts, strict=True):
+            infos[env].update(task.info(int(self._numbers[env]), text, row))
+            infos[env]["terminal_observation"] = row
+            infos[env]["episode"] = {"r": round(float(reward), 6), "l": int(lengths[env]), "t": passed}
+        self._left[over] -= 1
+        self._show_prompts(over[self._left[over] > 0])
         return self._rows.copy(), rewards, dones, infos
+
+    def get_state(self) -> dict[str, Any]:
+        """Return where the environments are and which prompts come next, for archives."""
+        return {name: getattr(self, name) for name in _STATE}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        for name in _STATE:
+            setattr(self, name, state[name])
 
     def close(self) -> None:
         pass

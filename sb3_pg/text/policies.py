@@ -15,6 +15,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch.utils.checkpoint import checkpoint
 
+from sb3_pg.common.archive.atomic import filling
+from sb3_pg.common.archive.policy_files import SavedPolicy
 from sb3_pg.common.errors import ArgumentError, check_count, check_number
 
 try:
@@ -55,7 +57,7 @@ SMALL_SEQ2SEQ: dict[str, Any] = {
 }
 
 
-class LanguageModelPolicy(ActorCriticPolicy):
+class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
     """What both kinds of language model have in common: heads, temperature, reference, adapters, generation.
 
     Dropout is off throughout, since a log-probability must be the same whenever it is asked for.
@@ -260,6 +262,17 @@ class LanguageModelPolicy(ActorCriticPolicy):
             config.pop(name, None)
         return {**policy_kwargs, "model": config, "model_kwargs": None}
 
+    @staticmethod
+    def not_portable(policy_kwargs: dict[str, Any]) -> str | None:
+        """Return which of the arguments would load a model, or code, from elsewhere; None if none would."""
+        model, lora = policy_kwargs.get("model"), policy_kwargs.get("lora") or {}
+        if policy_kwargs.get("model_kwargs") or not isinstance(model, dict | None):
+            return f"the model would be loaded from elsewhere ({model!r}, {policy_kwargs.get('model_kwargs')!r})"
+        for name in [*_keys(model), *_keys(lora)]:
+            if any(part in name for part in _FROM_ELSEWHERE):
+                return f"the model's configuration has {name!r}, which may run code from elsewhere"
+        return None
+
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {
             "observation_space": self.observation_space,
@@ -271,8 +284,14 @@ class LanguageModelPolicy(ActorCriticPolicy):
         }
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model as transformers does; of a LoRA policy, the adapter alone."""
-        self.language_model.save_pretrained(folder)
+        """Write the model as transformers does; of a LoRA policy, the adapter alone.
+
+        Each file of the folder is replaced when it is whole.
+
+        :raises OSError: naming ``folder``
+        """
+        with filling(folder) as beside:
+            self.language_model.save_pretrained(beside)
 
     def train(self, mode: bool = True) -> "LanguageModelPolicy":
         """Set the mode of everything but the language models, whose dropout stays off."""
@@ -590,6 +609,17 @@ class Seq2SeqLMPolicy(LanguageModelPolicy):
 
     def _skipped(self, n_prompt: int) -> int:
         return 1  # the start token
+
+
+#: In names of configurations: of code that transformers and peft would import or download.
+_FROM_ELSEWHERE = ("auto_map", "implementation", "kernel", "megatron", "quantization", "remote")
+
+
+def _keys(configuration: Any) -> Iterator[str]:
+    """Yield all keys of dictionaries within dictionaries."""
+    for key, value in configuration.items() if isinstance(configuration, dict) else ():
+        yield str(key)
+        yield from _keys(value)
 
 
 def to_rows(observations: Any) -> np.ndarray:

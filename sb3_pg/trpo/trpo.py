@@ -14,6 +14,7 @@ from sb3_pg.common.advantages import Baseline, normalized
 from sb3_pg.common.arrays import Array, Column
 from sb3_pg.common.batch import Batch, has_own_get, joined, own_samples
 from sb3_pg.common.engines.protocol import Actor, Look
+from sb3_pg.common.interrupts import uninterrupted
 from sb3_pg.common.objectives import surrogate
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm, shared
 from sb3_pg.common.products import inner
@@ -39,7 +40,9 @@ class TRPO(PolicyGradientAlgorithm):
     separately and leaves alone everything that the policy depends on. Batch normalisation and dropout are in
     evaluation mode throughout: a KL can only be bounded for a policy that does not change by itself.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy" or a subclass of ActorCriticPolicy
+    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy", one of the same with a memory ("MlpLstmPolicy",
+        "MlpGruPolicy" and so on), a language model ("CausalLMPolicy", "Seq2SeqLMPolicy"), or a subclass of
+        ActorCriticPolicy
     :param env: an environment, vectorised or not, or its registered id; None only for loading
     :param learning_rate: of the critic's optimizer; the policy has none. Higher fits faster and less stably
     :param n_steps: steps per environment and update. More give a better estimate of gradient and curvature,
@@ -80,7 +83,8 @@ class TRPO(PolicyGradientAlgorithm):
     :param use_masking: choose and learn among allowed actions only, where the environment has a method
         ``action_masks()``, see :mod:`sb3_pg.common.masks`. False ignores it
     :param sequence_length: a recurrent policy learns from stretches of episodes of at most so many steps, each from the
-        memory that it began with. None learns from whole ones. Shorter is faster and forgets how older steps matter
+        memory that it began with. None learns from whole ones. Shorter is faster and forgets how older steps
+        matter. Refused for policies without a memory
     :param engine: "auto" takes the fastest engine that computes the same; "autograd" always takes torch's
     :param _init_setup_model: False leaves the networks to be made by ``load``
     :raises ArgumentError: an argument that cannot work, with its name and value
@@ -218,11 +222,15 @@ class TRPO(PolicyGradientAlgorithm):
             look = actor.look()
             return objective(look) - old_objective, batch.mean(look.kl)
 
-        accepted = backtracking_line_search(
-            attempt, target_kl, self.line_search_shrinking_factor, self.line_search_max_iter
-        )
-        if accepted is None:
-            actor.vector = start
+        accepted = None
+        try:
+            accepted = backtracking_line_search(
+                attempt, target_kl, self.line_search_shrinking_factor, self.line_search_max_iter
+            )
+        finally:
+            if accepted is None:  # after an exception, too
+                with uninterrupted():
+                    actor.vector = start
         return accepted
 
     def learn(

@@ -1,6 +1,8 @@
 """rl-zoo's commands with REINFORCE, TRPO and PPO: ``python -m sb3_pg.zoo train --algo trpo --env Pendulum-v1``.
 
-Every option is rl_zoo3's own and passes through; ``python -m sb3_pg.zoo train --help`` lists them.
+Every option is rl_zoo3's own and passes through; ``python -m sb3_pg.zoo train --help`` lists them. One more is ours:
+``--trusted`` runs the code that archives and statistics may hold, which are refused without it. ``--vec-env``
+knows gymnasium's environments (sync, async) and envpool, too.
 """
 
 import argparse
@@ -10,14 +12,18 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
 
 import gymnasium as gym
 
+from sb3_pg.common.archive.archived import Archived
 from sb3_pg.common.errors import ArgumentError, NonFiniteError
+from sb3_pg.common.interrupts import Interrupted
+from sb3_pg.common.vec_env import VecNormalize
 from sb3_pg.zoo import register
 
 PROGRAM = "python -m sb3_pg.zoo"
@@ -36,18 +42,24 @@ MODULES = ("record_video", "record_training", "benchmark")
 
 COMMANDS = (*FUNCTIONS, *MODULES)
 
+#: Lets archives and statistics be loaded that hold code.
+TRUSTED = "--trusted"
+
 #: rl_zoo3 does not check that these are told what to draw.
 NEED_OPTIONS = ("all_plots", "plot_from_file")
 
 #: Packages that come with an extra of ours, and which.
 EXTRAS = {"optuna": "zoo", "rl_zoo3": "zoo", "huggingface_sb3": "zoo", "box2d": "zoo", "moviepy": "zoo"}
-EXTRAS |= {"pygame": "zoo", "mujoco": "mujoco"}
+EXTRAS |= {"pygame": "zoo", "mujoco": "mujoco", "envpool": "envpool"}
+
+#: Of ``--vec-env``, beside rl_zoo3's own.
+VEC_ENVS = ("sync", "async", "envpool")
 
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Give an attribute another value for a while."""
-    before = getattr(owner, name)
+    before = vars(owner)[name]
     setattr(owner, name, value)
     try:
         yield
@@ -60,6 +72,17 @@ def one_line_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     parser.exit(2, f"{parser.prog}: {message}\n")
 
 
+def add_with_vec_envs(add: Callable[..., argparse.Action]) -> Callable[..., argparse.Action]:
+    """Return ``ArgumentParser.add_argument`` with more to choose from for ``--vec-env``."""
+
+    def add_argument(self: argparse.ArgumentParser, *names: str, **settings: Any) -> argparse.Action:
+        if "--vec-env" in names:
+            settings["choices"] = [*settings["choices"], *VEC_ENVS]
+        return add(self, *names, **settings)
+
+    return add_argument
+
+
 def our_command(command: Any) -> Any:
     """Return what rl_zoo3's scripts start as children (``python -m rl_zoo3.x``, ``x.py``), with our algorithms."""
     match command:
@@ -70,8 +93,21 @@ def our_command(command: Any) -> Any:
     return command
 
 
+@contextmanager
+def trusting_files() -> Iterator[None]:
+    """Let models and statistics be loaded with all that they hold for a while."""
+
+    def load_model(cls: type[Archived], *arguments: Any, **more: Any) -> Archived:
+        return model.__func__(cls, *arguments, trusted=True, **more)  # type: ignore[no-any-return]
+
+    model, statistics = vars(Archived)["load"], partial(VecNormalize.load, trusted=True)
+    with replaced(Archived, "load", classmethod(load_model)), replaced(VecNormalize, "load", staticmethod(statistics)):
+        yield
+
+
 def run(command: str, options: list[str]) -> None:
     """Run a script of rl_zoo3 as if from the command line, with our algorithms in it and in its children."""
+    trusted, options = TRUSTED in options, [option for option in options if option != TRUSTED]
     if command in NEED_OPTIONS and not options:
         options = ["--help"]
     if command == "record_training" and shutil.which("ffmpeg") is None and not {"-h", "--help"} & {*options}:
@@ -80,11 +116,16 @@ def run(command: str, options: list[str]) -> None:
     call = subprocess.call
 
     def call_with_ours(command: Any, *more: Any, **settings: Any) -> int:
-        return call(our_command(command), *more, **settings)
+        own = our_command(command)
+        return call([*own, TRUSTED] if trusted and own is not command else own, *more, **settings)
 
     with ExitStack() as stack:
+        if trusted:
+            stack.enter_context(trusting_files())
         stack.enter_context(replaced(sys, "argv", [f"{PROGRAM} {command}", *options]))
         stack.enter_context(replaced(argparse.ArgumentParser, "error", one_line_error))
+        more_choices = add_with_vec_envs(argparse.ArgumentParser.add_argument)
+        stack.enter_context(replaced(argparse.ArgumentParser, "add_argument", more_choices))
         if command in FUNCTIONS:
             getattr(importlib.import_module(FUNCTIONS[command]), command)()
         else:
@@ -113,7 +154,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, (ImportError, gym.error.DependencyNotInstalled)):
         return f"{message.rstrip('.')}.{missing_package(error)}"
     if isinstance(error, (ArgumentError, NonFiniteError, gym.error.Error)):
-        return message
+        return message.replace("trusted=True", TRUSTED)
     package = package_that_raised(error.__traceback__)
     if package.startswith(("huggingface_hub", "requests", "httpx", "urllib3")):
         return f"rl-zoo's agents cannot be downloaded ({message}). Pass --no-hub, or look at the connection."
@@ -127,9 +168,10 @@ def explain(error: Exception) -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit code: 0, or 2 for input that cannot work."""
+    """Run one command; the exit code: 0, 2 for input that cannot work, 130 or 143 after ctrl-C or SIGTERM."""
     command, *options = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     usage = f"{PROGRAM} COMMAND [options]; the commands are {', '.join(COMMANDS)}"
+    usage += f". {TRUSTED} runs the code that archives hold."
     if command in ("-h", "--help"):
         print(usage)
         return 0
@@ -138,6 +180,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         run(command, options)
+    except Interrupted as interrupt:
+        return interrupt.exit_status
+    except KeyboardInterrupt:
+        print(f"{PROGRAM} {command}: interrupted", file=sys.stderr)
+        return 130
     except Exception as error:
         line = explain(error)
         if line is None:

@@ -1,9 +1,12 @@
 """rl_zoo3's ExperimentManager for our algorithms: their settings, schedules and environments, and clear errors."""
 
+import functools
 import inspect
+import sys
 import typing
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -16,10 +19,13 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import Schedule
 
+from sb3_pg.common import workers
 from sb3_pg.common.errors import ArgumentError, NonFiniteError, check_count, check_number, did_you_mean
+from sb3_pg.common.interrupts import interrupts_after_steps, saved_when_interrupted
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
-from sb3_pg.common.vec_env import DummyVecEnv, VecNormalize
+from sb3_pg.common.vec_env import DummyVecEnv
 from sb3_pg.zoo.settings import CONFIGS
+from sb3_pg.zoo.vec_envs import POOL, VEC_ENVS, pool
 
 #: Keys of a configuration that rl_zoo3 takes for itself; all others are arguments of the algorithm.
 ZOO_KEYS = (
@@ -69,6 +75,23 @@ def multiplied(value: Any, factor: int) -> str:
     return f"{value * factor:g}"
 
 
+class GoingOn:
+    """A loaded model as rl_zoo3 trains one: it goes on.
+
+    :param model: of ours
+    :param n_timesteps: so many more; None for the rest of the run that it was saved in, or else what rl_zoo3 asks for
+    """
+
+    def __init__(self, model: BaseAlgorithm, n_timesteps: int | None) -> None:
+        self._model, self.env, self._n_timesteps = model, model.env, n_timesteps
+
+    def learn(self, total_timesteps: int, **options: Any) -> None:
+        """Train it."""
+        rest = max(0, self._model._total_timesteps - self._model.num_timesteps)
+        n = self._n_timesteps or rest or total_timesteps
+        self._model.learn(n, reset_num_timesteps=False, **options)
+
+
 class ExperimentManager(exp_manager.ExperimentManager):
     """Arguments are rl_zoo3's; ``config`` has a default for each of our algorithms. Other algorithms run as there.
 
@@ -76,13 +99,19 @@ class ExperimentManager(exp_manager.ExperimentManager):
     """
 
     def __init__(self, args: Any, algo: str, *more: Any, **options: Any) -> None:
+        self.vec_env_type = vec_env_type = options.get("vec_env_type", "dummy")
+        if vec_env_type not in ("dummy", "subproc"):
+            options["vec_env_type"] = "dummy"  # rl_zoo3 knows no other
         super().__init__(args, algo, *more, **options)
         self.config_is_given = options.get("config") is not None
+        self.n_timesteps_given = self.n_timesteps if self.n_timesteps > 0 else None
         default = CONFIGS / f"{algo}.yml"
         if not self.config_is_given and default.exists():
             self.config = str(default)
         self.is_ours = issubclass(ALGOS[algo], PolicyGradientAlgorithm)
-        if self.is_ours and self.vec_env_class is sb3.DummyVecEnv:
+        if vec_env_type in VEC_ENVS:
+            self.vec_env_class = VEC_ENVS[vec_env_type]  # type: ignore[assignment]
+        elif self.is_ours and self.vec_env_class is sb3.DummyVecEnv:
             self.vec_env_class = DummyVecEnv
 
     # --------------------------------------------------------------- settings
@@ -154,11 +183,24 @@ class ExperimentManager(exp_manager.ExperimentManager):
 
     # ----------------------------------------------------------- environments
 
-    def _maybe_normalize(self, env: sb3.VecEnv, eval_env: bool) -> sb3.VecEnv:
-        env = super()._maybe_normalize(env, eval_env)
-        if self.is_ours and type(env) is sb3.VecNormalize:
-            env.__class__ = VecNormalize  # the same attributes, lighter methods
-        return env
+    def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> sb3.VecEnv:
+        """Return the environments in their wrappers.
+
+        :raises ArgumentError: EnvPool's are to be in a wrapper of single environments
+        """
+        if self.vec_env_type == POOL:
+            if self.env_wrapper is not None:
+                raise ArgumentError(
+                    f"--vec-env {POOL} has no single environments for the setting `env_wrapper`. Take it out, or "
+                    "choose another --vec-env."
+                )
+            log = None if eval_env or no_log else Path(self.save_path)
+            options = self.eval_env_kwargs if eval_env else self.env_kwargs
+            keywords = self.monitor_kwargs.get("info_keywords", ())
+            seed = self.seed + workers.rank() * n_envs  # as that of the algorithm, for it cannot be set later
+            made = functools.partial(pool, self.env_name.gym_id, n_envs, seed, options, log, keywords)
+            self.vec_env_class = lambda _: made()  # type: ignore[assignment]
+        return super().create_envs(n_envs, eval_env, no_log)
 
     # --------------------------------------------------------------- training
 
@@ -197,9 +239,39 @@ class ExperimentManager(exp_manager.ExperimentManager):
             )
 
     def learn(self, model: BaseAlgorithm) -> None:
-        """Train, and keep what was learned if a number that is not finite stops it."""
+        """Train, and keep what was learned if an interrupt or a number that is not finite stops it."""
         try:
-            super().learn(model)
+            with saved_when_interrupted(lambda: self._save_for_later(model)), interrupts_after_steps() as after_step:
+                self.callbacks.append(after_step)
+                goes_on = self.is_ours and self.continue_training
+                super().learn(GoingOn(model, self.n_timesteps_given) if goes_on else model)  # type: ignore[arg-type]
         except NonFiniteError:
             self.save_trained_model(model)
             raise
+
+    def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: sb3.VecEnv) -> BaseAlgorithm:
+        """Load the model of ``-i``, which goes on with its own random numbers unless ``--seed`` is given.
+
+        What adapts by itself goes on too, unless ``-params`` sets it.
+        """
+        if not self.is_ours:
+            return super()._load_pretrained_agent(hyperparams, env)
+        adapts = {"learning_rate": "adaptive_lr", "kl_coef": "adaptive_kl_coef"}
+        kept = {name for name, rule in adapts.items() if hyperparams.get(rule)} - (self.custom_hyperparams or {}).keys()
+        settings = {key: x for key, x in hyperparams.items() if key not in {"policy", "policy_kwargs", *kept}}
+        if any(option.split("=")[0] == "--seed" for option in sys.argv):
+            settings["seed"] = self.seed
+        print("Loading pretrained agent")
+        common: dict[str, Any] = {
+            "tensorboard_log": self.tensorboard_log,
+            "verbose": self.verbose,
+            "device": self.device,
+        }
+        return ALGOS[self.algo].load(self.trained_agent, env=env, **common, **settings)
+
+    def _save_for_later(self, model: BaseAlgorithm) -> str:
+        """Save an interrupted run; return where, and how to go on."""
+        self.save_trained_model(model)
+        path = f"{self.save_path}/{self.env_name}.zip"
+        go_on = f"train --algo {self.algo} --env {self.env_name.gym_id} -i {path}"
+        return f"{path} after {model.num_timesteps:,} steps; go on with python -m sb3_pg.zoo {go_on}"

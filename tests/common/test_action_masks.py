@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+import threading
 import weakref
 
 import gymnasium as gym
@@ -499,3 +500,48 @@ def test_masking_may_be_changed_while_a_rollout_waits(algorithm):
     model.use_masking = True
     model.learn(1, reset_num_timesteps=False)
     assert len(model.rollout.masks) == model.rollout.n_steps
+
+
+@pytest.mark.parametrize("policy", ["own forward", "own class", "own distribution"])
+def test_threads_predict_with_masks_of_their_own(policy):
+    """On autograd, where a policy chooses by its one distribution object; and one thread without masks."""
+    model, masks = make(PPO, policy=policy), [*np.eye(6, dtype=bool), None]
+    x = np.random.default_rng(0).uniform(-1, 1, (4, 3)).astype(np.float32)
+    plain = model.predict(x, deterministic=True)[0]
+    expected = [plain if mask is None else np.full(4, mask.argmax()) for mask in masks]
+    wrong, interval = [], sys.getswitchinterval()
+
+    def ask(mask, actions):
+        allowed = None if mask is None else np.tile(mask, (4, 1))
+        for _ in range(60):
+            found, _ = model.predict(x, deterministic=True, action_masks=allowed)
+            if not np.array_equal(found, actions):
+                wrong.append((mask, found))
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=ask, args=pair) for pair in zip(masks, expected, strict=True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+def test_what_a_masked_policy_sets_of_itself_is_kept():
+    class Counting(ActorCriticPolicy):
+        n_calls = 0
+
+        def forward(self, obs, deterministic=False):
+            self.n_calls += 1
+            return super().forward(obs, deterministic)
+
+    model = PPO(Counting, Guarded(), seed=0, **SETTINGS[PPO]).learn(32)
+    assert model.policy.n_calls == 32
+    distribution = model.policy.action_dist
+    model.policy.set_training_mode(True)
+    model.predict(np.zeros(3, np.float32), action_masks=np.ones(6, bool))
+    assert model.policy.action_dist is distribution
+    assert not model.policy.training

@@ -198,7 +198,12 @@ def test_environments_that_never_end():
         (lambda: REINFORCE("MlpPolicy", "CartPole-v1"), PPO, r"archive of REINFORCE, but PPO\.load"),
         (lambda: stable_baselines3.A2C("MlpPolicy", "CartPole-v1"), PPO, r"archive of A2C, but PPO\.load"),
         (lambda: stable_baselines3.DQN("MlpPolicy", "CartPole-v1"), PPO, r"archive of DQN, but PPO\.load"),
-        (lambda: stable_baselines3.SAC("MlpPolicy", "Pendulum-v1"), TRPO, r"archive of SAC or TQC, but TRPO\.load"),
+        (lambda: stable_baselines3.SAC("MlpPolicy", "Pendulum-v1"), TRPO, r"archive of SAC, but TRPO\.load"),
+        (lambda: stable_baselines3.TD3("MlpPolicy", "Pendulum-v1"), PPO, r"archive of TD3 or DDPG, but PPO\.load"),
+        (lambda: sb3_contrib.TQC("MlpPolicy", "Pendulum-v1"), PPO, r"archive of TQC, but PPO\.load"),
+        (lambda: sb3_contrib.CrossQ("MlpPolicy", "Pendulum-v1"), PPO, r"archive of CrossQ, but PPO\.load"),
+        (lambda: sb3_contrib.QRDQN("MlpPolicy", "CartPole-v1"), PPO, r"archive of QRDQN, but PPO\.load"),
+        (lambda: sb3_contrib.ARS("LinearPolicy", "CartPole-v1"), REINFORCE, r"archive of ARS, but REINFORCE\.load"),
         (lambda: sb3_contrib.TRPO("MlpPolicy", "CartPole-v1"), REINFORCE, r"archive of TRPO, but REINFORCE\.load"),
     ],
 )

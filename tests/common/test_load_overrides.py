@@ -309,13 +309,13 @@ def used(model, n_updates=2):
 
 
 WAYS = {
-    "argument": lambda path, override: PPO.load(path, environments(), "cpu", **override),
-    "custom object": lambda path, override: PPO.load(path, environments(), "cpu", override),
+    "argument": lambda path, override: PPO.load(path, environments(), "cpu", trusted=True, **override),
+    "custom object": lambda path, override: PPO.load(path, environments(), "cpu", override, trusted=True),
 }
 
 
 def by_attribute(path, override):
-    model = PPO.load(path, environments(), "cpu")
+    model = PPO.load(path, environments(), "cpu", trusted=True)
     for name, value in override.items():
         setattr(model, name, value)
     return model
@@ -368,10 +368,10 @@ def test_without_adaptation_both_stay(way, adapted):
 
 
 def test_an_override_is_where_later_archives_go_on_from(adapted, tmp_path):
-    model = PPO.load(adapted, environments(), "cpu", kl_coef=0.25, learning_rate=1e-3)
+    model = PPO.load(adapted, environments(), "cpu", trusted=True, kl_coef=0.25, learning_rate=1e-3)
     assert used(model)[0] == [0.25, 0.5]
     model.save(tmp_path / "again")
-    coefficients, rates = used(PPO.load(tmp_path / "again", environments(), "cpu"))
+    coefficients, rates = used(PPO.load(tmp_path / "again", environments(), "cpu", trusted=True))
     assert coefficients == [1.0, 2.0]
     assert rates[0] == pytest.approx(1e-3 / 1.5**4)
 
@@ -390,9 +390,9 @@ def test_a_model_that_did_not_adapt_begins_with_its_own_values(archives):
 
 def test_a_schedule_contradicts_the_adaptation_that_the_archive_asks_for(adapted):
     with pytest.raises(ArgumentError, match="contradict"):
-        PPO.load(adapted, environments(), "cpu", learning_rate=falling)
+        PPO.load(adapted, environments(), "cpu", trusted=True, learning_rate=falling)
     with pytest.raises(ArgumentError, match="`adaptive_kl_coef=True` needs"):
-        PPO.load(adapted, environments(), "cpu", kl_coef=0.0)
+        PPO.load(adapted, environments(), "cpu", trusted=True, kl_coef=0.0)
 
 
 @pytest.mark.parametrize("baseline", ["value", None, "leave_one_out"])
@@ -412,5 +412,5 @@ def test_without_overrides_a_model_goes_on_as_the_one_that_was_saved(algorithm, 
     model = tiny(algorithm, environments(), **options).learn(96)
     model.save(tmp_path / "model")
     model.set_env(environments())
-    expected, found = learned(model), learned(algorithm.load(tmp_path / "model", environments(), "cpu"))
+    expected, found = learned(model), learned(algorithm.load(tmp_path / "model", environments(), "cpu", trusted=True))
     np.testing.assert_array_equal(found, expected)

@@ -36,7 +36,7 @@ def weights(model):
     return parameters_to_vector(model.policy.parameters()).detach().clone()
 
 
-def check_life(model, path):
+def check_life(model, path, **of_load):
     """Train, save, load, predict the same, train on from there."""
     env = model.get_env()
     before = weights(model)
@@ -46,7 +46,7 @@ def check_life(model, path):
     assert not th.equal(trained, before) and trained.isfinite().all()
 
     model.save(path)
-    loaded = type(model).load(path, env=env, device="cpu")
+    loaded = type(model).load(path, env=env, device="cpu", **of_load)
     assert th.equal(weights(loaded), trained)
     observations = env.reset()
     actions, _ = model.predict(observations, deterministic=True)
@@ -99,7 +99,8 @@ def test_custom_policy_class(algorithm, tmp_path):
     """A subclass whose ``forward`` is its own is believed, not taken apart."""
     kind, options = ALGORITHMS[algorithm]
     env = make_envs("box", "discrete", 2)
-    check_life(kind(OwnForwardPolicy, env, policy_kwargs=small("box"), device="cpu", **options), tmp_path / "model")
+    model = kind(OwnForwardPolicy, env, policy_kwargs=small("box"), device="cpu", **options)
+    check_life(model, tmp_path / "model", custom_objects={"policy_class": OwnForwardPolicy})
     assert OwnForwardPolicy.n_calls > 0
 
 

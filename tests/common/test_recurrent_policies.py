@@ -2,11 +2,16 @@
 
 import copy
 import pickle
+import warnings
 
 import cloudpickle
 import numpy as np
 import pytest
+import torch as th
+from conftest import ACTION_SPACES, OBSERVATION_SPACES, FakeEnv
+from gymnasium import spaces
 from sb3_contrib import RecurrentPPO
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -138,9 +143,14 @@ class OwnGet(RolloutBuffer):
         ({"policy": "MultiInputGruPolicy"}, "Use 'MlpGruPolicy'"),
         ({"env": SimpleMultiObsEnv()}, "Use 'MultiInputLstmPolicy'"),
         ({"policy_kwargs": {"lstm_hiden_size": 3}}, "lstm_hidden_size"),
+        ({"policy": "MlpGruPolicy", "policy_kwargs": {"lstm_hiden_size": 3}}, "lstm_hidden_size"),
+        ({"policy": "MlpGruPolicy", "policy_kwargs": {"forget_bias": 3.0}}, "MlpGruPolicy does not take"),
+        ({"policy": "CnnGruPolicy", "policy_kwargs": {"net_arc": []}}, "net_arch"),
         ({"policy_kwargs": {"lstm_hidden_size": 0}}, "`policy_kwargs: lstm_hidden_size` must be a whole number >= 1"),
         ({"policy_kwargs": {"shared_lstm": True}}, "Pass enable_critic_lstm=False"),
         ({"sequence_length": 0}, "`sequence_length` must be a whole number >= 1"),
+        ({"policy_kwargs": {"forget_bias": "3"}}, "`forget_bias` must be a number, not '3'"),
+        ({"policy_kwargs": {"forget_bias": 3.0, "lstm_kwargs": {"bias": False}}}, "`forget_bias` needs biases"),
         ({"use_masking": "yes"}, "`use_masking` must be one of True, False"),
         ({"rollout_buffer_class": OwnGet, "n_steps": 32}, "samples follow each other"),
     ],
@@ -165,3 +175,132 @@ def test_generalised_exploration(algorithm):
     before = model.policy.parameters_to_vector()
     model.learn(500)
     assert not np.array_equal(model.policy.parameters_to_vector(), before)
+
+
+@ALL
+def test_sequence_length_without_a_memory_is_refused(algorithm):
+    with pytest.raises(
+        ArgumentError, match=r"`sequence_length=5` is for policies with a memory.*ActorCriticPolicy has"
+    ):
+        algorithm("MlpPolicy", "CartPole-v1", sequence_length=5)
+
+
+@pytest.mark.parametrize("algorithm", [PPO, TRPO])
+def test_a_shorter_last_minibatch_is_warned_of_where_there_is_one(algorithm):
+    with pytest.warns(UserWarning, match="truncated"):
+        algorithm("MlpPolicy", "CartPole-v1", n_steps=32, batch_size=24)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(algorithm, batch_size=24)
+
+
+@pytest.mark.parametrize("policy", ["MlpLstmPolicy", "MlpGruPolicy"])
+@ALL
+def test_several_choices_are_read(algorithm, policy):
+    make(algorithm, FakeEnv(OBSERVATION_SPACES["multidiscrete"]), policy).learn(64)
+
+
+LSTMS = {
+    "own critic": {},
+    "shared": {"shared_lstm": True, "enable_critic_lstm": False},
+    "no critic LSTM": {"enable_critic_lstm": False},
+    "two layers": {"n_lstm_layers": 2},
+}
+
+
+def predictions(policy, predict, observations, steps=4, **arguments):
+    """Actions and states of several steps, each from the state that the one before has left."""
+    th.manual_seed(0)
+    found, state = [], None
+    for _ in range(steps):
+        actions, state = predict(policy, observations, state, **arguments)
+        found += [actions, *state]
+    return found
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("n", [None, 1, 3])
+@pytest.mark.parametrize(
+    "observations, actions",
+    [(x, "box") for x in OBSERVATION_SPACES if x not in ("dict", "image")] + [("box", x) for x in ACTION_SPACES],
+)
+def test_predictions_in_closed_form_are_sb3_contribs(observations, actions, n, deterministic):
+    space = OBSERVATION_SPACES[observations]
+    policy = make(PPO, FakeEnv(space, ACTION_SPACES[actions])).policy
+    space.seed(0)
+    x = np.asarray(space.sample()) if n is None else np.stack([space.sample() for _ in range(n)])
+    check_same_predictions(policy, x, deterministic=deterministic)
+    starts = np.arange(n or 1) % 2 == 0
+    check_same_predictions(policy, x, deterministic=deterministic, episode_start=starts)
+
+
+def check_same_predictions(policy, x, quick=True, **arguments):
+    ours = predictions(policy, type(policy).predict, x, **arguments)
+    assert (policy._predictor is not None) == quick
+    theirs = predictions(policy, RecurrentActorCriticPolicy.predict, x, **arguments)
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+        assert (type(one), one.dtype, one.shape) == (type(other), other.dtype, other.shape)
+
+
+@pytest.mark.parametrize("kind", LSTMS)
+def test_predictions_of_every_kind_of_lstm(kind):
+    policy = make(PPO, FakeEnv(), policy_kwargs=LSTMS[kind]).policy
+    x = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32)
+    check_same_predictions(policy, x)
+    assert not policy.training
+
+
+def test_predictions_follow_what_is_done_to_the_memory():
+    policy = make(PPO, FakeEnv()).policy
+    x = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32)
+    check_same_predictions(policy, x)
+    policy.lstm_actor.weight_hh_l0.data = policy.lstm_actor.weight_hh_l0.data * 3.0
+    check_same_predictions(policy, x)
+    policy.lstm_actor = th.nn.LSTM(3, 8)
+    check_same_predictions(policy, x)
+    policy.lstm_actor.register_forward_hook(lambda module, x, y: (y[0] + 1.0, y[1]))
+    check_same_predictions(policy, x, quick=False)
+
+
+@pytest.mark.parametrize("starts", [[True, False, True], np.array([1, 0, 1]), np.array([1.0, 0.0, 1.0], np.float32)])
+def test_forms_of_episode_starts(starts):
+    policy = make(PPO, FakeEnv()).policy
+    check_same_predictions(policy, np.ones((3, 3), np.float32), episode_start=starts)
+
+
+def test_a_state_of_another_shape_is_refused_as_in_sb3_contrib():
+    policy = make(PPO, FakeEnv()).policy
+    with pytest.raises(RuntimeError, match="shape"):
+        policy.predict(np.ones((3, 3), np.float32), (np.zeros((1, 2, 8)), np.zeros((1, 2, 8))))
+
+
+def test_masked_predictions_of_a_recurrent_policy_are_allowed_and_follow_the_memory():
+    model = make(PPO, FakeEnv(action_space=spaces.Discrete(5)))
+    x, masks = np.ones((40, 3), np.float32), np.eye(5, dtype=bool)[np.arange(40) % 5]
+    for engine in ("closed form", "torch"):
+        if engine == "torch":
+            model.policy.lstm_actor.register_forward_hook(lambda *_: None)
+        actions, state = model.predict(x, action_masks=masks)
+        np.testing.assert_array_equal(actions, np.arange(40) % 5)
+        assert [s.shape for s in state] == [(1, 40, 8)] * 2
+        np.testing.assert_allclose(state, model.predict(x)[1], atol=1e-6)
+
+
+@ALL
+@pytest.mark.parametrize("kind", LSTMS)
+def test_forget_bias_opens_the_forget_gates_and_nothing_else(algorithm, kind, tmp_path):
+    plain, opened = (make(algorithm, policy_kwargs={**LSTMS[kind], **more}) for more in ({}, {"forget_bias": 3.0}))
+    n_changed = 0
+    for (name, x), y in zip(plain.policy.named_parameters(), opened.policy.parameters(), strict=True):
+        expected = x.detach().clone()
+        if "bias_hh" in name:
+            expected[8:16] += 3.0
+            n_changed += 1
+        th.testing.assert_close(y.detach(), expected)
+    assert n_changed == {"own critic": 2, "two layers": 4}.get(kind, 1)
+    opened.learn(64).save(tmp_path / "opened")
+    assert opened.policy_kwargs["forget_bias"] == 3.0
+    assert_same_predictions(opened, algorithm.load(tmp_path / "opened", env="CartPole-v1"))
+    if algorithm is PPO:
+        assert_same_predictions(opened, RecurrentPPO.load(tmp_path / "opened"))

@@ -117,3 +117,23 @@ def test_a_plain_environment_is_stepped_by_ours():
     assert type(model.env) is ours.DummyVecEnv
     given = make_vec_env("CartPole-v1", 2)
     assert PPO("MlpPolicy", given, n_steps=32).env is given
+
+
+def test_sb3s_vec_normalize_gets_our_methods_and_keeps_its_numbers():
+    class Special(sb3.VecNormalize):
+        pass
+
+    inner = sb3.VecNormalize(make_vec_env("Pendulum-v1", 2, seed=1), norm_reward=False)
+    special = Special(inner)
+    model = PPO("MlpPolicy", sb3.VecMonitor(special), n_steps=32)
+    assert type(inner) is ours.VecNormalize
+    assert type(special) is Special
+    assert model.get_vec_normalize_env() is special
+
+    theirs, mine = (sb3.VecNormalize(make_vec_env("Pendulum-v1", 2, seed=1)) for _ in range(2))
+    model.set_env(mine)
+    assert type(mine) is ours.VecNormalize
+    assert_same(mine.reset(), theirs.reset())
+    for _ in range(5):
+        assert_same(mine.step(np.zeros((2, 1))), theirs.step(np.zeros((2, 1))))
+    sb3.sync_envs_normalization(mine, theirs)

@@ -36,7 +36,8 @@ def test_ppo_options_run_and_log(options, tmp_path):
     logged = model.logger.name_to_value
     assert np.isfinite([logged["train/loss"], logged["train/approx_kl"], logged["train/value_loss"]]).all()
     model.save(tmp_path / "model")
-    PPO.load(tmp_path / "model", env=gym.make("CartPole-v1")).learn(64)
+    given = {name: value for name, value in options.items() if callable(value)}
+    PPO.load(tmp_path / "model", env=gym.make("CartPole-v1"), **given).learn(64)
 
 
 # --------------------------------------------------------------- adapted quantities

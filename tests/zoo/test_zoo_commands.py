@@ -1,14 +1,19 @@
 """The commands of the bridge to rl-zoo, and the files that they write."""
 
+import importlib.util
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from itertools import pairwise
 
 import gymnasium as gym
+import numpy as np
 import pytest
+import torch as th
 from stable_baselines3.common import vec_env as sb3
+from tiny_models import weights
 from zoo_tools import ALGORITHMS, ROOT, constructor, python
 
 from sb3_pg import PPO
@@ -120,6 +125,34 @@ def test_environments_are_ours_but_subprocesses_are_sb3s(construct, small):
     model.env.close()
 
 
+@pytest.mark.parametrize("name", ["sync", "async"])
+def test_environments_of_gymnasium(name, small, tmp_path):
+    options = ["--algo", "ppo", "--env", "Pendulum-v1", "--seed", "1", "-c", small, "-f", str(tmp_path)]
+    options += ["--eval-freq", "200", "--eval-episodes", "2"]
+    assert main(["train", *options, "--vec-env", name]) == main(["train", *options, "--vec-env", "dummy"]) == 0
+    runs = [tmp_path / "ppo" / f"Pendulum-v1_{i}" for i in (1, 2)]
+    for file in ("0.monitor.csv", "1.monitor.csv"):
+        episodes, others = ([line.split(",")[:2] for line in (run / file).open()][2:] for run in runs)
+        assert episodes == others and episodes
+    networks, others = (PPO.load(run / "Pendulum-v1.zip").policy.state_dict() for run in runs)
+    assert all(th.equal(networks[key], others[key]) for key in networks)
+
+
+def test_environments_of_envpool(small, tmp_path, capsys):
+    pytest.importorskip("envpool")
+    options = ["--algo", "ppo", "--env", "Pendulum-v1", "--seed", "1", "-c", small, "-f", str(tmp_path)]
+    assert main(["train", *options, "--eval-freq", "200", "--eval-episodes", "2", "--vec-env", "envpool"]) == 0
+    lines = (tmp_path / "ppo" / "Pendulum-v1_1" / "0.monitor.csv").read_text().splitlines()
+    assert [line.split(",")[1] for line in lines[2:]] == ["200"] * 2  # each environment made 256 steps
+
+
+@pytest.mark.skipif(importlib.util.find_spec("envpool") is not None, reason="EnvPool is installed")
+def test_envpool_is_asked_for(small, tmp_path, capsys):
+    options = ["--algo", "ppo", "--env", "Pendulum-v1", "-c", small, "-f", str(tmp_path), "--vec-env", "envpool"]
+    assert main(["train", *options]) == 2
+    assert "pip install 'sb3_pg[envpool]'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("algo", ALGORITHMS)
 @pytest.mark.parametrize("which", ["final", "best"])
 def test_enjoy(algo, which, logs, capsys):
@@ -127,6 +160,47 @@ def test_enjoy(algo, which, logs, capsys):
     assert main(["enjoy", *options, *["--load-best"] * (which == "best")]) == 0
     printed = capsys.readouterr().out
     assert "Loading running average" in printed and "Mean reward: -" in printed
+
+
+class Harm:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+@pytest.mark.parametrize("what", ["model", "statistics"])
+def test_enjoy_runs_no_code_unless_it_is_told_to(what, logs, tmp_path, capsys):
+    run = tmp_path / "ppo" / "Pendulum-v1_1"
+    shutil.copytree(logs / "ppo" / "Pendulum-v1_1", run)
+    if what == "model":
+        model = ALGORITHMS["ppo"].load(run / "Pendulum-v1.zip")
+        model.harm = Harm()
+        model.save(run / "Pendulum-v1.zip")
+    else:
+        path = str(run / "Pendulum-v1" / "vecnormalize.pkl")
+        statistics = ours.VecNormalize.load(path, ours.DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
+        statistics.harm = Harm()
+        statistics.save(path)
+    options = [
+        "--algo",
+        "ppo",
+        "--env",
+        "Pendulum-v1",
+        "-f",
+        str(tmp_path),
+        "--no-render",
+        "-n",
+        "210",
+        "--exp-id",
+        "1",
+    ]
+    assert main(["enjoy", *options]) == 2
+    printed = capsys.readouterr()
+    assert "builtins.print" in printed.err and "--trusted" in printed.err and "code ran" not in printed.out
+    assert printed.err.count("\n") == 1
+    assert main(["enjoy", *options, "--trusted"]) == 0
+    printed = capsys.readouterr()
+    assert "code ran" in printed.out and "Mean reward: -" in printed.out
+    assert main(["enjoy", *options]) == 2
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
@@ -144,6 +218,33 @@ def test_continue(algo, logs, small, tmp_path, capsys):
         for run in (first, second)
     ]
     assert counts[1] > counts[0] + 500
+
+
+@pytest.mark.parametrize("rest", [["-n", "256"], []])
+def test_continuing_equals_the_whole_run(rest, small, tmp_path, monkeypatch):
+    options = ["--algo", "ppo", "--env", "Pendulum-v1", "-c", small, "--eval-freq", "-1"]
+    run = "ppo/Pendulum-v1_1/Pendulum-v1.zip"
+    assert main(["train", *options, "--seed", "1", "-n", "512", "-f", str(tmp_path / "whole")]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PPO, "train", interrupted_after(PPO.train))
+        assert main(["train", *options, "--seed", "1", "-n", "512", "-f", str(tmp_path / "first")]) == 130
+    first = tmp_path / "first" / run
+    assert main(["train", *options, "-i", str(first), "-f", str(tmp_path / "rest"), *rest]) == 0
+    whole, resumed = (PPO.load(tmp_path / name / run) for name in ("whole", "rest"))
+    if not rest:  # the schedule of the learning rate goes on to the same end
+        np.testing.assert_array_equal(weights(whole), weights(resumed))
+        assert whole.num_timesteps == resumed.num_timesteps == 512
+    else:
+        assert PPO.load(first).num_timesteps + 256 <= resumed.num_timesteps
+
+
+def interrupted_after(train):
+    def then_interrupt(self):
+        train(self)
+        if self.num_timesteps == 256:
+            signal.raise_signal(signal.SIGINT)
+
+    return then_interrupt
 
 
 def test_what_was_learned_is_saved_when_a_number_is_not_finite(small, tmp_path, monkeypatch, capsys):

@@ -32,6 +32,8 @@ from sb3_pg.zoo.__main__ import main
         ("train -params normalize:dict(norm_ops=True)", "norm_ops"),
         ("train --env-kwargs colour:1", "colour"),
         ("train --device gpuu", "gpuu"),
+        ("train --vec-env threads", "'async'"),
+        ("train --vec-env envpool -params env_wrapper:'gymnasium.wrappers.RescaleAction'", "env_wrapper"),
         ("train --trial-id 3", "--storage"),
         ("train --storage nosuch/x.log --study-name s --trial-id 3", "nosuch/x.log"),
         ("train --gym-packages nosuch", "nosuch"),

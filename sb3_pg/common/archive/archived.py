@@ -3,30 +3,37 @@
 import io
 import pathlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, TypeVar
 
+import cloudpickle
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.preprocessing import get_action_dim
-from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.save_util import recursive_setattr
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
-from stable_baselines3.common.utils import update_learning_rate
+from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info, update_learning_rate
+from stable_baselines3.common.vec_env.patch_gym import _convert_space
 
 from sb3_pg.common import workers
+from sb3_pg.common.archive.atomic import written
+from sb3_pg.common.archive.checks import check_attributes, check_parameters, limited
+from sb3_pg.common.archive.container import RESUME, Archive, ArchiveError, name_attribute, read_archive, seal
 from sb3_pg.common.archive.peers import (
     Portable,
-    algorithm_in,
     check_memory,
     check_overrides,
-    data_of,
     maskable,
     with_one_output,
+    with_own_extractors,
     without_contrib,
 )
+from sb3_pg.common.archive.resume import generators_kept, state_of, with_new_generators
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.rollout import Rollout
+from sb3_pg.common.sequences import Memory
 
 SelfArchived = TypeVar("SelfArchived", bound="Archived")
 
@@ -39,9 +46,16 @@ class Archived(OnPolicyAlgorithm):
 
     _is_masked: bool
     _rollout: Rollout | None
+    _last_memory: Memory | None
+    _resume: dict[str, Any] | None
+
+    @property
+    def _is_amid_rollout(self) -> bool:
+        """True if a rollout was interrupted, which is to be completed and learned from."""
+        return self._rollout is not None and self._rollout.is_paused
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_network", "_rollout", "_last_memory", "_applied"]
+        return [*super()._excluded_save_params(), "_network", "_rollout", "_last_memory", "_applied", "_resume"]
 
     def save(
         self,
@@ -49,20 +63,41 @@ class Archived(OnPolicyAlgorithm):
         exclude: Iterable[str] | None = None,
         include: Iterable[str] | None = None,
     ) -> None:
-        """SB3's. A policy made from files is saved so that it can be loaded without them.
+        """SB3's, but what stands at ``path`` is replaced when all is written, and never lost.
 
-        A PPO that learned with masks is saved so that MaskablePPO can load it, if that is installed. Of several
-        workers only the first one saves.
+        A policy made from files is saved so that it can be loaded without them. A PPO that learned with masks is saved
+        so that MaskablePPO can load it, if that is installed. What ``learn(reset_num_timesteps=False)`` needs to go on
+        exactly is saved too, see :mod:`sb3_pg.common.archive.resume`; ``exclude=["resume"]`` leaves it out.
+
+        Of several workers only the first one saves.
+
+        :raises ArgumentError: naming an attribute that cannot be pickled
+        :raises OSError: naming ``path``
         """
         if workers.rank():
             return
+        exclude = list(exclude or ())
+        with self._portable(), written(path, "zip") as file:
+            try:
+                super().save(file, exclude, include)  # type: ignore[arg-type]
+            except OSError:
+                raise
+            except Exception as error:
+                left_out = {*exclude, *self._excluded_save_params()}
+                saved = {name: value for name, value in vars(self).items() if name not in left_out}
+                name_attribute(error, saved, cloudpickle.dumps, "Pass exclude=[{name!r}] to save without it.")
+                raise
+            seal(file, self.archive_name, None if RESUME in exclude else state_of(self))
+
+    @contextmanager
+    def _portable(self) -> Iterator[None]:
         given = self.policy_class, self.policy_kwargs
         if isinstance(self.policy, Portable):
             self.policy_kwargs = self.policy.portable_kwargs(self.policy_kwargs)
         if self._is_masked and self.archive_name == "PPO" and not isinstance(self.action_space, spaces.MultiBinary):
             self.policy_class = maskable(self.policy_class)
         try:
-            super().save(path, exclude, include)
+            yield
         finally:
             self.policy_class, self.policy_kwargs = given
 
@@ -72,15 +107,31 @@ class Archived(OnPolicyAlgorithm):
         """SB3's, and an interrupted rollout is forgotten: it was acted by the parameters before.
 
         :raises ArgumentError: the parameters are of a policy with memory and this one has none, or the other way round
+        :raises ArchiveError: they are from a file and do not fit, or are not finite; the model is as it was
         """
-        parameters: Any = load_path_or_dict
-        if not isinstance(parameters, dict):
-            _, parameters, _ = load_from_zip_file(parameters, device=device, load_data=False)
+        if isinstance(load_path_or_dict, dict):
+            self._set_parameters(load_path_or_dict, exact_match, None)
+        else:
+            archive = read_archive(load_path_or_dict)
+            self._set_parameters(archive.parameters(), exact_match, archive.name)
+
+    def _set_parameters(self, parameters: dict[str, Any], exact_match: bool, file: str | None) -> None:
         check_memory(self.policy, parameters)
+        parameters = with_own_extractors(self.policy, parameters)
         if isinstance(self.action_space, spaces.MultiBinary):
             parameters = with_one_output(self.policy, parameters, get_action_dim(self.action_space))
-        super().set_parameters(parameters, exact_match, device)
+        if file is not None:
+            check_parameters(file, self, parameters, exact_match)
+        super().set_parameters(parameters, exact_match)
         self._rollout = None
+        if self._resume is not None:
+            self._resume.pop("rollout", None)
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """SB3's, and a loaded model begins new streams of random numbers, and its environments new episodes."""
+        super().set_random_seed(seed)
+        if seed is not None:
+            self._resume = with_new_generators(self._resume)
 
     @classmethod
     def load(
@@ -91,27 +142,123 @@ class Archived(OnPolicyAlgorithm):
         custom_objects: dict[str, Any] | None = None,
         print_system_info: bool = False,
         force_reset: bool = True,
+        *,
+        trusted: bool = False,
         **kwargs: Any,
     ) -> SelfArchived:
         """Load an archive of this algorithm, or of its counterpart in SB3 or sb3-contrib. Arguments are SB3's.
 
-        :raises ArgumentError: the archive holds another algorithm
+        With ``reset_num_timesteps=False`` the next ``learn`` goes on where the archive was saved: with its random
+        numbers (also if torch or NumPy have been seeded since), unfinished rollout, statistics of VecNormalize and, if
+        they can, environments; others are reset. ``seed``, or ``set_random_seed`` afterwards, outranks its random
+        numbers, and ``force_reset=False`` leaves the environments as they are. Without ``env`` the random generators
+        that all share stay as they are.
+
+        Nothing that is in the file is run. An attribute that is code, such as a schedule that is a function or a policy
+        that is a class of yours, is refused by name unless ``custom_objects`` has it.
+
+        :param trusted: True runs the code that the file holds, as SB3 does: only for files whose origin you know
+        :raises ArchiveError: the archive holds another algorithm, is damaged, or holds what is refused
         :raises ValueError: the archive's spaces are not those of ``env``
         """
-        data = data_of(path)
-        holds = algorithm_in(data)
-        if holds is not None and holds != cls.archive_name:
-            raise ArgumentError(
-                f"{path} is an archive of {holds}, but {cls.__name__}.load() reads archives of {cls.archive_name}. "
-                f"Load it with {holds}.load()."
-            )
+        if print_system_info:
+            print("== CURRENT SYSTEM INFO ==")
+            get_system_info()
+        archive = read_archive(path)
+        if print_system_info and "system_info.txt" in archive.entries:
+            print(f"== SAVED MODEL SYSTEM INFO ==\n{archive.entries['system_info.txt'].decode()}")
+        cls._check_algorithm(archive)
         check_overrides(cls, kwargs)
-        custom_objects = {**without_contrib(data), **(custom_objects or {})}
-        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        overridden = {name: value for name, value in kwargs.items() if name != "policy_kwargs"}
+        data = cls._attributes(archive, {**(custom_objects or {}), **overridden}, trusted)
+        if env is not None:
+            env = cls._wrap_env(env, data.get("verbose", 0))
+            check_for_correct_spaces(env, data["observation_space"], data["action_space"])
+            data["n_envs"] = env.num_envs
+            if force_reset:  # SB3 issue 597
+                data["_last_obs"] = None
+        env = env if env is not None else data.get("env")
+        with nullcontext() if env is not None or kwargs.get("seed") is not None else generators_kept():
+            model = cls._made_of(archive, data, env, device, kwargs)
+        state = archive.resume()
+        model._resume = with_new_generators(state) if kwargs.get("seed") is not None else state
         if "learning_rate" in kwargs:  # the optimizer has the archive's
             update_learning_rate(model.policy.optimizer, model.lr_schedule(1.0))
         if "stats_window_size" in kwargs:
             model._stats_window_size = kwargs["stats_window_size"]
             for name in ("ep_info_buffer", "ep_success_buffer"):
                 setattr(model, name, deque(getattr(model, name) or (), maxlen=model._stats_window_size))
+        return model
+
+    @classmethod
+    def _check_algorithm(cls, archive: Archive) -> None:
+        holds = archive.algorithm
+        if not archive.data:
+            raise ArchiveError(f"{archive.name} has no `data`: it is no archive of a model, or not a whole one.")
+        if holds is None:
+            raise ArchiveError(f"{archive.name} is no archive of {cls.archive_name}: it has none of its arguments.")
+        if holds != cls.archive_name:
+            raise ArchiveError(
+                f"{archive.name} is an archive of {holds}, but {cls.__name__}.load() reads archives of "
+                f"{cls.archive_name}. Load it with {holds}.load()."
+            )
+
+    @classmethod
+    def _attributes(cls, archive: Archive, custom_objects: dict[str, Any], trusted: bool) -> dict[str, Any]:
+        """Return what the archive says the model's attributes are.
+
+        :raises ArchiveError: one of them is refused
+        """
+        custom_objects = {**without_contrib(archive.data), **custom_objects}
+        data = archive.decoded(custom_objects, trusted, {"lr_schedule", "_last_lstm_states"})  # both are made anew
+        if trusted:
+            data.update({name: _convert_space(data[name]) for name in ("observation_space", "action_space")})  # gym's
+        else:
+            check_attributes(archive.name, cls, data, custom_objects.keys())
+        policy_kwargs = data.get("policy_kwargs", {})
+        policy_kwargs.pop("device", None)
+        match policy_kwargs.get("net_arch"):
+            case [dict() as parts, *_]:  # before SB3 1.8
+                policy_kwargs["net_arch"] = parts
+        return data
+
+    @classmethod
+    def _made_of(
+        cls: type[SelfArchived],
+        archive: Archive,
+        data: dict[str, Any],
+        env: Any,
+        device: th.device | str,
+        kwargs: dict[str, Any],
+    ) -> SelfArchived:
+        """Return a model with these attributes, and the parameters of the archive.
+
+        :raises ArchiveError: there can be none
+        """
+        if kwargs.get("policy_kwargs", data.get("policy_kwargs")) != data.get("policy_kwargs"):
+            raise ArgumentError(
+                f"`policy_kwargs` cannot be changed when loading: {archive.name} has {data['policy_kwargs']}, not "
+                f"{kwargs['policy_kwargs']}."
+            )
+        parameters = archive.parameters()
+        try:
+            with limited(archive.name, parameters.get("policy")):
+                model = cls(policy=data["policy_class"], env=env, device=device, _init_setup_model=False)  # type: ignore[call-arg]
+                model.__dict__.update(data)
+                model.__dict__.update(kwargs)
+                model._setup_model()
+        except ArchiveError:
+            raise
+        except ArgumentError as error:
+            raise ArgumentError(f"{archive.name}: {error}") from error
+        except Exception as error:  # whatever constructors raise on arguments that nobody meant
+            message = " ".join(str(error).split())
+            raise ArchiveError(
+                f"{archive.name}: no model can be made of it ({type(error).__name__}: {message})."
+            ) from error
+        model._set_parameters(parameters, True, archive.name)
+        for name, variable in archive.variables(model._get_torch_save_params()[1]).items():
+            recursive_setattr(model, f"{name}.data", variable.data)
+        if model.use_sde:
+            model.policy.reset_noise()
         return model

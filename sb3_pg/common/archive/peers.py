@@ -3,8 +3,6 @@
 import base64
 import importlib.util
 import inspect
-import json
-import zipfile
 from collections.abc import Collection
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,17 +12,20 @@ from stable_baselines3.common.policies import (
     BasePolicy,
     MultiInputActorCriticPolicy,
 )
-from stable_baselines3.common.save_util import open_path
 
 from sb3_pg.common.errors import ArgumentError, did_you_mean
 
-#: What tells the archives of algorithms apart: the first of these attributes that one has.
+#: What tells the archives of algorithms apart: the first of these whose attributes one has.
 _MARKS = {
     "REINFORCE": "critic_batch_size",
     "TRPO": "cg_max_steps",
     "PPO": "clip_range",
+    "ARS": "n_delta",
+    "QRDQN": "n_quantiles",
     "DQN": "exploration_fraction",
-    "SAC or TQC": "target_entropy",
+    "TQC": "top_quantiles_to_drop_per_net",
+    "CrossQ": "target_entropy policy_delay",
+    "SAC": "target_entropy",
     "TD3 or DDPG": "policy_delay",
     "an off-policy algorithm": "buffer_size",
     "A2C": "gae_lambda",
@@ -37,6 +38,10 @@ class Portable(Protocol):
 
     def portable_kwargs(self, policy_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the policy's arguments with what is in the files in place of where they are."""
+
+    @staticmethod
+    def not_portable(policy_kwargs: dict[str, Any]) -> str | None:
+        """Return which of the arguments would read or run what is elsewhere; None if none would."""
 
 
 _MASKABLE = "sb3_contrib.common.maskable.policies"
@@ -89,6 +94,15 @@ def with_one_output(own: ActorCriticPolicy, parameters: dict[str, Any], n: int) 
     return {**parameters, "policy": policy, "policy.optimizer": optimizer}
 
 
+def with_own_extractors(own: ActorCriticPolicy, parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return parameters from before SB3 1.7 with the names that a shared features extractor has since."""
+    policy = parameters.get("policy", {})
+    names = {name: name.removeprefix("pi_").removeprefix("vf_") for name in own.state_dict().keys() - policy.keys()}
+    if not names or not policy.keys() >= set(names.values()):
+        return parameters
+    return {**parameters, "policy": {**policy, **{name: policy[old] for name, old in names.items()}}}
+
+
 def check_memory(policy: ActorCriticPolicy, parameters: dict[str, Any]) -> None:
     """Refuse the parameters of a recurrent policy for one that is not, and the other way round.
 
@@ -126,32 +140,16 @@ def check_overrides(kind: type, names: Collection[str]) -> None:
             raise ArgumentError(f"`{name}` is not an argument of {kind.__name__}.{did_you_mean(name, known)}")
 
 
-def data_of(path: Any) -> dict[str, Any]:
-    """Return the attributes in an archive as it writes them, without making objects of them; none if it has none."""
-    file = open_path(path, "r", suffix="zip")
-    start = file.tell()
-    try:
-        with zipfile.ZipFile(file) as archive:
-            data: dict[str, Any] = json.loads(archive.read("data"))
-    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError):
-        return {}  # SB3's own loading says what is wrong
-    finally:
-        file.seek(start)
-        if file is not path:
-            file.close()
-    return data
-
-
 def algorithm_in(data: dict[str, Any]) -> str | None:
     """Return which algorithm an archive holds, from the names of its attributes; None if that can't be told."""
-    return next((algorithm for algorithm, mark in _MARKS.items() if mark in data), None)
+    return next((algorithm for algorithm, marks in _MARKS.items() if data.keys() >= set(marks.split())), None)
 
 
 def without_contrib(data: dict[str, Any]) -> dict[str, Any]:
     """Return what to read in the archive of a masked PPO in place of sb3-contrib's classes, if there are none."""
     kind = data.get("policy_class")
-    if importlib.util.find_spec("sb3_contrib") or not isinstance(kind, dict) or kind.get("__module__") != _MASKABLE:
+    if not isinstance(kind, dict) or kind.get("__module__") != _MASKABLE or importlib.util.find_spec("sb3_contrib"):
         return {}
     pickled = base64.b64decode(kind[":serialized:"])
-    found = next(plain for name, plain in _UNMASKED.items() if name.encode() in pickled)
+    found = next((plain for name, plain in _UNMASKED.items() if name.encode() in pickled), None)
     return {"policy_class": found, "rollout_buffer_class": None}

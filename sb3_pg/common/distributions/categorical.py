@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sb3_pg.common.arrays import Array, namespace
-from sb3_pg.common.distributions.family import Likelihood, Parameters, column, memory
+from sb3_pg.common.distributions.family import Likelihood, Parameters, column, noise_buffers
 
 
 class Softmax(NamedTuple):
@@ -94,7 +94,7 @@ class Categorical:
     def noise(self, n_rows: int) -> np.ndarray:
         drawn = []
         for block in self.blocks:
-            numbers, view = memory.of_shape(n_rows, block.stop - block.start)
+            numbers, view = noise_buffers.of_shape(n_rows, block.stop - block.start)
             numbers.exponential_()
             drawn.append(np.log(view))
         return drawn[0] if len(drawn) == 1 else np.concatenate(drawn, axis=-1)

@@ -78,11 +78,11 @@ def _allocate(n_rows: int, n_columns: int) -> tuple[th.Tensor, np.ndarray]:
     return numbers, numbers.numpy()
 
 
-class _Memory(threading.local):
+class _NoiseBuffers(threading.local):
     """Memory for noise, as torch and NumPy see it, until the thread next asks for the same shape."""
 
     def __init__(self) -> None:
         self.of_shape = lru_cache(maxsize=64)(_allocate)
 
 
-memory = _Memory()
+noise_buffers = _NoiseBuffers()

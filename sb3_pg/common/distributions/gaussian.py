@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from sb3_pg.common.arrays import Array, namespace
-from sb3_pg.common.distributions.family import Likelihood, Parameters, column, memory
+from sb3_pg.common.distributions.family import Likelihood, Parameters, column, noise_buffers
 from sb3_pg.common.products import row_sums
 
 
@@ -60,7 +60,7 @@ class Gaussian:
         return lambda tangent: (tangent[0] * precision, 2.0 * tangent[1])
 
     def noise(self, n_rows: int) -> np.ndarray:
-        numbers, view = memory.of_shape(n_rows, self.n_dims)
+        numbers, view = noise_buffers.of_shape(n_rows, self.n_dims)
         numbers.normal_()
         return view
 

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
@@ -12,6 +12,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_pg.common.arrays import Array
 from sb3_pg.common.errors import ArgumentError
+
+Policy = TypeVar("Policy", bound=ActorCriticPolicy)
 
 #: Logits of what is not allowed: every formula stays finite, and the derivative there is zero. Minus infinity gives
 #: NaN in entropy and KL.
@@ -36,29 +38,33 @@ def masked(logits: Array, masks: Array | None) -> Array:
 
 
 @contextmanager
-def masking(policy: ActorCriticPolicy, masks: Array | None) -> Iterator[None]:
-    """Let a policy's own methods allow only some actions within the block.
+def masking(policy: Policy, masks: Array | None) -> Iterator[Policy]:
+    """Yield a twin of a policy whose own methods choose only allowed actions.
 
-    :param masks: of the rows that the policy will be given, see :func:`masked`, on its device
+    The twin has the policy's parts, but a distribution of its own, so that others may use the policy meanwhile. What
+    it sets of itself becomes the policy's.
+
+    :param masks: of the rows that the twin will be given, see :func:`masked`, on its device; None yields the policy
     :raises ArgumentError: the policy's actions are no choices, or not chosen by ``policy.action_dist``
     """
     if masks is None:
-        yield
+        yield policy
         return
-    before: Any = policy.action_dist
-    make, allowed, made = type(before).proba_distribution, masks, []
-    if not isinstance(before, _OF_LOGITS):
-        raise ArgumentError(f"{type(policy).__name__} cannot be masked: its distribution is {type(before).__name__}.")
+    if not isinstance(policy.action_dist, _OF_LOGITS):
+        kind = type(policy.action_dist).__name__
+        raise ArgumentError(f"{type(policy).__name__} cannot be masked: its distribution is {kind}.")
+    distribution: Any = copy.copy(policy.action_dist)
+    make, allowed, made = type(distribution).proba_distribution, masks, []
 
     def proba_distribution(action_logits: Any) -> Any:
         made.append(True)
-        return make(policy.action_dist, masked(action_logits, allowed))
+        return make(distribution, masked(action_logits, allowed))
 
-    policy.action_dist = copy.copy(before)
-    policy.action_dist.proba_distribution = proba_distribution  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        policy.action_dist = before
+    distribution.proba_distribution = proba_distribution
+    given = {**vars(policy), "action_dist": distribution}
+    twin = object.__new__(type(policy))
+    vars(twin).update(given)
+    yield twin
+    vars(policy).update({name: x for name, x in vars(twin).items() if name not in given or x is not given[name]})
     if not made:
         raise ArgumentError(f"{type(policy).__name__} cannot be masked: it does not choose by `policy.action_dist`.")

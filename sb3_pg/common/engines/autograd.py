@@ -25,6 +25,7 @@ from sb3_pg.common.engines.blueprint import reason_against
 from sb3_pg.common.engines.optimizer import use_fused_adam
 from sb3_pg.common.engines.protocol import Acted, Fisher, Look, Seen
 from sb3_pg.common.engines.rows import RowEngine
+from sb3_pg.common.interrupts import uninterrupted
 from sb3_pg.common.threads import choose_threads
 
 #: The methods by which SB3's policy acts and judges. If a subclass changes one of them, its ``forward`` acts,
@@ -160,11 +161,11 @@ class AutogradEngine(RowEngine):
             observations: Any = self._arranged(obs_as_tensor(seen.observations, self.policy.device))  # type: ignore[arg-type]
             if self._family is not None:
                 return self._act_by_formulas(self._family, Batch(observations, masks=seen.masks), deterministic)
-            with self._masking(seen.masks):
+            with self._masking(seen.masks) as policy:
                 if self._forward_acts:
-                    actions, values, log_prob = self.policy(observations, deterministic)
+                    actions, values, log_prob = policy(observations, deterministic)
                     return Acted(actions.cpu().numpy(), values, log_prob)
-                actions = self.policy.get_distribution(observations).get_actions(deterministic)
+                actions = policy.get_distribution(observations).get_actions(deterministic)
         return Acted(self._in_shape(actions.cpu().numpy()))
 
     def _act_by_formulas(self, family: Family, batch: Batch, deterministic: bool) -> Acted:
@@ -180,7 +181,7 @@ class AutogradEngine(RowEngine):
         log_prob: Any = family.log_prob(parameters, actions)
         return Acted(self._in_shape(actions), values, th.from_numpy(log_prob))
 
-    def _masking(self, masks: Any) -> AbstractContextManager[None]:
+    def _masking(self, masks: Any) -> AbstractContextManager[Any]:
         return masking(self.policy, None if masks is None else self.asarray(masks))
 
     def _in_shape(self, actions: np.ndarray) -> np.ndarray:
@@ -211,13 +212,13 @@ class AutogradEngine(RowEngine):
 
     def _evaluated(self, batch: Batch) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """Return V, log pi(a|s) and entropy by the policy's own method."""
-        with self._masking(batch.masks):
-            return self.policy.evaluate_actions(batch.observations, batch.actions)  # type: ignore[arg-type]
+        with self._masking(batch.masks) as policy:
+            return policy.evaluate_actions(batch.observations, batch.actions)  # type: ignore[no-any-return]
 
     def _distribution(self, batch: Batch) -> Distribution:
         """Return the policy's own distribution of each row."""
-        with self._masking(batch.masks):
-            return self.policy.get_distribution(batch.observations)  # type: ignore[arg-type]
+        with self._masking(batch.masks) as policy:
+            return policy.get_distribution(batch.observations)  # type: ignore[no-any-return]
 
     def _parameters(self, outputs: th.Tensor, masks: Any = None) -> tuple[th.Tensor, ...]:
         """Turn ``action_net``'s outputs into the distribution's parameters."""
@@ -258,8 +259,8 @@ class AutogradEngine(RowEngine):
         with th.no_grad():
             for chunk in self._chunks(observations):
                 seen = self._arranged(self._asarrays(take(observations, chunk)))
-                with self._masking(None if masks is None else masks[chunk]):
-                    v, log_prob, _ = self.policy.evaluate_actions(seen, self.actions(actions[chunk]))
+                with self._masking(None if masks is None else masks[chunk]) as policy:
+                    v, log_prob, _ = policy.evaluate_actions(seen, self.actions(actions[chunk]))
                 values[chunk] = v.flatten().cpu().numpy()
                 log_probs[chunk] = log_prob.cpu().numpy()
         return values, log_probs
@@ -330,7 +331,8 @@ class AutogradEngine(RowEngine):
             return size
         if max_grad_norm is not None:
             th.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
-        self.policy.optimizer.step()
+        with uninterrupted():
+            self.policy.optimizer.step()
         return size
 
 

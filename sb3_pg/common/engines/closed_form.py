@@ -62,15 +62,20 @@ class Encoder:
         self._space, sizes = space, np.empty(0, np.intp)
         if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
             sizes = np.atleast_1d(space.n if isinstance(space, spaces.Discrete) else space.nvec)
-        self._sizes, self._width, self._offsets = sizes, int(sizes.sum()), np.cumsum(sizes) - sizes
+        self._sizes, self._width, self._offsets = sizes.astype(np.uintp), int(sizes.sum()), np.cumsum(sizes) - sizes
 
     def __call__(self, x: Any) -> np.ndarray:
         flat: np.ndarray = x if x.ndim == 2 else x.reshape(len(x), -1)
         if self._width:
-            if ((flat < 0) | (flat >= self._sizes)).any():
+            choices = flat.astype(np.intp)
+            if np.count_nonzero(choices.view(np.uintp) >= self._sizes):  # negative ones are large then
                 raise ArgumentError(f"An observation of {self._space} is outside of it: {x[:1]}.")
             encoded = np.zeros((len(x), self._width), self.dtype)
-            encoded[np.arange(len(x))[:, None], flat.astype(np.intp) + self._offsets] = 1.0
+            choices += self._offsets
+            if len(x) == 1:
+                encoded[0, choices[0]] = 1.0
+            else:
+                encoded[np.arange(len(x))[:, None], choices] = 1.0
             return encoded
         numbers: np.ndarray = flat if flat.dtype == self.dtype else flat.astype(self.dtype)
         if self._divisor is not None:
@@ -104,9 +109,9 @@ class ClosedFormEngine(RowEngine):
         """Return actor and critic as NumPy sees them."""
         return mlp_of(blueprint.actor), mlp_of(blueprint.critic)
 
-    def reading(self, batch: Batch) -> tuple[Any, ...]:
-        """Return what actor and critic need beside the encoded observations to read a batch."""
-        return ()
+    def inputs(self, batch: Batch) -> Any:
+        """Return a batch in the form that actor and critic read."""
+        return self.encode(batch.observations)
 
     def chunks(self, batch: Batch) -> list[slice]:
         """Return which rows of a batch to pass over at a time."""
@@ -115,7 +120,7 @@ class ClosedFormEngine(RowEngine):
     def _build(self, blueprint: Blueprint) -> None:
         """Make views of the parameters and of one flat vector of all gradients, the actor's first."""
         parameters = self._trained = blueprint.parameters
-        self._memory = [p.data_ptr() for p in parameters]
+        self._addresses = [p.data_ptr() for p in parameters]
         self._fingerprint = blueprint.fingerprint()
         self.family = blueprint.family
         self.dtype = DTYPES[parameters[0].dtype]
@@ -150,7 +155,7 @@ class ClosedFormEngine(RowEngine):
         return True
 
     def is_current(self) -> bool:
-        return [p.data_ptr() for p in self._trained] == self._memory
+        return [p.data_ptr() for p in self._trained] == self._addresses
 
     # Act
 
@@ -202,16 +207,15 @@ class ClosedFormEngine(RowEngine):
 
     @quiet
     def evaluate(self, batch: Batch) -> "ClosedFormEvaluation":
-        x, reading = self.encode(batch.observations), self.reading(batch)
-        outputs, actor_trace = self.actor_net.forward(x, *reading)
+        x = self.inputs(batch)
+        outputs, actor_trace = self.actor_net.forward(x)
         likelihood = self.family.evaluate(self.parameters(outputs, batch.masks), batch.actions)
-        values, critic_trace = self.critic_net.forward(x, *reading)
+        values, critic_trace = self.critic_net.forward(x)
         return ClosedFormEvaluation(self, batch, values, critic_trace, likelihood, actor_trace)
 
     @quiet
     def evaluate_critic(self, batch: Batch) -> "ClosedFormEvaluation":
-        x, reading = self.encode(batch.observations), self.reading(batch)
-        return ClosedFormEvaluation(self, batch, *self.critic_net.forward(x, *reading))
+        return ClosedFormEvaluation(self, batch, *self.critic_net.forward(self.inputs(batch)))
 
     def actor(self, batch: Batch) -> "ClosedFormActor":
         return ClosedFormActor(self, batch)
@@ -359,7 +363,7 @@ class ClosedFormActor:
         engine, parts, scale = self._engine, [], self._batch.scale
         for rows in engine.chunks(self._batch):
             batch = self._batch[rows]
-            outputs, trace = engine.actor_net.forward(engine.encode(batch.observations), *engine.reading(batch))
+            outputs, trace = engine.actor_net.forward(engine.inputs(batch))
             parameters = tuple(x.copy() for x in engine.parameters(outputs, batch.masks))  # type: ignore[union-attr]
             parts.append(Part(batch, scale if isinstance(scale, float) else scale[rows], rows, trace, parameters))
         return parts
@@ -380,7 +384,7 @@ class ClosedFormActor:
 
     def _look(self, part: Part) -> tuple[Any, Any, Any]:
         engine, batch = self._engine, part.batch
-        outputs = engine.actor_net(engine.encode(batch.observations), *engine.reading(batch))
+        outputs = engine.actor_net(engine.inputs(batch))
         now = engine.parameters(outputs, batch.masks)
         # In float64: rounding to float32 is as large as a small trust region's KL is exact.
         exact = [tuple(np.asarray(x, np.float64) for x in parameters) for parameters in (part.parameters, now)]

@@ -11,7 +11,7 @@ from sb3_pg.common.batch import Batch
 from sb3_pg.common.distributions import draw
 from sb3_pg.common.engines.blueprint import Unsuitable
 from sb3_pg.common.engines.closed_form import ClosedFormEngine, mlp_of, quiet, view
-from sb3_pg.common.engines.lstm import Lstm, memory_after
+from sb3_pg.common.engines.lstm import Lstm, state_after
 from sb3_pg.common.engines.lstm import Pieces as LstmPieces
 from sb3_pg.common.engines.lstm import Trace as LstmTrace
 from sb3_pg.common.engines.mlp import Mlp, Trace
@@ -36,9 +36,10 @@ def lstm_of(lstm: nn.LSTM) -> Lstm:
     return Lstm(pieces)
 
 
-class Reading(NamedTuple):
-    """How to go through the samples of a batch, and the memory with which each sequence begins, in packed order."""
+class Sequences(NamedTuple):
+    """Encoded observations, how to go through them, and the memory with which each sequence begins, in packed order."""
 
+    x: np.ndarray
     packing: Packing
     memory: Memory
 
@@ -73,23 +74,29 @@ class RecurrentNet:
     def blas_has_one_thread(self, value: bool) -> None:
         self.mlp.blas_has_one_thread = self.lstm.blas_has_one_thread = value
 
-    def read(self, x: np.ndarray, reading: Reading) -> tuple[np.ndarray, Memory]:
+    def read(self, sequences: Sequences) -> tuple[np.ndarray, Memory]:
         """Return the outputs of each sample, and the memory after each sequence in the order of their numbers."""
-        packing, (hidden, cell) = reading.packing, reading.memory[self._which]
-        said, trace = self.lstm.forward(x[packing.rows], packing.sizes.tolist(), (hidden, cell))
+        packing = sequences.packing
+        said, trace = self._pass(sequences)
         by_number = packing.last[np.argsort(packing.numbers)]
-        return self.mlp(said)[packing.back], memory_after(trace, by_number)
+        return self.mlp(said)[packing.back], state_after(trace, by_number)
 
-    def __call__(self, x: np.ndarray, reading: Reading) -> np.ndarray:
+    def __call__(self, sequences: Sequences) -> np.ndarray:
         """Return the outputs of each sample."""
-        return self.read(x, reading)[0]
+        return self.read(sequences)[0]
 
-    def forward(self, x: np.ndarray, reading: Reading) -> tuple[np.ndarray, NetTrace]:
+    def forward(self, sequences: Sequences) -> tuple[np.ndarray, NetTrace]:
         """Return the outputs of each sample, and what ``backward`` and ``tangent`` need."""
-        packing, (hidden, cell) = reading.packing, reading.memory[self._which]
-        said, of_lstm = self.lstm.forward(x[packing.rows], packing.sizes.tolist(), (hidden, cell))
+        packing = sequences.packing
+        said, of_lstm = self._pass(sequences)
         outputs, of_mlp = self.mlp.forward(said)
         return outputs[packing.back], NetTrace(of_lstm if self._moves else None, of_mlp, packing)
+
+    def _pass(self, sequences: Sequences) -> tuple[np.ndarray, LstmTrace]:
+        """Return what the LSTM says of each sample, in packed order."""
+        x, packing, memory = sequences
+        hidden, cell = memory[self._which]
+        return self.lstm.forward(x[packing.rows], packing.sizes.tolist(), (hidden, cell))
 
     def backward(self, trace: NetTrace, d: np.ndarray, gradient: list[Any]) -> None:
         """J^T d, written to ``gradient``."""
@@ -114,12 +121,12 @@ class RecurrentNet:
 class Memoryless(Mlp):
     """Layers that read each sample by itself."""
 
-    def read(self, x: np.ndarray, reading: Reading) -> tuple[np.ndarray, Memory]:
+    def read(self, sequences: Sequences) -> tuple[np.ndarray, Memory]:
         """Return the outputs, and no memory."""
-        return super().__call__(x), ()
+        return self(sequences.x), ()
 
-    def forward(self, x: np.ndarray, reading: Reading | None = None) -> tuple[np.ndarray, Trace]:
-        return super().forward(x)
+    def forward(self, sequences: Any) -> tuple[np.ndarray, Trace]:
+        return super().forward(sequences.x)
 
 
 class ClosedRecurrentEngine(SequenceEngine, ClosedFormEngine):
@@ -143,10 +150,11 @@ class ClosedRecurrentEngine(SequenceEngine, ClosedFormEngine):
             return actor, RecurrentNet(lstm, mlp, slice(0, 2), moves=False)
         return actor, Memoryless(mlp.pieces, mlp.activations)
 
-    def reading(self, batch: Batch) -> tuple[Reading]:
+    def inputs(self, batch: Batch) -> Sequences:
         assert batch.sequences is not None and batch.memory is not None
         packing = packed(batch.sequences)
-        return (Reading(packing, tuple(x[:, packing.numbers].astype(self.dtype) for x in batch.memory)),)
+        memory = tuple(x[:, packing.numbers].astype(self.dtype) for x in batch.memory)
+        return Sequences(self.encode(batch.observations), packing, memory)
 
     def chunks(self, batch: Batch) -> list[slice]:
         return [slice(None)]  # sequences are not cut
@@ -164,15 +172,15 @@ class ClosedRecurrentEngine(SequenceEngine, ClosedFormEngine):
 
     @quiet
     def judged(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, Memory]:
-        x, (reading,) = self.encode(batch.observations), self.reading(batch)
-        outputs, of_actor = self.actor_net.read(x, reading)
-        values, of_critic = self.critic_net.read(x, reading)
+        sequences = self.inputs(batch)
+        outputs, of_actor = self.actor_net.read(sequences)
+        values, of_critic = self.critic_net.read(sequences)
         log_probs: Any = self.family.log_prob(self.parameters(outputs, batch.masks), batch.actions)
         return values.reshape(-1), log_probs, (*of_actor, *(of_critic or of_actor))
 
     @quiet
     def values_of(self, batch: Batch) -> np.ndarray:
-        values: np.ndarray = self.critic_net.read(self.encode(batch.observations), *self.reading(batch))[0]
+        values: np.ndarray = self.critic_net.read(self.inputs(batch))[0]
         return values.reshape(-1).astype(np.float32)
 
 

@@ -24,7 +24,7 @@ Layer = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Pieces = list[Layer]
 
 #: h and c, each (layers, sequences, H)
-Memory = tuple[np.ndarray, np.ndarray]
+State = tuple[np.ndarray, np.ndarray]
 
 
 class LayerTrace(NamedTuple):
@@ -44,8 +44,8 @@ class Trace(NamedTuple):
     layers: list[LayerTrace]
 
 
-def memory_after(trace: Trace, rows: slice | np.ndarray = np.s_[:]) -> Memory:
-    """Return the memory after each row, or after some of them."""
+def state_after(trace: Trace, rows: slice | np.ndarray = np.s_[:]) -> State:
+    """Return the state after each row, or after some of them."""
     h, c = zip(*((layer.h[rows], layer.c[rows]) for layer in trace.layers), strict=True)
     return np.stack(h), np.stack(c)
 
@@ -89,7 +89,7 @@ def _runs(sizes: list[int]) -> list[tuple[int, slice]]:
 
 
 def _rows_before(sizes: list[int]) -> slice | np.ndarray:
-    """Return where the memory before each row lies, in that before the first step and after all rows."""
+    """Return where the state before each row lies, in that before the first step and after all rows."""
     total = sum(sizes)
     if sizes[0] == sizes[-1]:
         return slice(0, total)
@@ -121,12 +121,12 @@ class Lstm:
         self._h, self._dtype = pieces[0][1].shape[1], pieces[0][1].dtype
         self._tiles: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def step(self, x: np.ndarray, memory: Memory) -> tuple[np.ndarray, Memory]:
-        """Return the outputs (n, H) for inputs (n, inputs), a view of the memory after them, and this memory."""
+    def step(self, x: np.ndarray, state: State) -> tuple[np.ndarray, State]:
+        """Return the outputs (n, H) for inputs (n, inputs), a view of h of the last layer, and the state after them."""
         n = len(x)
-        h, c = np.empty_like(memory[0]), np.empty_like(memory[1])
+        h, c = np.empty_like(state[0]), np.empty_like(state[1])
         for layer, (weight, weight_hh, bias, bias_hh) in enumerate(self.pieces):
-            h_before = memory[0][layer]
+            h_before = state[0][layer]
             if n == 1:  # of vectors is faster
                 z = self._times_vector(weight_hh, h_before[0])
                 z += self._times_vector(weight, x[0])
@@ -141,19 +141,19 @@ class Lstm:
                 z += recurrent
                 z += (bias + bias_hh).reshape(4, 1, -1)
             x = h[layer]
-            _cell(z, self._tile(n), z, memory[1][layer], c[layer], x, x)
+            _cell(z, self._tile(n), z, state[1][layer], c[layer], x, x)
         return x, (h, c)
 
-    def forward(self, x: np.ndarray, sizes: Sequence[int], memory: Memory) -> tuple[np.ndarray, Trace]:
+    def forward(self, x: np.ndarray, sizes: Sequence[int], state: State) -> tuple[np.ndarray, Trace]:
         """Return the outputs, (N, H) and not to be written to, and what ``backward`` and ``tangent`` need.
 
         :param x: inputs, (N, inputs)
         :param sizes: how many sequences have a first step, a second, ...; N together
-        :param memory: before each sequence
+        :param state: before each sequence
         """
         counts = [int(n) for n in sizes]
         trace, before = Trace(_runs(counts), []), _rows_before(counts)
-        for layer, start in enumerate(zip(*memory, strict=True)):
+        for layer, start in enumerate(zip(*state, strict=True)):
             trace.layers.append(self._forward(layer, x, trace.runs, before, start))
             x = trace.layers[-1].h
         return x, trace
@@ -168,13 +168,13 @@ class Lstm:
     ) -> LayerTrace:
         """Run one layer.
 
-        :param before: where the memory before each row lies
-        :param start: memory before each sequence
+        :param before: where the state before each row lies
+        :param start: state before each sequence
         """
         (weight, weight_hh), (_, _, bias, bias_hh), n_start = self._turned[layer], self.pieces[layer], len(start[0])
-        memory = np.empty((2, n_start + len(x), self._h), self._dtype)
-        memory[:, :n_start] = start
-        (h_before, c_before), (h, c) = memory[:, :n_start], memory[:, n_start:]
+        state = np.empty((2, n_start + len(x), self._h), self._dtype)
+        state[:, :n_start] = start
+        (h_before, c_before), (h, c) = state[:, :n_start], state[:, n_start:]
         slopes = np.empty((6, len(x), self._h), self._dtype)
         gates, tanh_c = slopes[:4], slopes[5]
         self._multiplier(weight, gates)(x)
@@ -188,8 +188,8 @@ class Lstm:
                 z += gate
                 _cell(z, tile, gate, c_before, c_now, t, h_now)
                 h_before, c_before = h_now, c_now
-        _differentiate(slopes, memory[1, before], h)
-        return LayerTrace(x, memory[0, before], h, c, slopes)
+        _differentiate(slopes, state[1, before], h)
+        return LayerTrace(x, state[0, before], h, c, slopes)
 
     def backward(self, trace: Trace, d: np.ndarray, gradient: Pieces, wants_dx: bool = False) -> np.ndarray | None:
         """J^T d: from the derivative by the outputs, (N, H), to the gradient, back through each sequence.
@@ -364,7 +364,7 @@ def _cell(
 
 
 def _differentiate(slopes: np.ndarray, c_before: np.ndarray, h: np.ndarray) -> None:
-    """Overwrite i, f, g, o, memory and tanh(c) by the slopes."""
+    """Overwrite i, f, g, o, c and tanh(c) by the slopes."""
     i, f, g, o, forget, tanh_c = slopes
     forget[...] = f
     ig = i * g

@@ -16,7 +16,7 @@ from sb3_pg.common.engines.closed_form import Encoder, mlp_of, view
 from sb3_pg.common.products import inner
 
 #: What a policy and its MLP extractor have that actions do not depend on.
-_OF_THE_CRITIC = frozenset(("features_extractor", "vf_features_extractor", "value_net"))
+_OF_THE_CRITIC = frozenset(("features_extractor", "vf_features_extractor", "value_net", "lstm_critic", "critic"))
 
 #: What actions depend on besides modules and parameters.
 _ATTRIBUTES = frozenset(
@@ -32,7 +32,7 @@ class Predictor:
     """
 
     def __init__(self, policy: ActorCriticPolicy) -> None:
-        blueprint = Blueprint(policy, trained=False)
+        blueprint = self._blueprint(policy)
         if is_image_space(policy.observation_space):
             raise Unsuitable("images, whose channels SB3 looks for")
         if policy.squash_output:
@@ -46,12 +46,18 @@ class Predictor:
         self._bounds: tuple[np.ndarray, np.ndarray] | None = None
         if isinstance(policy.action_space, spaces.Box):
             self._bounds = _one_if_equal(policy.action_space.low), _one_if_equal(policy.action_space.high)
-        self._watch(policy)
+        self._watch(self._modules_of(policy))
 
-    def _watch(self, policy: ActorCriticPolicy) -> None:
+    def _blueprint(self, policy: ActorCriticPolicy) -> Blueprint:
+        return Blueprint(policy, trained=False)
+
+    def _modules_of(self, policy: Any) -> list[nn.Module]:
+        """Return the modules that actions depend on."""
+        of_actor = policy.pi_features_extractor, policy.mlp_extractor.policy_net
+        return [policy, policy.mlp_extractor, policy.action_net, *(m for part in of_actor for m in part.modules())]
+
+    def _watch(self, modules: list[nn.Module]) -> None:
         """Note what the actions are made of, for ``is_current``."""
-        modules = [policy, policy.mlp_extractor, policy.action_net]
-        modules += [*policy.pi_features_extractor.modules(), *policy.mlp_extractor.policy_net.modules()]
         its = [vars(module) for module in modules]
         parts = [
             (table, name, part)
@@ -66,7 +72,7 @@ class Predictor:
         self._sizes = [(table, len(table)) for table in counted]
         self._hooks = [own[kind] for own in its for kind in ("_forward_hooks", "_forward_pre_hooks")]
         self._hooks += [global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks]
-        self._memory = [(part, part.data_ptr()) for _, _, part in parts if isinstance(part, nn.Parameter)]
+        self._addresses = [(part, part.data_ptr()) for _, _, part in parts if isinstance(part, nn.Parameter)]
 
     @classmethod
     def of(cls, policy: ActorCriticPolicy) -> "Predictor | None":
@@ -84,12 +90,14 @@ class Predictor:
         for table, name, part in self._parts:
             if table.get(name) is not part:
                 return False
-        for parameter, address in self._memory:
+        for parameter, address in self._addresses:
             if parameter.data_ptr() != address or not parameter.is_contiguous():
                 return False
         return not any(self._hooks)
 
-    def predict(self, observation: Any, deterministic: bool, masks: np.ndarray | None = None) -> np.ndarray | None:
+    def predict(
+        self, observation: Any, state: Any, episode_start: Any, deterministic: bool, masks: np.ndarray | None = None
+    ) -> tuple[np.ndarray, Any] | None:
         """Return what SB3's ``predict`` does; None for observations that are not plainly one or a batch of them."""
         if type(observation) is not np.ndarray or observation.dtype.kind not in "fiub":
             return None
@@ -98,9 +106,21 @@ class Predictor:
             return None
         x = self._encode(observation[None] if is_single else observation)
         try:
-            outputs = self._mlp(x)
-        except FloatingPointError:  # by ``np.seterr``; torch does not raise
+            outputs, state = self._read(x, state, episode_start)
+        except (FloatingPointError, Unsuitable):  # the first by ``np.seterr``; torch does not raise
             return None
+        actions = self._act(outputs, deterministic, masks)
+        return None if actions is None else (actions[0, ...] if is_single else actions, state)
+
+    def _read(self, x: np.ndarray, state: Any, episode_start: Any) -> tuple[np.ndarray, Any]:
+        """Return the outputs, (n, k), for encoded observations, and the state after them.
+
+        :raises Unsuitable: the state is not such as ``predict`` returns it
+        """
+        return self._mlp(x), state
+
+    def _act(self, outputs: np.ndarray, deterministic: bool, masks: np.ndarray | None) -> np.ndarray | None:
+        """Return actions of the space; None if the outputs are not finite."""
         numbers, log_std = outputs.ravel(), self._log_std
         size = inner(numbers, numbers) if log_std is None else inner(numbers, numbers) + log_std.dot(log_std)
         if not math.isfinite(size):
@@ -112,8 +132,8 @@ class Predictor:
         if self._bounds is not None:
             low, high = self._bounds
             actions = np.minimum(np.maximum(actions, low), high)
-        predicted: np.ndarray = actions[0, ...] if is_single else actions
-        return predicted
+        found: np.ndarray = actions
+        return found
 
 
 def _one_if_equal(bounds: np.ndarray) -> np.ndarray:

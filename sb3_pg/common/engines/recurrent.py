@@ -172,8 +172,8 @@ class RecurrentEngine(SequenceEngine, AutogradEngine):
         return self._critic_value(batch)[0]
 
     def _made(self, latent: th.Tensor, batch: Batch) -> Distribution:
-        with self._masking(batch.masks):
-            return self.policy._get_action_dist_from_latent(latent)
+        with self._masking(batch.masks) as policy:
+            return policy._get_action_dist_from_latent(latent)  # type: ignore[no-any-return]
 
     def _distribution(self, batch: Batch) -> Distribution:
         return self._made(self._actor_latent(batch)[0], batch)

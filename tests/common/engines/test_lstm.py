@@ -11,7 +11,7 @@ import torch as th
 from threadpoolctl import threadpool_limits
 from torch.nn.utils.rnn import PackedSequence
 
-from sb3_pg.common.engines.lstm import Lstm, _width, memory_after
+from sb3_pg.common.engines.lstm import Lstm, _width, state_after
 from sb3_pg.common.products import MATRIX_LIMIT, VECTOR_LIMIT
 
 LENGTHS = [[7, 4, 4, 2, 1], [1, 1, 1], [9], [1], [5, 5, 5, 5]]
@@ -113,13 +113,13 @@ def test_layers_of_any_width_on_any_number_of_threads(lengths, inputs, width, ha
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_memory_after_each_row(lengths, layers):
+def test_state_after_each_row(lengths, layers):
     case = Case(lengths, layers)
     _, trace = case.forward()
     _, expected = case.run_torch(case.x)
     starts = np.cumsum([0, *case.sizes])
     ends = [starts[n - 1] + sequence for sequence, n in enumerate(lengths)]
-    for found, some, memory in zip(memory_after(trace), memory_after(trace, np.array(ends)), expected, strict=True):
+    for found, some, memory in zip(state_after(trace), state_after(trace, np.array(ends)), expected, strict=True):
         assert found.shape == (layers, sum(lengths), 5)
         case.check(found[:, ends], memory)
         case.check(some, memory)
@@ -131,7 +131,7 @@ def test_memory_after_each_row(lengths, layers):
 def test_steps_are_those_of_the_forward_pass(n, layers, dtype):
     case = Case([6] * n, layers, dtype)
     outputs, trace = case.forward()
-    h, c = memory_after(trace)
+    h, c = state_after(trace)
     memory = case.memory
     for step in range(6):
         rows = slice(step * n, (step + 1) * n)

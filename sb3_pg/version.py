@@ -1,0 +1,3 @@
+"""The version, which archives carry."""
+
+__version__ = "0.1.0"
