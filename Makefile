@@ -9,6 +9,7 @@ ALGO ?= trpo
 ENV ?= HalfCheetah-v5
 TIMESTEPS ?=
 N_ENVS ?=
+WORKERS ?=
 SEED ?= 1
 OUT ?=
 RESUME ?=
@@ -36,12 +37,12 @@ SOURCES := sb3_pg tests benchmarks docs setup.py
 
 help:  ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo "Variables of run: ALGO=reinforce|trpo|ppo ENV=id TIMESTEPS=n N_ENVS=n SEED=n OUT=folder RESUME=1; of test: JOBS=2;"
-	@echo "of all: PYTHON=python3"
+	@echo "Variables of run: ALGO=reinforce|trpo|ppo ENV=id TIMESTEPS=n N_ENVS=n WORKERS=n SEED=n OUT=folder RESUME=1;"
+	@echo "of test: JOBS=2; of all: PYTHON=python3"
 
 run: $(STAMP)  ## train, evaluate, save, load and draw (about a minute)
 	$(BIN)/python -m sb3_pg.demo --algo $(ALGO) --env $(ENV) --seed $(SEED) \
-		$(if $(TIMESTEPS),--timesteps $(TIMESTEPS)) $(if $(N_ENVS),--n-envs $(N_ENVS)) $(if $(OUT),--out $(OUT)) \
+		$(if $(WORKERS),--workers $(WORKERS)) $(if $(TIMESTEPS),--timesteps $(TIMESTEPS)) $(if $(N_ENVS),--n-envs $(N_ENVS)) $(if $(OUT),--out $(OUT)) \
 		$(if $(RESUME),--resume)
 
 test: lint type  ## lint, types and tests

@@ -162,16 +162,18 @@ def kills(side: str, what: str, n: int, folder: Path, seed: int = 0) -> dict[str
     path, rng, found = folder / f"{what}.zip", random.Random(seed), Counter[str]()
     old.save(path)
     before, good = path.read_bytes(), old.same(old.load(path))
-    durations = []
-    for _ in range(5):
+
+    def seconds() -> float:
         start = time.perf_counter()
-        in_a_process(lambda: new.save(path))
-        durations.append(time.perf_counter() - start)
+        new.save(path)
+        return time.perf_counter() - start
+
+    duration = sorted(in_a_process(seconds) for _ in range(9))[4]
     becomes = new.same(new.load(path))
     assert good != becomes
     for _ in range(n):
         path.write_bytes(before)
-        in_a_process(lambda: new.save(path), kill_after=rng.uniform(0, min(durations)))
+        in_a_process(lambda: new.save(path), kill_after=rng.uniform(0, duration))
         try:
             now = old.same(old.load(path))
         except Exception:

@@ -7,6 +7,7 @@ both back, checks that the loaded model scores the same, and draws the learning 
 import argparse
 import importlib.util
 import math
+import os
 import sys
 import time
 from functools import partial
@@ -25,6 +26,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import sync_envs_normalization
 
 from sb3_pg import PPO, REINFORCE, TRPO
+from sb3_pg.common import workers
 from sb3_pg.common.archive.container import read_archive
 from sb3_pg.common.errors import NonFiniteError
 from sb3_pg.common.interrupts import Interrupted, interrupts_after_steps, saved_when_interrupted
@@ -96,6 +98,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--env", default="HalfCheetah-v5", metavar="ID", help="default: HalfCheetah-v5 (needs mujoco)")
     parser.add_argument("--timesteps", type=positive, metavar="N", help="environment steps in all")
     parser.add_argument("--n-envs", type=positive, metavar="N", help="parallel environments")
+    parser.add_argument("--workers", type=positive, default=1, metavar="N", help="processes that train together")
     parser.add_argument("--seed", type=whole, default=1, metavar="S", help="default: 1")
     parser.add_argument("--trusted", action="store_true", help="when loading, run the code that the files hold")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, up to --timesteps")
@@ -287,11 +290,16 @@ def draw(episodes: list[tuple[int, float]], title: str, path: Path) -> None:
 def run(options: argparse.Namespace) -> bool:
     """Run the whole demonstration; return whether the loaded model scores what the saved one does."""
     quieten_mujoco()
+    workers.join()
     model = set_up(options)
+    if workers.rank():  # the first worker does the rest
+        model.learn(options.timesteps - model.num_timesteps, reset_num_timesteps=not model.num_timesteps)
+        return True
     prepare(options.out, options.resume)
     episodes, n_before = episodes_in(options.out), model.num_timesteps
     title, seed = f"{type(model).__name__} on {options.env}", options.seed + 10_000
-    print(f"{title}: {options.timesteps:,} steps in {model.n_envs} environments, seed {options.seed}")
+    of_workers = f" of each of {workers.size()} workers" if workers.size() > 1 else ""
+    print(f"{title}: {options.timesteps:,} steps in {model.n_envs} environments{of_workers}, seed {options.seed}")
     print(f"Network: {model.network.description}")
 
     untrained = evaluate(model, options.env, seed)
@@ -323,13 +331,16 @@ def main(arguments: list[str] | None = None) -> int:
     An interrupt has that of a shell: 130 after ctrl-C, 143 after SIGTERM.
     """
     try:
-        return 0 if run(parse(arguments)) else 1
+        options = parse(arguments)
+        if options.workers > 1 and "RANK" not in os.environ:
+            return workers.start(options.workers, "sb3_pg.demo", sys.argv[1:] if arguments is None else arguments)
+        return 0 if run(options) else 1
     except Interrupted as interrupt:
         return interrupt.exit_status
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted; there is nothing new to save", file=sys.stderr)
         return 130
-    except (DemoError, NonFiniteError, gym.error.Error, OSError, ValueError) as error:
+    except (DemoError, workers.WorkerError, NonFiniteError, gym.error.Error, OSError, ValueError) as error:
         print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

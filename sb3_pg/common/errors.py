@@ -57,7 +57,7 @@ class EnvironmentNumberError(NonFiniteError):
         return EnvironmentNumberError(*self._said, step, self._verdict)
 
 
-class WorkerError(RuntimeError):
+class EnvironmentProcessError(RuntimeError):
     """A process that steps an environment has ended."""
 
 

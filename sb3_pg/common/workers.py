@@ -7,6 +7,7 @@ In a single process every function is an identity, and costs as much as asking h
 All workers must ask the same in the same order, since each waits for the others.
 """
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,24 @@ T = TypeVar("T")
 
 class WorkerError(RuntimeError):
     """Another worker has stopped, or has gone another way."""
+
+
+def start(n: int, module: str, arguments: list[str]) -> int:
+    """Run a module in so many workers on this machine; return the exit code of the first that fails, or 0.
+
+    :param arguments: of its command line
+    """
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # the workers themselves say what is wrong
+    try:
+        run.main(["--standalone", f"--nproc-per-node={n}", "-m", module, *arguments])
+    except ChildFailedError as error:
+        return abs(error.get_first_failure()[1].exitcode)
+    return 0
 
 
 def join() -> None:

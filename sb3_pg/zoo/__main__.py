@@ -2,24 +2,27 @@
 
 Every option is rl_zoo3's own and passes through; ``python -m sb3_pg.zoo train --help`` lists them. One more is ours:
 ``--trusted`` runs the code that archives and statistics may hold, which are refused without it. ``--vec-env``
-knows gymnasium's environments (sync, async) and envpool, too.
+knows gymnasium's environments (sync, async) and envpool, too. ``train --distributed N`` trains with N processes.
 """
 
 import argparse
 import importlib
+import io
+import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
 
 import gymnasium as gym
 
+from sb3_pg.common import workers
 from sb3_pg.common.archive.archived import Archived
 from sb3_pg.common.errors import ArgumentError, NonFiniteError
 from sb3_pg.common.interrupts import Interrupted
@@ -41,6 +44,9 @@ FUNCTIONS = {
 MODULES = ("record_video", "record_training", "benchmark")
 
 COMMANDS = (*FUNCTIONS, *MODULES)
+
+#: Our option for several workers.
+DISTRIBUTED = "--distributed"
 
 #: Lets archives and statistics be loaded that hold code.
 TRUSTED = "--trusted"
@@ -120,6 +126,9 @@ def run(command: str, options: list[str]) -> None:
         return call([*own, TRUSTED] if trusted and own is not command else own, *more, **settings)
 
     with ExitStack() as stack:
+        workers.join()
+        if workers.rank():
+            stack.enter_context(redirect_stdout(io.StringIO()))
         if trusted:
             stack.enter_context(trusting_files())
         stack.enter_context(replaced(sys, "argv", [f"{PROGRAM} {command}", *options]))
@@ -167,18 +176,35 @@ def explain(error: Exception) -> str | None:
     return message if isinstance(error, (ValueError, AssertionError, OSError)) else None
 
 
+def distributed(options: list[str]) -> tuple[int, list[str]]:
+    """Return the number of workers that ``--distributed`` asks for, 0 without it, and the other options.
+
+    Without a number it is that of the processor's cores.
+    """
+    if DISTRIBUTED not in options:
+        return 0, options
+    place = options.index(DISTRIBUTED)
+    number = options[place + 1 : place + 2]
+    has_number = bool(number) and number[0].isdecimal()
+    return int(number[0]) if has_number else os.cpu_count() or 1, options[:place] + options[place + 1 + has_number :]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code: 0, 2 for input that cannot work, 130 or 143 after ctrl-C or SIGTERM."""
     command, *options = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     usage = f"{PROGRAM} COMMAND [options]; the commands are {', '.join(COMMANDS)}"
-    usage += f". {TRUSTED} runs the code that archives hold."
+    usage += f". {DISTRIBUTED} N trains with N processes."
+    usage += f" {TRUSTED} runs the code that archives hold."
     if command in ("-h", "--help"):
         print(usage)
         return 0
     if command not in COMMANDS:
         print(f"{PROGRAM}: there is no command {command!r}. Usage: {usage}", file=sys.stderr)
         return 2
+    n_workers, options = distributed(options)
     try:
+        if n_workers and "RANK" not in os.environ:
+            return workers.start(n_workers, "sb3_pg.zoo", [command, *options])
         run(command, options)
     except Interrupted as interrupt:
         return interrupt.exit_status

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import sys
+import tempfile
 import typing
 import warnings
 from collections.abc import Callable
@@ -103,6 +104,9 @@ class ExperimentManager(exp_manager.ExperimentManager):
         if vec_env_type not in ("dummy", "subproc"):
             options["vec_env_type"] = "dummy"  # rl_zoo3 knows no other
         super().__init__(args, algo, *more, **options)
+        if workers.rank():  # the first worker's files are those of the run
+            self._folder = tempfile.TemporaryDirectory()
+            self.save_path = self.params_path = self._folder.name
         self.config_is_given = options.get("config") is not None
         self.n_timesteps_given = self.n_timesteps if self.n_timesteps > 0 else None
         default = CONFIGS / f"{algo}.yml"

@@ -13,7 +13,7 @@ import numpy as np
 from stable_baselines3.common import vec_env as sb3
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from sb3_pg.common.errors import WorkerError
+from sb3_pg.common.errors import EnvironmentProcessError
 from sb3_pg.common.interrupts import uninterrupted
 
 #: Seconds that ``close`` gives processes when one of them has ended by itself; without that it waits as SB3 does.
@@ -41,7 +41,7 @@ class Remote:
     def send(self, message: Any) -> None:
         """Send a command.
 
-        :raises WorkerError: the process has ended
+        :raises EnvironmentProcessError: the process has ended
         """
         try:
             self._connection.send(message)
@@ -52,7 +52,7 @@ class Remote:
     def recv(self) -> Any:
         """Wait for an answer.
 
-        :raises WorkerError: the process has ended
+        :raises EnvironmentProcessError: the process has ended
         """
         self.wait()
         try:
@@ -65,7 +65,7 @@ class Remote:
     def wait(self) -> None:
         """Wait until there is an answer.
 
-        :raises WorkerError: the process has ended without one
+        :raises EnvironmentProcessError: the process has ended without one
         """
         if sys.platform == "win32":
             has_answer = self._connection in wait(self._sources)
@@ -74,9 +74,9 @@ class Remote:
         if not has_answer:
             raise self._error()
 
-    def _error(self) -> WorkerError:
+    def _error(self) -> EnvironmentProcessError:
         self._process.join(1.0)  # it may be about to end
-        return WorkerError(
+        return EnvironmentProcessError(
             f"The process of environment {self._number} has ended ({_how(self._process.exitcode)}), so its "
             "SubprocVecEnv can do no more. Mend the cause, pass new environments to set_env(), and learning can go on."
         )
@@ -91,7 +91,7 @@ def _how(exit_code: int | None) -> str:
 class SubprocVecEnv(sb3.SubprocVecEnv):
     """Steps each environment in a process of its own; arguments are SB3's.
 
-    Its methods raise a ``WorkerError`` that names the environment when a process has ended.
+    Its methods raise a ``EnvironmentProcessError`` that names the environment when a process has ended.
     """
 
     remotes: tuple[Any, ...]
@@ -139,11 +139,11 @@ class SubprocVecEnv(sb3.SubprocVecEnv):
         has_lost_one = not all(process.is_alive() for process in self.processes)
         end = time.monotonic() + _PATIENCE if has_lost_one else np.inf
         for remote in self.remotes:
-            with suppress(WorkerError):
+            with suppress(EnvironmentProcessError):
                 remote.send(("close", None))
         for process, remote in zip(self.processes, self.remotes, strict=True):
             while process.is_alive() and time.monotonic() < end:
-                with suppress(WorkerError, OSError):
+                with suppress(EnvironmentProcessError, OSError):
                     if remote.poll(0.02):  # it may be waiting for us to take its answer
                         remote.recv()
                 process.join(0.0)

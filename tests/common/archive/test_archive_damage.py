@@ -39,7 +39,7 @@ def folder():
 def test_killed_while_saving(what, folder):
     found = archives.kills("ours", what, 100, folder)
     assert sum(found.values()) == 100 and "lost" not in found
-    assert found["as before"] > 10
+    assert found["as before"] > 0
 
 
 @pytest.mark.parametrize("what", ["model", "VecNormalize"])

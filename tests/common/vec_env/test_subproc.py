@@ -12,7 +12,7 @@ from stable_baselines3.common import vec_env as sb3
 from tiny_models import tiny, weights
 
 from sb3_pg import PPO
-from sb3_pg.common.errors import WorkerError
+from sb3_pg.common.errors import EnvironmentProcessError
 from sb3_pg.common.vec_env import SubprocVecEnv
 
 
@@ -49,7 +49,9 @@ def test_a_process_that_is_killed(method, which):
     model.learn(96)
     os.kill(env.processes[which].pid, signal.SIGKILL)
     before = weights(model)
-    with pytest.raises(WorkerError, match=rf"process of environment {which} has ended \(exit code -9.*set_env"):
+    with pytest.raises(
+        EnvironmentProcessError, match=rf"process of environment {which} has ended \(exit code -9.*set_env"
+    ):
         model.learn(96, reset_num_timesteps=False)
     np.testing.assert_array_equal(weights(model), before)
     env.close()
@@ -62,7 +64,7 @@ def test_a_process_that_is_killed(method, which):
 
 def test_a_process_whose_environment_raises():
     env = make(second=Dying)
-    with pytest.raises(WorkerError, match=r"environment 1 has ended .exit code 1: look for its traceback"):
+    with pytest.raises(EnvironmentProcessError, match=r"environment 1 has ended .exit code 1: look for its traceback"):
         tiny(PPO, env).learn(96)
     env.close()
 
