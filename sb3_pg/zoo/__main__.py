@@ -7,6 +7,7 @@ knows gymnasium's environments (sync, async) and envpool, too. ``train --distrib
 
 import argparse
 import importlib
+import inspect
 import io
 import os
 import re
@@ -65,7 +66,7 @@ VEC_ENVS = ("sync", "async", "envpool")
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Give an attribute another value for a while."""
-    before = vars(owner)[name]
+    before = inspect.getattr_static(owner, name)
     setattr(owner, name, value)
     try:
         yield
