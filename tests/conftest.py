@@ -1,5 +1,6 @@
 """Thread pinning, and fake environments for every observation and action space."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,6 +98,11 @@ def make_envs(
     envs = DummyVecEnv([maker(rank) for rank in range(n_envs)])
     envs.seed(seed)
     return envs
+
+
+def spelled(value: Any) -> str:
+    """The value as text for a test's name, without addresses: tests run in several processes have the same names."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def silent(model: Any) -> Any:

@@ -1,13 +1,13 @@
 """What an update logs: a dataclass per algorithm, whose field docs are the legend of the log."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from stable_baselines3.common.logger import Logger
 
 
 def logged(doc: str, *, exclude: str | None = None, default: Any = None) -> Any:
-    """Make a field of :class:`Figures`.
+    """Make a field of :class:`Logged`.
 
     :param doc: what the figure means, with its unit, for the legend
     :param exclude: a format that it is not for, such as "tensorboard"
@@ -17,8 +17,22 @@ def logged(doc: str, *, exclude: str | None = None, default: Any = None) -> Any:
 
 
 @dataclass
-class Figures:
+class Logged:
+    """Figures that are logged under ``prefix/``; those that are None are not."""
+
+    prefix: ClassVar[str]
+
+    def named(self) -> dict[str, Any]:
+        """Return the figures that are known, by their names in the log."""
+        values = {its.name: getattr(self, its.name) for its in fields(self)}
+        return {f"{self.prefix}/{name}": value for name, value in values.items() if value is not None}
+
+
+@dataclass
+class Figures(Logged):
     """What all algorithms log after an update."""
+
+    prefix: ClassVar[str] = "train"
 
     explained_variance: float | None = logged(
         "share of the returns' variance that the values before the update explain; 1 is all, 0 none, below 0 less than "
@@ -29,12 +43,28 @@ class Figures:
 
     def record(self, logger: Logger) -> None:
         """Record the figures that are known under ``train/``."""
-        for its in fields(self):
-            value = getattr(self, its.name)
-            if value is not None:
-                logger.record(f"train/{its.name}", value, exclude=its.metadata["exclude"])
+        excluded = {f"{self.prefix}/{its.name}": its.metadata["exclude"] for its in fields(self)}
+        for name, value in self.named().items():
+            logger.record(name, value, exclude=excluded[name])
 
 
-def legend(kind: type[Figures]) -> dict[str, str]:
-    """Return what each figure of an algorithm means, by its name in the log."""
-    return {f"train/{its.name}": its.metadata["doc"] for its in fields(kind)}
+def legend(kind: type[Logged]) -> dict[str, str]:
+    """Return what each figure means, by its name in the log."""
+    return {f"{kind.prefix}/{its.name}": its.metadata["doc"] for its in fields(kind)}
+
+
+#: What SB3 itself logs for every algorithm, by its name in the log.
+SB3_LEGEND = {
+    "rollout/ep_rew_mean": "mean return of the last 100 episodes (`stats_window_size`), in the task's own reward, "
+    "undiscounted and before VecNormalize; actions are drawn at random",
+    "rollout/ep_len_mean": "mean length of these episodes, in steps",
+    "rollout/success_rate": "share of the last 100 episodes with `is_success` in their info, where environments say so",
+    "time/fps": "environment steps per second since `learn` began, all environments together",
+    "time/iterations": "updates since `learn` began",
+    "time/time_elapsed": "seconds since `learn` began",
+    "time/total_timesteps": "environment steps so far, all environments together",
+    "train/learning_rate": "the present learning rate of the optimizer",
+    "eval/mean_reward": "mean return of an EvalCallback's episodes",
+    "eval/mean_ep_length": "their mean length, in steps",
+    "eval/success_rate": "the share of them that ended with `is_success`, where environments say so",
+}

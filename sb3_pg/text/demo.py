@@ -5,6 +5,7 @@ two, and shows what it answers to held-out prompts before and after.
 """
 
 import argparse
+import importlib.util
 import io
 import os
 import sys
@@ -17,6 +18,7 @@ import torch as th
 from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.common.interrupts import Interrupted, saved_when_interrupted
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
+from sb3_pg.demo import DemoError, Parser, whole
 from sb3_pg.text.environment import TextTask, TextVecEnv
 from sb3_pg.text.evaluation import evaluate_texts, table
 from sb3_pg.text.supervised import pretrain
@@ -93,16 +95,18 @@ def run(options: argparse.Namespace) -> None:
     task, held_out = built_in.make("train"), built_in.make("test")
     folder = options.out / "supervised"
     start = time.perf_counter()
-    steps = options.pretrain_steps or PRETRAIN_STEPS[options.task]
+    options.out.mkdir(parents=True, exist_ok=True)  # where nothing can be written that is known at once
+    steps = PRETRAIN_STEPS[options.task] if options.pretrain_steps is None else options.pretrain_steps
     print(f"{options.task}: {len(task.prompts):,} prompts to train on, {len(held_out.prompts):,} held out")
-    pretrain(task, folder, n_steps=steps, seed=options.seed)
+    pretrain(task, folder, n_steps=steps, seed=options.seed, report=report_every_hundredth)
     print(f"Supervised start: {steps} steps in {time.perf_counter() - start:.0f} s, saved in {folder}")
 
     model = make_model(options.algo, task, folder, options.seed)
     before = show("Before tuning", model, held_out, built_in.metric)
     start, path = time.perf_counter(), options.out / "model.zip"
     with saved_when_interrupted(lambda: save_for_later(model, path)):
-        model.learn(options.timesteps or TIMESTEPS[options.algo], progress_bar=options.progress)
+        timesteps = TIMESTEPS[options.algo] if options.timesteps is None else options.timesteps
+        model.learn(timesteps, progress_bar=options.progress)
     seconds = time.perf_counter() - start
     after = show(
         f"After {model.num_timesteps:,} tokens of {type(model).__name__} in {seconds:.0f} s",
@@ -113,6 +117,25 @@ def run(options: argparse.Namespace) -> None:
     model.save(path)
     metric = built_in.metric if built_in.metric in after else "score"
     print(f"\n{metric} on held-out prompts: {before[metric]:.3g} before, {after[metric]:.3g} after. Saved as {path}")
+    print(how_to_ask(model, held_out, options.out / "tuned"))
+
+
+def report_every_hundredth(step: int, loss: float) -> None:
+    """Print how far the supervised start is."""
+    if step % 100 == 99:
+        print(f"  step {step + 1}: {loss:.3f} nats per token")
+
+
+def how_to_ask(model: Any, task: TextTask, folder: Path) -> str:
+    """Write model and tokenizer as transformers reads them; return the lines that ask the model something."""
+    model.policy.save_pretrained(folder)
+    task.tokenizer.save_pretrained(folder)
+    settings = f"max_new_tokens={task.response_length}, return_full_text=False"
+    return (
+        "Ask it something in Python, wherever transformers is installed:\n"
+        "  from transformers import pipeline\n"
+        f"  print(pipeline('text-generation', {str(folder)!r})({task.prompts[0]!r}, {settings}))"
+    )
 
 
 def save_for_later(model: PolicyGradientAlgorithm, path: Path) -> str:
@@ -126,14 +149,16 @@ def save_for_later(model: PolicyGradientAlgorithm, path: Path) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__.split("\n")[0])
+    parser = Parser(prog=PROGRAM, description=__doc__.split("\n")[0])
     parser.add_argument("--task", default="translation", choices=TASKS, help="default: translation")
     parser.add_argument("--algo", default="ppo", choices=ALGORITHMS, help="default: ppo")
-    parser.add_argument("--timesteps", type=int, metavar="N", help="tokens acted while tuning")
-    parser.add_argument("--pretrain-steps", type=int, metavar="N", help="supervised gradient steps")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
+    parser.add_argument("--timesteps", type=whole, metavar="N", help="tokens acted while tuning")
+    parser.add_argument("--pretrain-steps", type=whole, metavar="N", help="supervised gradient steps")
+    parser.add_argument("--seed", type=whole, default=0, metavar="S", help="default: 0")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/text-TASK-ALGO-SEED")
-    parser.add_argument("--progress", action="store_true", help="show a progress bar (needs tqdm and rich)")
+    has_bar = all(importlib.util.find_spec(name) for name in ("tqdm", "rich"))
+    bar = argparse.BooleanOptionalAction
+    parser.add_argument("--progress", action=bar, default=has_bar, help="a progress bar (needs tqdm and rich)")
     options = parser.parse_args(arguments)
     if options.out is None:
         options.out = Path("runs") / f"text-{options.task}-{options.algo}-{options.seed}"
@@ -142,7 +167,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the demonstration; the exit code: 0, 2 for input that cannot work, 130 or 143 after ctrl-C or SIGTERM."""
-    options = parse(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not have the letters of a language
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -150,13 +174,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        run(options)
+        run(parse(arguments))
     except Interrupted as interrupt:
         return interrupt.exit_status
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted; there is nothing new to save", file=sys.stderr)
         return 130
-    except (OSError, ValueError) as error:
+    except (DemoError, OSError, ValueError) as error:
         print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

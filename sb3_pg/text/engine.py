@@ -16,6 +16,7 @@ from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.rollout import Rollout
 from sb3_pg.common.threads import choose_threads
 from sb3_pg.text.decoding import Decoder
+from sb3_pg.text.figures import TextFigures
 from sb3_pg.text.policies import CHUNK_LOGITS, LanguageModelPolicy, to_rows
 from sb3_pg.text.sequences import prefix_chains, response_lengths
 
@@ -76,24 +77,25 @@ class TextEngine(AutogradEngine):
         judged = super().judge(rollout)
         policy, over = self.policy, rollout.dones.ravel()
         observations, actions = rollout.column("observations"), rollout.column("actions")
-        rewards, figures, length = rollout.column("rewards"), {}, 1.0
+        rewards, figures, length = rollout.column("rewards"), TextFigures(), 1.0
         if over.any():
             length = float(response_lengths(observations[over], policy.prompt_length).mean()) + 1
-            figures["text/score"] = float(rewards[over].mean())
-            figures["text/response_length"] = length
-            figures["text/ended"] = float((actions[over] == policy.end_token).mean())
+            figures.score = float(rewards[over].mean())
+            figures.response_length = length
+            figures.ended = float((actions[over] == policy.end_token).mean())
         if not policy.has_reference:
-            return judged._replace(figures=figures)
+            return judged._replace(figures=figures.named())
         going = ~policy.is_over(observations)  # not those at rest
         log_prob = policy.reference_log_prob(observations[going], actions[going])
         log_ratio = np.zeros(len(observations), np.float32)
         log_ratio[going] = judged.log_probs.ravel()[going] - log_prob
         coef, kl = float(policy.reference_kl_coef), float(log_ratio[going].mean()) * length
-        figures["text/kl"], figures["text/kl_coef"] = kl, coef
-        figures["text/reference_perplexity"] = math.exp(min(-float(log_prob.mean()), 700.0))
-        if over.any():
-            figures["text/penalised_reward"] = figures["text/score"] - coef * kl
-        return judged._replace(rewards=(rewards - coef * log_ratio).reshape(rollout.n_steps, -1), figures=figures)
+        figures.kl, figures.kl_coef = kl, coef
+        figures.reference_perplexity = math.exp(min(-float(log_prob.mean()), 700.0))
+        if figures.score is not None:
+            figures.penalised_reward = figures.score - coef * kl
+        penalised = (rewards - coef * log_ratio).reshape(rollout.n_steps, -1)
+        return judged._replace(rewards=penalised, figures=figures.named())
 
     def adapt(self, figures: Mapping[str, float]) -> None:
         """Adapt the weight of the penalty to the KL (Ziegler et al. 2019, section 2.2)."""

@@ -473,7 +473,11 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
 
 
 class CausalLMPolicy(LanguageModelPolicy):
-    """A language model that continues its prompt, such as GPT-2 and Llama."""
+    """A language model that continues its prompt, such as GPT-2 and Llama.
+
+    Arguments are those of :class:`LanguageModelPolicy`: what to read (``model``, ``model_kwargs``), what to train
+    (``lora``, ``frozen_layers``), how far it may go (``reference_kl_coef``, ``reference_kl_target``), ``temperature``.
+    """
 
     small_config = SMALL_CAUSAL
     auto_model = AutoModelForCausalLM
@@ -523,6 +527,7 @@ class Seq2SeqLMPolicy(LanguageModelPolicy):
     """A language model whose encoder reads the prompt and whose decoder writes the response, such as T5.
 
     Its positions must be relative, as T5's are; absolute ones would need rows in step.
+    Arguments are those of :class:`LanguageModelPolicy`.
     """
 
     small_config = SMALL_SEQ2SEQ

@@ -66,7 +66,7 @@ def train(
     :param report: called with the step and the loss of each step
     :return: the loss of each step, nats per token
     """
-    check_count("n_steps", n_steps)
+    check_count("n_steps", n_steps, low=0)
     check_count("batch_size", batch_size)
     rows, rng, losses = examples(task), np.random.default_rng(seed), []
     trained = [p for p in policy.parameters() if p.requires_grad]

@@ -10,7 +10,7 @@ import sys
 import sb3_pg
 from sb3_pg.common.registry import STEPPERS
 from sb3_pg.common.vec_env import VecNormalize
-from sb3_pg.zoo.configs import CONFIGS
+from sb3_pg.zoo.settings import CONFIGS
 
 __all__ = ["CONFIGS", "register"]
 

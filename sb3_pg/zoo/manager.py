@@ -25,7 +25,7 @@ from sb3_pg.common.errors import ArgumentError, NonFiniteError, check_count, che
 from sb3_pg.common.interrupts import interrupts_after_steps, saved_when_interrupted
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
 from sb3_pg.common.vec_env import DummyVecEnv
-from sb3_pg.zoo.configs import CONFIGS
+from sb3_pg.zoo.settings import CONFIGS
 from sb3_pg.zoo.vec_envs import POOL, VEC_ENVS, pool
 
 #: Keys of a configuration that rl_zoo3 takes for itself; all others are arguments of the algorithm.

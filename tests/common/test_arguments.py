@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import stable_baselines3
 import torch as th
-from conftest import FakeEnv, make_envs
+from conftest import FakeEnv, make_envs, spelled
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -454,7 +454,7 @@ def test_an_unknown_argument_of_the_policy(algorithm, name, nearest):
         ("MlpPolicy", VECTOR, {"net_arch": [np.int64(8)]}),
         ("MlpPolicy", VECTOR, {"optimizer_class": th.optim.SGD, "optimizer_kwargs": {"momentum": 0.9}}),
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_what_works_in_sb3_works(algorithm, policy, space, kwargs):
     options = {**OPTIONS[algorithm], "policy_kwargs": kwargs, "device": "cpu", "seed": 0}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import stable_baselines3 as sb3
 import torch as th
-from conftest import ACTION_SPACES, OBSERVATION_SPACES, make_envs, policy_for, silent
+from conftest import ACTION_SPACES, OBSERVATION_SPACES, make_envs, policy_for, silent, spelled
 
 from sb3_pg import PPO
 from sb3_pg.ppo import figures
@@ -88,7 +88,7 @@ def test_action_spaces(action, n_envs, ent_coef, engine):
         {"policy_kwargs": {"optimizer_class": th.optim.SGD, "optimizer_kwargs": {"momentum": 0.9}}},
         {"policy_kwargs": {"optimizer_kwargs": {"weight_decay": 0.1, "eps": 1e-3}}},
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_options(options, engine):
     check_update("box", "box", 3, engine, **options)

@@ -17,7 +17,9 @@ from text_models import SHAPES, act, config_of, letters_task, make
 from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.common.engines.protocol import Seen
 from sb3_pg.common.errors import ArgumentError
+from sb3_pg.common.figures import legend
 from sb3_pg.text import TextEnv, TextVecEnv
+from sb3_pg.text.figures import TextFigures
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
 
@@ -307,3 +309,12 @@ def test_logger_without_outputs_is_enough():
     model = learner(PPO, "gpt2")
     model.set_logger(Logger(None, []))
     model.learn(100)
+
+
+@pytest.mark.parametrize("policy_kwargs", [{}, {"reference_kl_coef": None}], ids=["reference", "none"])
+def test_the_legend_explains_all_that_is_logged_of_texts(policy_kwargs):
+    model = learner(PPO, "gpt2", policy_kwargs=policy_kwargs)
+    model.learn(400)
+    logged = {name for name in model.logger.name_to_value if name.startswith("text/")}
+    of_reference = {"text/kl", "text/kl_coef", "text/reference_perplexity", "text/penalised_reward"}
+    assert logged == legend(TextFigures).keys() - (of_reference if policy_kwargs else set())

@@ -130,17 +130,19 @@ def test_an_installed_wheel_has_its_settings(tmp_path):
     source.mkdir()
     for name in ("sb3_pg", "zoo_configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
     subprocess.run([sys.executable, "-m", "pip", *build], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
+    assert [x.name for x in site.iterdir() if x.suffix != ".dist-info"] == ["sb3_pg"]  # nothing that could collide
     assert "sb3_pg_zoo = sb3_pg.zoo.__main__:main" in next(site.glob("*.dist-info/entry_points.txt")).read_text()
 
     code = "import os, sys; os.chdir(sys.argv[1]); del sys.argv[1]\nfrom sb3_pg.zoo.__main__ import main; main()"
     options = ["--algo", "reinforce", "-f", "logs", "-n", "64", "--eval-freq", "-1"]
     done = python(code, str(tmp_path), "train", *options, PYTHONPATH=str(site))
-    assert f"Loading hyperparameters from: {site / 'zoo_configs' / 'reinforce.yml'}" in done.stdout, done.stderr
+    settings = site / "sb3_pg" / "zoo" / "configs" / "reinforce.yml"
+    assert f"Loading hyperparameters from: {settings}" in done.stdout, done.stderr
     assert (tmp_path / "logs" / "reinforce" / "CartPole-v1_1" / "CartPole-v1.zip").exists(), done.stderr

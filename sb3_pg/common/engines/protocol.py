@@ -31,7 +31,7 @@ class Seen(NamedTuple):
 class Acted(NamedTuple):
     """What acting gives back."""
 
-    actions: np.ndarray  #: (n_envs, *action_shape), not clipped
+    actions: np.ndarray  #: (n_envs, ...), not clipped
     #: V and log-probabilities, (n_envs,) each, if acting found them anyway; None leaves them to ``judge``
     values: th.Tensor | None = None
     log_probs: th.Tensor | None = None
