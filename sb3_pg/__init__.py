@@ -1,7 +1,7 @@
 """REINFORCE, TRPO and PPO for Stable-Baselines3: one family with one design."""
 
 from sb3_pg import text  # registers its environments and imports nothing else
-from sb3_pg.common.registry import AUTOGRAD_PLACES, ENGINE_PLACES, POLICY_PLACES
+from sb3_pg.common.registry import AUTOGRAD_PLACES, BUFFER_PLACES, ENGINE_PLACES, POLICY_PLACES
 from sb3_pg.ppo import PPO
 from sb3_pg.reinforce import REINFORCE
 from sb3_pg.trpo import TRPO
@@ -13,6 +13,7 @@ __all__ = ["PPO", "REINFORCE", "TRPO", "__version__", "text"]
 for _name in ("CausalLMPolicy", "Seq2SeqLMPolicy"):
     POLICY_PLACES[_name] = f"sb3_pg.text.policies:{_name}"
 ENGINE_PLACES["sb3_pg.text.policies:LanguageModelPolicy"] = "sb3_pg.text.engine:TextEngine"
+BUFFER_PLACES["sb3_pg.text.policies:LanguageModelPolicy"] = "sb3_pg.text.rows:TextRolloutBuffer"
 for _name in ("MlpLstmPolicy", "CnnLstmPolicy", "MultiInputLstmPolicy"):
     POLICY_PLACES[_name] = f"sb3_contrib.ppo_recurrent.policies:{_name}"
 for _name in ("MlpGruPolicy", "CnnGruPolicy", "MultiInputGruPolicy"):

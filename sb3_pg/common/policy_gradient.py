@@ -59,6 +59,7 @@ from sb3_pg.common.policies import (
     predict,
     reset_noise,
 )
+from sb3_pg.common.registry import BUFFER_PLACES, entered_for
 from sb3_pg.common.returned import checked_observations, checked_step, is_usual
 from sb3_pg.common.rollout import Rollout
 from sb3_pg.common.sequences import Memory
@@ -200,7 +201,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         kind: Any = self.rollout_buffer_class
         is_dict = isinstance(self.observation_space, spaces.Dict)
         if kind in (None, sb3_buffers.RolloutBuffer) or (kind is sb3_buffers.DictRolloutBuffer and is_dict):
-            kind = RolloutBuffer
+            kind = entered_for(class_of(self.policy_class), BUFFER_PLACES) or RolloutBuffer
         buffer: sb3_buffers.RolloutBuffer = kind(
             self.n_steps or 512,  # of whole episodes a first guess: the buffer grows
             self.observation_space,

@@ -17,9 +17,12 @@ ENGINE_PLACES: dict[str, str] = {}
 #: The same for ``engine="autograd"``, if that of all policies will not do.
 AUTOGRAD_PLACES: dict[str, str] = {}
 
+#: Where the rollout buffer of a policy is, by where the policy is: a subclass of ``sb3_pg.common.buffers.RolloutBuffer``.
+BUFFER_PLACES: dict[str, str] = {}
 
-def engine_class(policy: type, entered: dict[str, str]) -> Any:
-    """Return the engine class of a policy class, None if none is entered for it or its bases."""
+
+def entered_for(policy: type, entered: dict[str, str]) -> Any:
+    """Return the class entered for a policy class or its bases, None if there is none."""
     places = (f"{kind.__module__}:{kind.__qualname__}" for kind in policy.__mro__)
     return next((at(entered[place]) for place in places if place in entered), None)
 
