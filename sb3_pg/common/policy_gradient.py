@@ -92,6 +92,9 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
     #: How to learn from rollouts that are not of whole episodes, for errors.
     _without_episodes: ClassVar[str] = "leave out `n_episodes` and use baseline='value'"
 
+    #: Whether updates compare log-probabilities with those of the policy that acted.
+    _needs_log_probs: ClassVar[bool] = True
+
     rollout_buffer_class: type[sb3_buffers.RolloutBuffer] | None
 
     def __init__(
@@ -465,6 +468,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         for name in ("observation", "reward"):
             require_finite(name, take(getattr(buffer, f"{name}s"), slice(0, n)))
         require_sound_policy(self.policy, "action", buffer.actions[:n])
+        rollout.needs_values, rollout.needs_log_probs = self.baseline == "value", self._needs_log_probs
         with rollout.changing_rewards():
             judged = self.network.judge(rollout)
             judged = judged._replace(figures=workers.mean_of(judged.figures))

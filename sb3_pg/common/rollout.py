@@ -38,6 +38,8 @@ class Rollout:
     :param starting_memory: and when each of the stretches begins, found by judging
     :param n_known: of so many first steps values and log-probabilities are in the buffer, by the policy that acted
     :param n_judged: steps when it was judged; 0 before
+    :param needs_values: whether values are used; an engine for which judging is costly may leave out what is not
+    :param needs_log_probs: the same of log-probabilities
     :param is_paused: whether a callback has stopped acting between two steps, from where it can go on
     :param figures: what judging has found to log
     :param n_finished: episodes that each environment has ended, (n_envs,)
@@ -56,6 +58,8 @@ class Rollout:
     starting_memory: Memory | None = None
     n_known: int = 0
     n_judged: int = 0
+    needs_values: bool = True
+    needs_log_probs: bool = True
     is_paused: bool = False
     figures: Mapping[str, float] = field(default_factory=dict)
     n_finished: np.ndarray = field(init=False)

@@ -6,6 +6,7 @@ token that this ends with. Rows are written out for those who ask for an array: 
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -19,7 +20,9 @@ from sb3_pg.text.spaces import EMPTY, prompt_length_of
 class Sequences(Protocol):
     """Prompts with their responses, by number."""
 
-    prompt_length: int
+    @property
+    def prompt_length(self) -> int:
+        """Columns of the prompt."""
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
         """Write out some of them, (n, prompt_length + response_length)."""
@@ -32,7 +35,11 @@ class Table:
     """Sequences that are rows of an array."""
 
     def __init__(self, table: np.ndarray, prompt_length: int) -> None:
-        self._table, self.prompt_length = table, prompt_length
+        self._table, self._prompt_length = table, prompt_length
+
+    @property
+    def prompt_length(self) -> int:
+        return self._prompt_length
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
         rows: np.ndarray = self._table[numbers]
@@ -104,6 +111,33 @@ class TokenRows(np.lib.mixins.NDArrayOperatorsMixin):
         """Columns of the prompt."""
         return self.sequences.prompt_length
 
+    def with_more(self, more: "TokenRows") -> "TokenRows":
+        """Return the rows, (n, ...), and others of the same sequences behind them."""
+        pairs = ((self.number, more.number), (self.length, more.length), (self.last, more.last))
+        return TokenRows(self.sequences, self.width, *(np.concatenate(pair) for pair in pairs))
+
+    @cached_property
+    def n_tokens(self) -> int:
+        """Tokens that are read for them all."""
+        _, _, prompt, response = self.sizes()
+        return int((prompt + response).sum())
+
+    @cached_property
+    def n_longest(self) -> int:
+        """Tokens in the longest."""
+        _, _, prompt, response = self.sizes()
+        return int((prompt + response).max(initial=1))
+
+    def sizes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return the sequences that the rows are parts of, (k,), which of these each row is in, and how much is read.
+
+        :return: numbers, (k,), places in that list, (n,), tokens of each sequence's prompt and response, (k,) each
+        """
+        used, place = np.unique(self.number, return_inverse=True)
+        response = np.zeros(len(used), dtype=int)
+        np.maximum.at(response, place, self.length)
+        return used, place, self.sequences.prompt_sizes(used), response
+
     def __len__(self) -> int:
         return len(self.number)
 
@@ -142,11 +176,7 @@ class TokenRows(np.lib.mixins.NDArrayOperatorsMixin):
 
         :param n_tokens: in each piece, padding included; a longer sequence is a piece of its own
         """
-        used, place = np.unique(self.number, return_inverse=True)
-        if not len(used):
-            return
-        response, prompt = np.zeros(len(used), dtype=int), self.sequences.prompt_sizes(used)
-        np.maximum.at(response, place, self.length)
+        used, place, prompt, response = self.sizes()
         by_size = np.argsort(prompt + response, kind="stable")
         size, members = (prompt + response)[by_size], np.argsort(place, kind="stable")
         bounds = np.searchsorted(place[members], np.arange(len(used) + 1))
@@ -175,9 +205,9 @@ class Recording(TokenRows):
     """
 
     def __init__(self, n_steps: int, n_envs: int, space: Any) -> None:
+        self._prompt_length = prompt_length_of(space)
         columns = (np.zeros((n_steps, n_envs), np.int32) for _ in range(3))
         super().__init__(self, space.shape[0], *columns)
-        self._prompt_length = prompt_length_of(space)
         self._forget()
 
     def _forget(self) -> None:

@@ -31,14 +31,25 @@ def prefix_chains(rows: np.ndarray, prompt_length: int) -> tuple[np.ndarray, np.
     return order[is_last], chain
 
 
+def last_columns(rows: np.ndarray) -> np.ndarray:
+    """Return the column of the last token of each row, (n,)."""
+    columns: np.ndarray = rows.shape[1] - 1 - (rows[:, ::-1] != EMPTY).argmax(axis=1)
+    return columns
+
+
+def last_tokens(rows: np.ndarray, prompt_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the last token of each row, (n,), and how long its response is, (n,)."""
+    columns = last_columns(rows)
+    return rows[np.arange(len(rows)), columns], columns + 1 - prompt_length
+
+
 def grown(before: np.ndarray, rows: np.ndarray, prompt_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Compare rows with those before them, (n, width) each.
 
     :return: whether each is the same as before, (n,), whether it has one token more of its response, (n,), and the
         column of its last token, (n,)
     """
-    n, width = rows.shape
-    last = width - 1 - (rows[:, ::-1] != EMPTY).argmax(axis=1)
+    n, last = len(rows), last_columns(rows)
     if before.shape != rows.shape:
         return np.zeros(n, dtype=bool), np.zeros(n, dtype=bool), last
     differs = before != rows
