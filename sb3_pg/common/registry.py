@@ -17,7 +17,7 @@ ENGINE_PLACES: dict[str, str] = {}
 #: The same for ``engine="autograd"``, if that of all policies will not do.
 AUTOGRAD_PLACES: dict[str, str] = {}
 
-#: Where the rollout buffer of a policy is, by where the policy is: a subclass of ``sb3_pg.common.buffers.RolloutBuffer``.
+#: Where the rollout buffer of a policy is, by where the policy is: a subclass of ours in ``sb3_pg.common.buffers``.
 BUFFER_PLACES: dict[str, str] = {}
 
 

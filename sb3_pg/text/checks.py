@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 #: Tokens of the longest prompt and response that are read.
 _PROMPT, _RESPONSE = 8, 5
 
+#: Numbers of a model that is not copied to look at it.
+_LARGE = 1 << 28
+
 #: By how much the head is enlarged to see whether logits are capped.
 _ENLARGED = 1024.0
 
@@ -41,34 +44,49 @@ def check_reading(policy: "LanguageModelPolicy") -> None:
     :raises ArgumentError: naming the kind of model and what is different
     """
     policy.language_model.eval()
-    kind = policy.lm.config.model_type
-    rows = _some_rows(policy)
-    n_prompt, limit = policy.prompt_length, 1e-2 if policy.half_type is None else 0.2
-    steps = [np.where(np.arange(rows.shape[1]) < n_prompt + step, rows, EMPTY) for step in range(_length(policy) + 1)]
-    try:
-        whole = policy.hidden_states(np.concatenate(steps))
-    except Exception as error:
-        raise ArgumentError(f"Models of type {kind!r} are not supported: they cannot be read ({error}).") from error
+    with _single_precision(policy):
+        try:
+            fault = _difference(policy)
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            fault = f"reading them, whole or with a key/value cache, fails ({type(error).__name__}: {reason})"
+    if fault is not None:
+        raise ArgumentError(f"Models of type {policy.lm.config.model_type!r} are not supported: {fault}.")
+
+
+def _difference(policy: "LanguageModelPolicy") -> str | None:
+    """Return what a model sees differently, None if there is nothing."""
+    rows, columns = _some_rows(policy), np.arange(policy.observation_space.shape[0])  # type: ignore[index]
+    seen = range(policy.prompt_length, policy.prompt_length + _length(policy) + 1)
+    steps = [np.where(columns < n, rows, EMPTY) for n in seen]
+    tolerance = 0.2 if policy.half_type is not None else 1e-4  # of half precision only what is grossly wrong is seen
     for scale in (1.0, _ENLARGED):
         with _enlarged(policy.lm.get_output_embeddings(), scale):
             own = _own_logits(policy, steps[-1])
-            if not _close(own, _logits(policy, steps[-1])[: len(own)], limit):
-                raise ArgumentError(
-                    f"Models of type {kind!r} are not supported: their logits are not just the output embeddings "
-                    "times the last hidden state."
-                )
+            if not _close(own, _logits(policy, steps[-1])[: len(own)], 10 * tolerance):
+                return "their logits are not just the output embeddings times the last hidden state"
+    if not _close(_read_with_cache(policy, steps), policy.hidden_states(np.concatenate(steps)), tolerance):
+        return "with a key/value cache, as acting reads, they see something else than in a text that is read at once"
+    return None
+
+
+@contextmanager
+def _single_precision(policy: "LanguageModelPolicy") -> Iterator[None]:
+    """Let a model of half precision be one of float32 in the block, unless it is large: noise would hide much."""
+    parameters, half_type = list(policy.language_model.parameters()), policy.half_type
+    if half_type is None or sum(p.numel() for p in parameters) > _LARGE:
+        yield
+        return
+    own = [p.dtype for p in parameters]
+    policy.half_type = None
+    for p in parameters:
+        p.data = p.data.float()
     try:
-        cached = _read_with_cache(policy, steps)
-    except Exception as error:
-        raise ArgumentError(
-            f"Models of type {kind!r} are not supported: they have no key/value cache of the usual kind "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})."
-        ) from error
-    if not _close(cached, whole, limit):
-        raise ArgumentError(
-            f"Models of type {kind!r} are not supported: read token by token with a key/value cache, as acting does, "
-            "they see something else than when they read a text at once."
-        )
+        yield
+    finally:
+        policy.half_type = half_type
+        for p, dtype in zip(parameters, own, strict=True):
+            p.data = p.data.to(dtype)
 
 
 def _length(policy: "LanguageModelPolicy") -> int:
@@ -115,7 +133,7 @@ def _own_logits(policy: "LanguageModelPolicy", rows: np.ndarray) -> th.Tensor:
         start = th.full((1, 1), lm.config.decoder_start_token_id, device=policy.device)
         inputs = {"input_ids": prompt, "decoder_input_ids": th.cat([start, response], dim=1)}
     with policy.precision():
-        logits: th.Tensor = lm(**inputs).logits[0, -1, : policy.n_tokens].float()
+        logits: th.Tensor = lm(**inputs, use_cache=False).logits[0, -1, : policy.n_tokens].float()
     return logits
 
 

@@ -18,7 +18,7 @@ from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.rollout import Rollout
 from sb3_pg.common.threads import choose_threads
 from sb3_pg.text.decoding import Decoder
-from sb3_pg.text.policies import CHUNK_LOGITS, LanguageModelPolicy
+from sb3_pg.text.policies import CHUNK_LOGITS, LanguageModelPolicy, to_rows
 from sb3_pg.text.rows import TokenRows
 
 
@@ -45,7 +45,7 @@ class TextEngine(AutogradEngine):
     def act(self, seen: Seen, deterministic: bool = False) -> Acted:
         if seen.masks is not None:
             raise ArgumentError("Language models are not masked. Pass use_masking=False.")
-        rows: Any = seen.observations
+        rows = to_rows(seen.observations)
         choose_threads(len(rows) * self._largest_layer)
         with th.no_grad():
             hidden = self._decoder.read(rows)

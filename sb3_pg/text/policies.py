@@ -247,13 +247,13 @@ class LanguageModelPolicy(ActorCriticPolicy):
                 "which could not be saved with the policy's arguments. Use model.save_pretrained(folder)."
             )
         if isinstance(model, (str, Path)):
-            made = self.auto_model.from_pretrained(model, **{"dtype": th.float32, **self._arguments["model_kwargs"]})
+            made = self._loaded(model)
             if getattr(made.config, "quantization_config", None) is None:
                 return made
             # From GGUF: the weights are ordinary numbers by now, but the model still counts as quantised, which can
             # neither be trained nor saved. A fresh one with the same weights can.
             del made.config.quantization_config
-            fresh = self.auto_model.from_config(made.config, dtype=th.float32)
+            fresh = self.auto_model.from_config(made.config, dtype=made.dtype)
             fresh.load_state_dict(made.state_dict())
             return fresh
         end = getattr(self.action_space, "end_token", None)
@@ -266,21 +266,52 @@ class LanguageModelPolicy(ActorCriticPolicy):
             raise ArgumentError(f"`model` as a dictionary needs a 'model_type', such as 'gpt2' or 't5'; got {model!r}.")
         # `env.action_space.n` is a NumPy number, which transformers refuses.
         numbers = {name: value.item() if isinstance(value, np.generic) else value for name, value in model.items()}
-        return self.auto_model.from_config(AutoConfig.for_model(**numbers), dtype=th.float32)
+        dtype = numbers.get("dtype") or th.float32
+        try:
+            return self.auto_model.from_config(
+                AutoConfig.for_model(**numbers), **{"dtype": dtype, **self._arguments["model_kwargs"]}
+            )
+        except Exception as error:
+            raise ArgumentError(
+                f"`model` of type {model['model_type']!r} cannot be made of its configuration: {_first_line(error)}"
+            ) from error
+
+    def _loaded(self, model: str | Path) -> Any:
+        """Load a model from a folder, or by its name.
+
+        :raises ArgumentError: it cannot be had
+        """
+        folder = Path(model)
+        looks_like_one = isinstance(model, Path) or folder.is_absolute() or model.startswith(("./", "../", "~"))
+        if looks_like_one and not folder.is_dir():
+            raise ArgumentError(f"`model` is {str(model)!r}, but there is no such folder.")
+        try:
+            return self.auto_model.from_pretrained(model, **{"dtype": th.float32, **self._arguments["model_kwargs"]})
+        except Exception as error:
+            raise ArgumentError(
+                f"`model` {str(model)!r} cannot be loaded: {_first_line(error)} It must be a folder with a model, as "
+                "save_pretrained writes it, or the name of one that transformers finds."
+            ) from error
 
     def _check_fit(self) -> None:
         """Refuse a model that cannot read this environment's tokens."""
         config, end = self.lm.config, getattr(self.action_space, "end_token", None)
         n_known = self.lm.get_output_embeddings().out_features
-        # Models round their vocabulary up, so a few tokens more than the tokenizer has are usual.
-        if n_known < self.n_tokens or self.n_tokens < 0.9 * n_known:
+        # Models round their vocabulary up, so a few tokens more than the tokenizer has are usual; and tokens are added
+        # to tokenizers, such as one for padding.
+        n_more = self.n_tokens - n_known
+        if n_more > max(1, n_known // 100) or self.n_tokens < 0.9 * n_known:
             raise ArgumentError(
                 f"The tokenizer does not fit the model: it has {self.n_tokens} tokens, but the model's vocabulary "
-                f"has {n_known}. Use the tokenizer that the model was trained with, or `vocab_size={self.n_tokens}`."
+                f"has {n_known}. Use the tokenizer that the model was trained with"
+                + (
+                    f", or give the model room for its tokens: resize_token_embeddings({self.n_tokens})."
+                    if n_more > 0
+                    else "."
+                )
             )
-        own = config.eos_token_id
-        own = list(own) if isinstance(own, (list, tuple)) else [own]
-        if own == [None]:
+        own = self.own_end_tokens
+        if not own:
             raise ArgumentError(
                 "The model has no end token, so no response would ever end: set `eos_token_id` in its configuration."
             )
@@ -288,6 +319,12 @@ class LanguageModelPolicy(ActorCriticPolicy):
             raise ArgumentError(
                 f"The tokenizer does not fit the model: it ends texts with token {end}, the model with "
                 f"{own[0] if len(own) == 1 else own}. Use the tokenizer that the model was trained with."
+            )
+        ignored = sorted(set(own) - set(self.end_tokens))
+        if ignored:
+            raise ArgumentError(
+                f"The model ends texts with the tokens {own}, but {ignored} would not end a response of this "
+                f"environment. Pass TextTask(end_tokens={ignored})."
             )
         window, width = getattr(config, "max_position_embeddings", None), self.observation_space.shape[0]  # type: ignore[index]
         if window is not None and width > window:
@@ -301,6 +338,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
         config = self.lm.config.to_dict()
         for name in ("quantization_config", "_name_or_path"):
             config.pop(name, None)
+        config["dtype"] = str(self.half_type or th.float32).removeprefix("torch.")
         return {**policy_kwargs, "model": config, "model_kwargs": None}
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -371,7 +409,11 @@ class LanguageModelPolicy(ActorCriticPolicy):
         :param lm: the model that reads; by default the policy's
         """
         lm = self.lm if lm is None else lm
-        rows = TokenRows.of(observations, self.prompt_length)
+        rows = observations
+        if not isinstance(rows, TokenRows):
+            rows = TokenRows.of(to_rows(observations), self.prompt_length)
+        if not len(rows):
+            return of_hidden(th.empty(0, lm.get_output_embeddings().in_features, device=self.device), np.empty(0, int))
 
         def read(piece: Piece) -> tuple[th.Tensor, ...]:
             with self.precision(), checkpointing(lm):
@@ -684,8 +726,22 @@ class Seq2SeqLMPolicy(LanguageModelPolicy):
 
 
 def to_rows(observations: Any) -> np.ndarray:
-    """Observations as a NumPy array."""
-    return observations.cpu().numpy() if isinstance(observations, th.Tensor) else np.asarray(observations)
+    """Observations as a NumPy array of integers.
+
+    :raises ArgumentError: they are none
+    """
+    rows = observations.cpu().numpy() if isinstance(observations, th.Tensor) else np.asarray(observations)
+    if rows.dtype.kind not in "iu":
+        raise ArgumentError(
+            f"A language model reads the numbers of tokens, which are integers, not {rows.dtype}. Around a text "
+            "environment use VecNormalize(norm_obs=False), and no wrapper that changes observations."
+        )
+    return rows
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".") + "."
 
 
 @contextmanager

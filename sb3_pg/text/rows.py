@@ -87,7 +87,7 @@ class TokenRows(np.lib.mixins.NDArrayOperatorsMixin):
         """Return rows, an array or such as these, with prefixes of each other found."""
         if isinstance(rows, TokenRows):
             return rows
-        array = rows.cpu().numpy() if isinstance(rows, th.Tensor) else np.asarray(rows)
+        array = np.asarray(rows)
         ends, chain = prefix_chains(array, prompt_length)
         length = _sizes(array[:, prompt_length:])
         last = array[np.arange(len(array)), prompt_length - 1 + length]
