@@ -115,12 +115,12 @@ class TextEngine(AutogradEngine):
         def numbers(hidden: th.Tensor, members: np.ndarray) -> tuple[th.Tensor, ...]:
             its = self.asarray(members)
             value = policy.values(hidden).flatten()
-            return value, policy.action_log_prob(hidden, chosen[its]) if needs_log_probs else value
+            return value, policy.action_log_prob(hidden, chosen[its]) if needs_log_probs else th.zeros_like(value)
 
         if len(read):
             with th.no_grad():
                 value, log_prob = (x.cpu().numpy() for x in policy.by_pieces(rows[read], numbers))
-            values[read] = value
+            values[read] = value if rollout.needs_values else 0.0
             log_probs[read[read < n]] = log_prob[read < n]
         return values, log_probs
 
