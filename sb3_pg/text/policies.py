@@ -447,7 +447,7 @@ class LanguageModelPolicy(ActorCriticPolicy):
         """Scaled logits of the environment's tokens, (n, n_tokens), by default with the model's own head."""
         lm = self.lm if lm is None else lm
         config = lm.config
-        if getattr(config, "scale_decoder_outputs", False):  # T5 with tied embeddings
+        if getattr(config, "scale_decoder_outputs", config.model_type == "umt5"):  # T5 with tied embeddings
             hidden = hidden * config.d_model**-0.5
         with self.precision():
             logits = (head or lm.get_output_embeddings())(hidden)[:, : self.n_tokens].float()
