@@ -3,6 +3,7 @@
 from sb3_pg import text  # registers its environments and imports nothing else
 from sb3_pg.common.registry import (
     AUTOGRAD_PLACES,
+    BUFFER_PLACES,
     ENGINE_PLACES,
     MEMORY_PLACES,
     OWN_PLACES,
@@ -20,6 +21,7 @@ for _name in ("CausalLMPolicy", "Seq2SeqLMPolicy"):
     POLICY_PLACES[_name] = f"sb3_pg.text.policies:{_name}"
 SPACE_PLACES["sb3_pg.text.spaces:Vocabulary"] = ("n", "end_token")
 ENGINE_PLACES["sb3_pg.text.policies:LanguageModelPolicy"] = "sb3_pg.text.engine:TextEngine"
+BUFFER_PLACES["sb3_pg.text.policies:LanguageModelPolicy"] = "sb3_pg.text.rows:TextRolloutBuffer"
 for _name in ("MlpLstmPolicy", "CnnLstmPolicy", "MultiInputLstmPolicy"):
     POLICY_PLACES[_name] = f"sb3_contrib.ppo_recurrent.policies:{_name}"
 for _name in ("MlpGruPolicy", "CnnGruPolicy", "MultiInputGruPolicy"):

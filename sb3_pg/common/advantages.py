@@ -10,6 +10,7 @@ import torch as th
 from numpy.typing import NDArray
 
 from sb3_pg.common import workers
+from sb3_pg.common.arrays import mapped
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.products import inner
 
@@ -283,7 +284,7 @@ def require_several(baseline: str, n_episodes: int) -> None:
 
 def _own(baseline: Baseline, samples: Samples) -> FloatArray:
     """Return what the user's function says."""
-    given = baseline(samples.observations, samples.returns)
+    given = baseline(mapped(np.asarray, samples.observations), samples.returns)
     try:
         found = np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError):

@@ -1,6 +1,6 @@
 """The columns of a rollout as acting records them."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -86,7 +86,7 @@ class RolloutBuffer(sb3_buffers.RolloutBuffer):
                 key: enlarged(old[key] if old else None, keyed[key], space[key].dtype) for key in space.spaces
             }
         else:
-            self.observations = enlarged(old, self.obs_shape, space.dtype)
+            self.observations = self._room_for_observations(enlarged)
             self._row_shape = self.observations.shape[1:]
         for name, (shape, dtype) in shapes.items():
             setattr(self, name, enlarged(self.__dict__.get(name), shape, dtype))
@@ -96,6 +96,10 @@ class RolloutBuffer(sb3_buffers.RolloutBuffer):
         while self.buffer_size < n_steps:
             self.buffer_size *= 2
         self._allocate()
+
+    def _room_for_observations(self, enlarged: Callable[..., np.ndarray]) -> Any:
+        """Return where to record observations that are no dictionaries, with what is there."""
+        return enlarged(self.__dict__.get("observations"), self.obs_shape, self.observation_space.dtype)
 
     def reset(self) -> None:
         """Forget the rollout but keep its memory."""

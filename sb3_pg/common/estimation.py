@@ -6,7 +6,7 @@ import numpy as np
 import torch as th
 
 from sb3_pg.common.advantages import Baseline, Samples, compared, episode_numbers, reward_to_go
-from sb3_pg.common.arrays import take
+from sb3_pg.common.arrays import mapped, take
 from sb3_pg.common.rollout import Rollout
 
 
@@ -41,7 +41,7 @@ def estimate_by_comparison(
     episode = np.unique(of_env[keep], return_inverse=True)[1].reshape(-1)
     observations = take(rollout.column("observations"), np.flatnonzero(keep))
     advantages = np.zeros(keep.shape)
-    first = take(observations, np.flatnonzero(step[keep] == 0))
+    first = mapped(np.asarray, take(observations, np.flatnonzero(step[keep] == 0)))
     samples = Samples(observations, first, returns[keep], episode, step[keep])
     advantages[keep] = compared(baseline, samples, average)
     buffer.returns[:n], buffer.advantages[:n] = returns, advantages

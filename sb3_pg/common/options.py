@@ -19,7 +19,7 @@ from sb3_pg.common.errors import (
     check_parameters,
     evaluate_schedule,
 )
-from sb3_pg.common.registry import ENGINE_PLACES, engine_class, has_memory
+from sb3_pg.common.registry import ENGINE_PLACES, entered_for, has_memory
 
 if TYPE_CHECKING:
     from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
@@ -108,7 +108,7 @@ def check_rollout_size(model: "PolicyGradientAlgorithm", batch_size: int, normal
             "`n_steps * n_envs` must be greater than 1 to normalise advantages. Currently "
             f"n_steps={model.n_steps} and n_envs={model.n_envs}; raise one or pass normalize_advantage=False."
         )
-    if rollout_size % batch_size and engine_class(model.policy_class, ENGINE_PLACES) is None:
+    if rollout_size % batch_size and entered_for(model.policy_class, ENGINE_PLACES) is None:
         whole = rollout_size // batch_size
         warnings.warn(
             f"You have specified a mini-batch size of {batch_size}, but the rollout has n_steps * n_envs = "

@@ -70,6 +70,7 @@ from sb3_pg.common.policies import (
     predict,
     reset_noise,
 )
+from sb3_pg.common.registry import BUFFER_PLACES, entered_for
 from sb3_pg.common.returned import checked_observations, checked_step, is_usual
 from sb3_pg.common.rollout import Rollout, Step
 from sb3_pg.common.sequences import Memory
@@ -111,6 +112,9 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
 
     #: How to learn from rollouts that are not of whole episodes, for errors.
     _without_episodes: ClassVar[str] = "leave out `n_episodes` and use baseline='value'"
+
+    #: Whether updates compare log-probabilities with those of the policy that acted.
+    _needs_log_probs: ClassVar[bool] = True
 
     rollout_buffer_class: type[sb3_buffers.RolloutBuffer] | None
 
@@ -235,7 +239,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         kind: Any = self.rollout_buffer_class
         is_dict = isinstance(self.observation_space, spaces.Dict)
         if kind in (None, sb3_buffers.RolloutBuffer) or (kind is sb3_buffers.DictRolloutBuffer and is_dict):
-            kind = RolloutBuffer
+            kind = entered_for(class_of(self.policy_class), BUFFER_PLACES) or RolloutBuffer
         buffer: sb3_buffers.RolloutBuffer = kind(
             self.n_steps or 512,  # of whole episodes a first guess: the buffer grows
             self.observation_space,
@@ -516,6 +520,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         for name in ("observation", "reward"):
             require_finite(name, take(getattr(buffer, f"{name}s"), slice(0, n)))
         require_sound_policy(self.policy, "action", buffer.actions[:n])
+        rollout.needs_values, rollout.needs_log_probs = self.baseline == "value", self._needs_log_probs
         with rollout.changing_rewards():
             judged = self.network.judge(rollout)
             judged = judged._replace(figures=workers.mean_of(judged.figures))

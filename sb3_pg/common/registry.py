@@ -30,9 +30,12 @@ AUTOGRAD_PLACES: dict[str, str] = {}
 #: gets from the environment, see :mod:`sb3_pg.common.masks`.
 STEPPERS: set[str] = set()
 
+#: Where the rollout buffer of a policy is, by where the policy is: a subclass of ours in ``sb3_pg.common.buffers``.
+BUFFER_PLACES: dict[str, str] = {}
 
-def engine_class(policy: type, entered: dict[str, str]) -> Any:
-    """Return the engine class of a policy class, None if none is entered for it or its bases."""
+
+def entered_for(policy: type, entered: dict[str, str]) -> Any:
+    """Return the class entered for a policy class or its bases, None if there is none."""
     places = map(place_of, policy.__mro__)
     return next((at(entered[place]) for place in places if place in entered), None)
 

@@ -54,6 +54,8 @@ class Rollout:
     :param starting_memory: and when each of the stretches begins, found by judging
     :param n_known: of so many first steps values and log-probabilities are in the buffer, by the policy that acted
     :param n_judged: steps when it was judged; 0 before
+    :param needs_values: whether values are used; an engine for which judging is costly may leave out what is not
+    :param needs_log_probs: the same of log-probabilities
     :param is_paused: whether it is whole, and was interrupted if nobody acts or learns: from where it can go on
     :param unrecorded: the step after which the callback is asked
     :param figures: what judging has found to log
@@ -73,6 +75,8 @@ class Rollout:
     starting_memory: Memory | None = None
     n_known: int = 0
     n_judged: int = 0
+    needs_values: bool = True
+    needs_log_probs: bool = True
     is_paused: bool = False
     unrecorded: Step | None = None
     figures: Mapping[str, float] = field(default_factory=dict)

@@ -86,6 +86,7 @@ class REINFORCE(PolicyGradientAlgorithm):
     """
 
     archive_name: ClassVar[str] = "REINFORCE"
+    _needs_log_probs: ClassVar[bool] = False
     _without_episodes: ClassVar[str] = "pass `n_steps` to learn from rollouts of that length"
     n_steps: int | None  # type: ignore[assignment]
 

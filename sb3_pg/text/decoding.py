@@ -11,7 +11,7 @@ import numpy as np
 import torch as th
 from transformers import DynamicCache
 
-from sb3_pg.text.spaces import EMPTY
+from sb3_pg.text.sequences import grown
 
 
 class Memory:
@@ -103,12 +103,13 @@ class Decoder:
         old, new = np.flatnonzero(grown & going), np.flatnonzero(~grown & going)
         old = old[np.argsort(self._places[old])] if len(old) else old  # as they stand in the state
         parts = []
-        if len(old):
-            tokens = th.as_tensor(rows[old, ends[old]], device=self.policy.device).long()
-            parts.append(self.policy.proceed(self._kept(old), tokens))
-        self._state = None  # two caches need not fit into memory
-        if len(new):
-            parts.append(self.policy.begin(rows[new]))
+        with self.policy.precision():
+            if len(old):
+                tokens = th.as_tensor(rows[old, ends[old]], device=self.policy.device).long()
+                parts.append(self.policy.proceed(self._kept(old), tokens))
+            self._state = None  # two caches need not fit into memory
+            if len(new):
+                parts.append(self.policy.begin(rows[new]))
         return self._joined(rows, np.concatenate([old, new]), parts, weights)
 
     def _kept(self, rows: np.ndarray) -> Any:
@@ -140,13 +141,6 @@ class Decoder:
 
     def _grown(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return which rows are the last ones with one token more, (n,), and the column of that token."""
-        n, width = rows.shape
-        last = width - 1 - (rows[:, ::-1] != EMPTY).argmax(axis=1)
-        if self._state is None or self._rows.shape != rows.shape:
-            return np.zeros(n, dtype=bool), last
-        before = self._rows.copy()
-        everything = np.arange(n)
-        fits = (self._places >= 0) & (last >= self.policy.prompt_length) & (before[everything, last] == EMPTY)
-        before[everything, last] = rows[everything, last]
-        grown: np.ndarray = fits & (before == rows).all(axis=1)
-        return grown, last
+        before = self._rows if self._state is not None else np.empty((0, 0))
+        _, more, last = grown(before, rows, self.policy.prompt_length)
+        return (more & (self._places >= 0) if len(self._places) == len(rows) else more), last

@@ -2,23 +2,25 @@
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch as th
 
 from sb3_pg.common.batch import Batch
-from sb3_pg.common.engines.autograd import AutogradEngine, Described, GraphActor, GraphEvaluation
-from sb3_pg.common.engines.protocol import Acted, Fisher, Judged, Seen
+from sb3_pg.common.distributions import Categorical
+from sb3_pg.common.engines.autograd import AutogradEngine, GraphActor, GraphEvaluation
+from sb3_pg.common.engines.protocol import Acted, Fisher, Judged, Look, Seen
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.rollout import Rollout
 from sb3_pg.common.threads import choose_threads
 from sb3_pg.text.decoding import Decoder
 from sb3_pg.text.figures import TextFigures
 from sb3_pg.text.policies import CHUNK_LOGITS, LanguageModelPolicy, to_rows
-from sb3_pg.text.sequences import prefix_chains, response_lengths
+from sb3_pg.text.rows import TokenRows
 
 
 class TextEngine(AutogradEngine):
@@ -44,7 +46,7 @@ class TextEngine(AutogradEngine):
     def act(self, seen: Seen, deterministic: bool = False) -> Acted:
         if seen.masks is not None:
             raise ArgumentError("Language models are not masked. Pass use_masking=False.")
-        rows: Any = seen.observations
+        rows = to_rows(seen.observations)
         choose_threads(len(rows) * self._largest_layer)
         with th.no_grad():
             hidden = self._decoder.read(rows)
@@ -58,44 +60,80 @@ class TextEngine(AutogradEngine):
 
     # Judge
 
-    def judge_rows(
-        self, observations: Any, actions: np.ndarray, masks: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        going = ~self.policy.is_over(observations)
-        if going.all():
-            return super().judge_rows(observations, actions)
-        values, log_probs = np.zeros((2, len(observations)), np.float32)
-        values[going], log_probs[going] = super().judge_rows(observations[going], actions[going])
-        return values, log_probs
-
     def judge(self, rollout: Rollout) -> Judged:
-        """Judge, and take the penalty for leaving the reference from the rewards.
+        """Judge what is needed, and take the penalty for leaving the reference from the rewards.
 
-        Here and not in the environment, so that Monitor's episode reward stays the task's score. The figures are
-        means over the responses that ended in this rollout, in nats and tokens.
+        Each response is read once, with the final observation that continues it. What acting has computed on the way
+        is not kept: a log-probability takes another pass over the vocabulary at each step, and in half precision it is
+        not that of the minibatches, so that ratios would not begin at one.
+
+        The penalty is taken here and not in the environment, so that Monitor's episode reward stays the task's score.
+        The figures are means over the responses that ended in this rollout, in nats and tokens.
         """
-        judged = super().judge(rollout)
-        policy, over = self.policy, rollout.dones.ravel()
-        observations, actions = rollout.column("observations"), rollout.column("actions")
+        policy, n, over = self.policy, rollout.n_steps * rollout.n_envs, rollout.dones.ravel()
+        rows, actions = self._with_final_rows(rollout), self.actions(rollout.column("actions"))
+        going = ~policy.is_over(rows)  # not those at rest
+        going[n:] &= np.append(~np.asarray(rollout.last_dones, dtype=bool), np.ones(len(rollout.cuts), dtype=bool))
+        values, log_probs = self._judge_rows(rollout, rows, actions, going)
         rewards, figures, length = rollout.column("rewards"), TextFigures(), 1.0
         if over.any():
-            length = float(response_lengths(observations[over], policy.prompt_length).mean()) + 1
+            length = float(rows[:n].length[over].mean()) + 1
             figures.score = float(rewards[over].mean())
             figures.response_length = length
-            figures.ended = float((actions[over] == policy.end_token).mean())
+            figures.ended = float(np.isin(rollout.column("actions")[over], policy.end_tokens).mean())
+        shape = rollout.n_steps, rollout.n_envs
+        judged = Judged(values[:n].reshape(shape), log_probs.reshape(shape), values[n:])
         if not policy.has_reference:
             return judged._replace(figures=figures.named())
-        going = ~policy.is_over(observations)  # not those at rest
-        log_prob = policy.reference_log_prob(observations[going], actions[going])
-        log_ratio = np.zeros(len(observations), np.float32)
-        log_ratio[going] = judged.log_probs.ravel()[going] - log_prob
-        coef, kl = float(policy.reference_kl_coef), float(log_ratio[going].mean()) * length
+        chosen = going[:n]
+        log_prob = policy.reference_log_prob(rows[:n][chosen], actions[self.asarray(chosen)])
+        log_ratio = np.zeros(n, np.float32)
+        log_ratio[chosen] = log_probs[chosen] - log_prob
+        coef, kl = float(policy.reference_kl_coef), float(log_ratio[chosen].mean()) * length
         figures.kl, figures.kl_coef = kl, coef
         figures.reference_perplexity = math.exp(min(-float(log_prob.mean()), 700.0))
         if figures.score is not None:
             figures.penalised_reward = figures.score - coef * kl
-        penalised = (rewards - coef * log_ratio).reshape(rollout.n_steps, -1)
-        return judged._replace(rewards=penalised, figures=figures.named())
+        return judged._replace(rewards=(rewards - coef * log_ratio).reshape(shape), figures=figures.named())
+
+    def _judge_rows(
+        self, rollout: Rollout, rows: TokenRows, actions: th.Tensor, going: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return V of each row, and log pi(a|s) of those of the rollout; zeros where they are not needed."""
+        policy, n, known = self.policy, len(actions), rollout.n_known * rollout.n_envs
+        needs_log_probs = rollout.needs_log_probs or policy.has_reference
+        values, log_probs = np.zeros(len(rows), np.float32), np.zeros(n, np.float32)
+        values[:known], log_probs[:known] = rollout.column("values")[:known], rollout.column("log_probs")[:known]
+        wanted = going.copy()
+        wanted[:known] = False
+        if not needs_log_probs and not rollout.needs_values:
+            wanted[:] = False
+        elif not rollout.needs_values:
+            wanted[n:] = False
+        read = np.flatnonzero(wanted)
+        chosen = th.nn.functional.pad(actions, (0, len(rows) - n))[self.asarray(read)]
+
+        def numbers(hidden: th.Tensor, members: np.ndarray) -> tuple[th.Tensor, ...]:
+            its = self.asarray(members)
+            value = policy.values(hidden).flatten()
+            return value, policy.action_log_prob(hidden, chosen[its]) if needs_log_probs else th.zeros_like(value)
+
+        if len(read):
+            with th.no_grad():
+                value, log_prob = (x.cpu().numpy() for x in policy.by_pieces(rows[read], numbers))
+            values[read] = value if rollout.needs_values else 0.0
+            log_probs[read[read < n]] = log_prob[read < n]
+        return values, log_probs
+
+    def _with_final_rows(self, rollout: Rollout) -> TokenRows:
+        """Return the rows of a rollout and, behind them, its final observations."""
+        rows, final = rollout.column("observations"), np.asarray(rollout.final_observations)
+        if not isinstance(rows, TokenRows):
+            return TokenRows.of(np.concatenate([rows, final]), self.policy.prompt_length)
+        recording: Any = rollout.buffer.observations
+        steps = [rollout.n_steps - 1] * rollout.n_envs + [cut.step for cut in rollout.cuts]
+        envs = [*range(rollout.n_envs), *(cut.env for cut in rollout.cuts)]
+        return rows.with_more(recording.followed(np.array(steps), np.array(envs), final))
 
     def adapt(self, figures: Mapping[str, float]) -> None:
         """Adapt the weight of the penalty to the KL (Ziegler et al. 2019, section 2.2)."""
@@ -105,81 +143,102 @@ class TextEngine(AutogradEngine):
 
     # Step
 
+    def asarray(self, x: Any) -> Any:
+        return x if isinstance(x, TokenRows) else super().asarray(x)
+
     def batch(self, rollout: Rollout, keep: np.ndarray | None = None) -> Batch:
         batch = super().batch(rollout, keep)
         batch.sequences = rollout.stretches.numbers.ravel()[batch.rows]
         return batch
+
+    def thinned(self, batch: Batch, every: int) -> Any:
+        """Return the rows of every n-th sequence."""
+        sequences: Any = batch.sequences
+        return np.flatnonzero(np.unique(sequences, return_inverse=True)[1] % every == 0)
 
     def evaluate_critic(self, batch: Batch) -> GraphEvaluation:
         # The critic alone is fitted while the actor is held, and the actor is all but the value head.
         choose_threads(len(batch) * self._largest_layer)
         with th.no_grad():
             hidden = self.policy.hidden_states(batch.observations)
-        return GraphEvaluation(self, batch, self.policy.value_head(hidden).flatten())
+        return GraphEvaluation(self, batch, self.policy.values(hidden).flatten())
 
     def actor(self, batch: Batch) -> "TextActor":
         return TextActor(self, batch)
 
     def pieces(self, batch: Batch) -> list[Any]:
-        """Return row numbers of pieces made of whole sequences, whose logits fit into memory."""
-        size = max(1, CHUNK_LOGITS // self.policy.n_tokens)
-        if len(batch) <= size:
-            return [slice(None)]
-        _, chain = prefix_chains(to_rows(batch.observations), self.policy.prompt_length)
-        order = np.argsort(chain, kind="stable")
-        return [th.as_tensor(order[i : i + size], device=self._device) for i in range(0, len(batch), size)]
+        """Return row numbers of pieces made of whole sequences, whose graphs and logits fit into memory."""
+        policy = self.policy
+        rows, n_logits = TokenRows.of(batch.observations, policy.prompt_length), len(batch) * policy.n_tokens
+        size = min(policy.graph_tokens(policy.lm, rows), rows.n_tokens * CHUNK_LOGITS // n_logits)
+        return [np.sort(piece.members) for piece in rows.pieces(size)]
 
 
 class TextActor(GraphActor):
-    """A language model's actor, looked at in pieces whose logits fit into memory."""
+    """A language model's actor, looked at in pieces whose graphs and logits fit into memory.
+
+    What it was is remembered as hidden states and the head, not as logits of the whole vocabulary for each token.
+    """
 
     _engine: TextEngine
 
-    def _distribution(self, batch: Batch) -> tuple[Described, th.Tensor, th.Tensor]:
-        pieces = self._engine.pieces(batch)
-        if len(pieces) == 1:
-            return super()._distribution(batch)
-        log_prob = th.empty(len(batch), device=self._engine.policy.device)
-        entropy = th.empty_like(log_prob)
-        logits = log_prob.new_empty(len(batch), self._engine.policy.n_tokens)
-        for piece in pieces:
-            described: Any
-            described, log_prob[piece], entropy[piece] = super()._distribution(_part(batch, piece))
-            family, (logits[piece],) = described
-        return (family, (logits,)), log_prob, entropy
+    @cached_property
+    def _before(self) -> tuple[th.Tensor, Any, Look]:
+        """Return hidden states, head and look at the old parameters."""
+        policy = self._engine.policy
+        head = policy.lm.get_output_embeddings()
+        if any(p.requires_grad for p in head.parameters()):
+            head = copy.deepcopy(head)
+        hidden, log_prob, entropy = self._seen(lambda hidden, log_prob, entropy, _: (hidden, log_prob, entropy))
+        return hidden, head, Look(log_prob, entropy, th.zeros_like(log_prob))
 
-    def _kl(self, old: Any, now: Any) -> th.Tensor:
-        (family, (before,)), (_, (after,)) = old, now
-        size = max(1, CHUNK_LOGITS // self._engine.policy.n_tokens)
-        pieces = zip(before.split(size), after.split(size), strict=True)
-        return th.cat([super(TextActor, self)._kl((family, (a,)), (family, (b,))) for a, b in pieces])
+    @property
+    def old(self) -> Look:
+        return self._before[2]
+
+    def look(self) -> Look:
+        before, head, _ = self._before
+        policy = self._engine.policy
+        size, family = max(1, CHUNK_LOGITS // policy.n_tokens), Categorical([policy.n_tokens])
+
+        def with_kl(hidden: th.Tensor, log_prob: th.Tensor, entropy: th.Tensor, members: Any) -> tuple[th.Tensor, ...]:
+            kl = [
+                self._kl((family, (policy.logits(a, head=head),)), (family, (policy.logits(b),)))
+                for a, b in zip(th.split(before[members], size), th.split(hidden, size), strict=True)
+            ]
+            return log_prob, entropy, th.cat(kl)
+
+        return Look(*self._seen(with_kl))
+
+    @th.no_grad()
+    def _seen(self, of: Callable[..., tuple[th.Tensor, ...]]) -> tuple[th.Tensor, ...]:
+        policy, batch = self._engine.policy, self._batch
+        actions: Any = batch.actions
+
+        def numbers(hidden: th.Tensor, members: np.ndarray) -> tuple[th.Tensor, ...]:
+            its = th.as_tensor(members, device=hidden.device)
+            return of(hidden, *policy.token_statistics(hidden, actions[its]), its)
+
+        return policy.by_pieces(batch.observations, numbers)
 
     def _fisher(self, batch: Batch) -> Fisher:
-        lm, pieces = self._engine.policy.lm, self._engine.pieces(batch)
+        lm, of_piece = self._engine.policy.lm, super()._fisher
         with twice_differentiable(lm):
+            pieces = self._engine.pieces(batch)
             if len(pieces) == 1:
-                return super()._fisher(batch)
-        of_piece = super()._fisher
+                return of_piece(batch)
         share = th.as_tensor(batch.scale, device=self._engine.policy.device).expand(len(batch))
 
         def product(vector: Any) -> th.Tensor:
             total: Any = th.zeros_like(vector)
             with twice_differentiable(lm):
                 for piece in pieces:  # made again for each product: only one is in memory at a time
-                    part = _part(batch, piece)
-                    part.weight = share[piece]
+                    part = batch[piece]
+                    part.weight = share[th.as_tensor(piece, device=share.device)]
                     total += of_piece(part)(vector)
             return total  # type: ignore[no-any-return]
 
         return product
-
-
-def _part(batch: Batch, piece: Any) -> Batch:
-    """Return some of a batch's samples, with what it takes to look at them."""
-    part = copy.copy(batch)
-    part.observations, part.actions = batch.observations[piece], batch.actions[piece]
-    part.weight = None if batch.weight is None else batch.weight[piece]
-    return part
 
 
 @contextmanager

@@ -3,15 +3,25 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch as th
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from sb3_pg.common.errors import ArgumentError, NonFiniteError, check_count, check_number, first_not_finite
+from sb3_pg.common.errors import (
+    ArgumentError,
+    NonFiniteError,
+    check_count,
+    check_number,
+    check_parameters,
+    first_not_finite,
+)
+from sb3_pg.text.sequences import last_tokens
 from sb3_pg.text.spaces import EMPTY, Vocabulary, text_space
 
 #: (prompts, completions, references) to one finite number for each; references are None where the task has none
@@ -31,8 +41,10 @@ class TextTask:
     :param response_length: longest response in tokens, the end token included; reaching it ends the episode
     :param missing_end_penalty: taken from the reward of a response that has reached that length without its end
     :param name: for logs
-    :raises ArgumentError: no prompts, an empty one or one that is too long, a tokenizer without an end token, or a
-        different number of references
+    :param end_tokens: tokens, by number or as texts, that end a response besides the tokenizer's own end token, such as
+        the end of a turn
+    :raises ArgumentError: no prompts, an empty one, one that is too long or has words that the tokenizer does not know,
+        no tokenizer or one without an end token, or a different number of references
     """
 
     prompts: Sequence[str]
@@ -44,25 +56,42 @@ class TextTask:
     response_length: int = 32
     missing_end_penalty: float = 0.0
     name: str = "text"
+    end_tokens: Sequence[int | str] = ()
     rows: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_count("response_length", self.response_length)
         check_number("missing_end_penalty", self.missing_end_penalty)
+        check_parameters("reward", self.reward, "prompts", "completions", "references")
+        for name, given in (("prompts", self.prompts), ("references", self.references), ("examples", self.examples)):
+            if isinstance(given, str):
+                raise ArgumentError(f"`{name}` must be a list of texts, not one text: {given[:60]!r}.")
         self.prompts = list(self.prompts)
         if not self.prompts:
             raise ArgumentError("`prompts` is empty: an episode begins with one of them.")
+        for number, prompt in enumerate(self.prompts):
+            if not isinstance(prompt, str):
+                raise ArgumentError(f"`prompts` must be texts, but prompt {number} is {prompt!r}.")
         for name, given in (("references", self.references), ("examples", self.examples)):
             if given is not None and len(given) != len(self.prompts):
                 raise ArgumentError(
                     f"`{name}` must have one entry for each of the {len(self.prompts)} prompts, not {len(given)}."
                 )
-        if getattr(self.tokenizer, "eos_token_id", None) is None:
+        check_tokenizer(self.tokenizer)
+        if self.tokenizer.eos_token_id is None:
             raise ArgumentError("`tokenizer` has no end token (eos_token), so no response would ever end.")
         self.rows = self._encode_prompts()
         width = self.rows.shape[1]
         self.observation_space = text_space(width, self.response_length, len(self.tokenizer))
-        self.action_space = Vocabulary(len(self.tokenizer), self.tokenizer.eos_token_id)
+        more = [self._end_token(end) for end in self.end_tokens]
+        own = self.tokenizer.eos_token_id
+        self.action_space = Vocabulary(len(self.tokenizer), own, [end for end in dict.fromkeys(more) if end != own])
+
+    def _end_token(self, end: int | str) -> int:
+        number = self.tokenizer.convert_tokens_to_ids(end) if isinstance(end, str) else end
+        if number is None or number == self.tokenizer.unk_token_id or not 0 <= number < len(self.tokenizer):
+            raise ArgumentError(f"`end_tokens` has {end!r}, which is not a token of the tokenizer.")
+        return int(number)
 
     def _encode_prompts(self) -> np.ndarray:
         """Token numbers of the prompts, each in the last columns of its row."""
@@ -70,9 +99,13 @@ class TextTask:
         end = self.tokenizer.eos_token_id
         # Tokenizers such as T5's end every text; a prompt that is to be continued must not be at its end.
         tokens = [ids[:-1] if ids and ids[-1] == end and len(ids) > 1 else ids for ids in tokens]
+        # And chat templates write the start token that the tokenizer adds, too.
+        start = self.tokenizer.bos_token_id
+        tokens = [ids[1:] if start is not None and ids[:2] == [start, start] else ids for ids in tokens]
         for number, ids in enumerate(tokens):
             if not ids:
                 raise ArgumentError(f"Prompt {number} ({self.prompts[number]!r}) has no tokens.")
+            check_known(self.tokenizer, f"Prompt {number}", self.prompts[number], ids)
         longest = max(range(len(tokens)), key=lambda number: len(tokens[number]))
         width = self.prompt_length or len(tokens[longest])
         if len(tokens[longest]) > width:
@@ -102,11 +135,23 @@ class TextTask:
         rows[:, : self.width] = prompts
         return rows
 
+    def is_end(self, tokens: Any) -> np.ndarray:
+        """Return which tokens end a response."""
+        return np.isin(tokens, self.action_space.end_tokens)
+
+    def have_ended(self, responses: np.ndarray) -> np.ndarray:
+        """Return which responses, (n, response_length), end with an end token, (n,)."""
+        return self.is_end(last_tokens(responses, 0)[0])
+
     def decode(self, responses: np.ndarray) -> list[str]:
-        """Return the texts of responses, (n, response_length), without their end tokens."""
-        keep = (responses != EMPTY) & (responses != self.end_token)
-        tokens = [row[used].tolist() for row, used in zip(responses, keep, strict=True)]
-        texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        """Return the texts of responses, (n, response_length), without the tokens that end them.
+
+        Other special tokens are shown: the model has written them.
+        """
+        ended = self.have_ended(responses)
+        tokens = [row[row != EMPTY].tolist() for row in responses]
+        tokens = [ids[:-1] if over else ids for ids, over in zip(tokens, ended, strict=True)]
+        texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=False)
         return texts
 
     def score(self, numbers: Sequence[int], responses: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -125,8 +170,7 @@ class TextTask:
                 f"`reward` returned {rewards[bad]} for the prompt {prompts[bad[0]]!r} and the completion "
                 f"{texts[bad[0]]!r}: it must return finite numbers in single precision."
             )
-        unended = ~(responses == self.end_token).any(axis=1)
-        return rewards - self.missing_end_penalty * unended, texts
+        return rewards - self.missing_end_penalty * ~self.have_ended(responses), texts
 
     def info(self, number: int, text: str, row: np.ndarray) -> dict[str, Any]:
         """Return what the last step of an episode tells besides its reward."""
@@ -134,7 +178,7 @@ class TextTask:
             "prompt": self.prompts[number],
             "completion": text,
             "reference": None if self.references is None else self.references[number],
-            "ended": bool((row[self.width :] == self.end_token).any()),
+            "ended": bool(self.have_ended(row[None, self.width :])[0]),
         }
 
 
@@ -144,6 +188,10 @@ def _as_rewards(returned: Any, n: int) -> np.ndarray:
     :raises ArgumentError: it is not n numbers
     """
     try:
+        if isinstance(returned, th.Tensor):
+            returned = returned.detach().cpu().double()
+        elif isinstance(returned, list | tuple):
+            returned = [x.item() if isinstance(x, th.Tensor) else x for x in returned]
         rewards = np.asarray(returned, dtype=np.float64)
     except (TypeError, ValueError):
         rewards = None
@@ -154,6 +202,32 @@ def _as_rewards(returned: Any, n: int) -> np.ndarray:
             f"`reward` must return one number for each of the {n} completions it is given, but returned {found}."
         )
     return rewards
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse what is not a tokenizer, such as the name of one."""
+    from transformers import PreTrainedTokenizerBase
+
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        name = isinstance(tokenizer, str | Path)
+        advice = f" Pass AutoTokenizer.from_pretrained({str(tokenizer)!r})." if name else ""
+        raise ArgumentError(f"`tokenizer` must be a Hugging Face tokenizer, not {tokenizer!r}.{advice}")
+
+
+def check_known(tokenizer: Any, what: str, text: str, tokens: list[int]) -> None:
+    """Refuse a text with words that a tokenizer does not know.
+
+    :param what: the text is, for the error
+    :param tokens: of the text
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown in (None, tokenizer.eos_token_id, tokenizer.bos_token_id) or unknown not in tokens:
+        return
+    words = [word for word in text.split() if unknown in tokenizer(word, add_special_tokens=False)["input_ids"]]
+    raise ArgumentError(
+        f"{what} ({text[:60]!r}) has what the tokenizer does not know: {', '.join(map(repr, words[:5])) or 'a token'}. "
+        "Make the tokenizer of all texts, or leave such texts out."
+    )
 
 
 class TextEnv(gym.Env[np.ndarray, np.integer[Any]]):
@@ -187,7 +261,7 @@ class TextEnv(gym.Env[np.ndarray, np.integer[Any]]):
         """Add a token to the response; if the reward function fails, it is not added."""
         task, row = self.task, self._row.copy()
         row[task.width + self._length] = action
-        over = int(action) == task.end_token or self._length + 1 == task.response_length
+        over = bool(task.is_end(action)) or self._length + 1 == task.response_length
         reward, info = 0.0, {}
         if over:
             rewards, texts = task.score([self._number], row[None, task.width :])
@@ -303,7 +377,7 @@ class TextVecEnv(VecEnv):
         """Add a token to each response; if the reward function fails, none is added."""
         task, is_going = self.task, self._left > 0
         columns, lengths = task.width + self._lengths, self._lengths + is_going
-        dones = is_going & ((self._actions == task.end_token) | (lengths == task.response_length))
+        dones = is_going & (task.is_end(self._actions) | (lengths == task.response_length))
         over, going = np.flatnonzero(dones), np.flatnonzero(is_going)
         finished = self._rows[over]
         finished[np.arange(len(over)), columns[over]] = self._actions[over]

@@ -2,8 +2,8 @@
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,38 @@ from sb3_pg.common.archive.policy_files import SavedPolicy
 from sb3_pg.common.errors import ArgumentError, check_count, check_number
 
 try:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, EncoderDecoderCache
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        DynamicCache,
+        EncoderDecoderCache,
+        GenerationConfig,
+    )
 except ImportError as error:
     raise ImportError("Language models need the extra `text`: pip install 'sb3_pg[text]'") from error
 
+from sb3_pg.text.checks import check_reading, half_precision
 from sb3_pg.text.decoding import Decoder, Memory
-from sb3_pg.text.sequences import flush_left, flush_right, prefix_chains, response_lengths
-from sb3_pg.text.spaces import EMPTY, prompt_length_of
+from sb3_pg.text.graphs import checkpointing, enable_checkpointing, graph_bytes
+from sb3_pg.text.rows import Piece, TokenRows
+from sb3_pg.text.sequences import flush_left, flush_right, last_tokens
+from sb3_pg.text.spaces import EMPTY, Vocabulary, prompt_length_of
 
 #: Tokens of one forward pass. More in a pass are not faster, and their activations would need more memory at once.
 CHUNK_TOKENS = 1 << 13
 
+#: The logit of a token that the model does not have. Not infinite, so that every formula stays finite.
+IMPOSSIBLE = -1e8
+
+#: Bytes of activations that are kept for a gradient at once, about, if ``micro_batch_tokens`` is None.
+GRAPH_BYTES = 1 << 32
+
 #: Numbers in the logits of one chunk: 64 MB. With gradients the logits of the other chunks are computed again.
 CHUNK_LOGITS = 1 << 24
+
+#: Hidden states, (n, d), and the numbers of the observations that they are of, to numbers for each, (n, ...).
+OfHidden = Callable[[th.Tensor, np.ndarray], tuple[th.Tensor, ...]]
 
 #: A model of the size that the built-in tasks need; untrained.
 SMALL_CAUSAL: dict[str, Any] = {
@@ -74,6 +93,11 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
     :param lora: arguments of peft's ``LoraConfig``, such as ``{"r": 8}``; then only the adapter and the value head
         are trained, and the reference is the same model without the adapter. A higher rank can change more
     :param frozen_layers: so many of the lowest layers, and the token embeddings, are not trained. More are cheaper
+    :param gradient_checkpointing: keep only what goes into each layer for the gradient, and compute the rest again.
+        Takes a fraction of the memory and a third more time
+    :param micro_batch_tokens: so many tokens, padding included, are read and differentiated at once, whatever the
+        algorithm's ``batch_size``; the gradients are the same. Fewer take less memory, and reading a batch in parts
+        takes a third more time. None takes as many as keep about 4 GB for the gradient
     :param reference_kl_coef: weight of ``log pi - log pi_ref`` that is taken from each token's reward, where pi_ref
         is the model as it was at the beginning. Higher stays nearer to it, lower earns more reward; 0 only logs the
         KL, None has no reference, which saves its memory
@@ -101,6 +125,8 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         temperature: float = 1.0,
         lora: Mapping[str, Any] | None = None,
         frozen_layers: int = 0,
+        gradient_checkpointing: bool = False,
+        micro_batch_tokens: int | None = None,
         reference_kl_coef: float | None = 0.05,
         reference_kl_target: float | None = None,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
@@ -113,6 +139,8 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         )
         check_number("temperature", temperature, above_low=True)
         check_count("frozen_layers", frozen_layers, low=0)
+        if micro_batch_tokens is not None:
+            check_count("micro_batch_tokens", micro_batch_tokens)
         for name, value in (("reference_kl_coef", reference_kl_coef), ("reference_kl_target", reference_kl_target)):
             if value is not None:
                 check_number(name, value, above_low=name == "reference_kl_target")
@@ -121,6 +149,9 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         self.prompt_length = prompt_length_of(observation_space)
         self.n_tokens = int(action_space.n)
         self.temperature = temperature
+        self.micro_batch_tokens = micro_batch_tokens
+        self.half_type: th.dtype | None = None
+        self.graph_costs: dict[tuple[str, int], tuple[float, float]] = {}  # see graph_bytes
         self.use_sde = False
         self.share_features_extractor = True
         self.features_extractor = self.pi_features_extractor = self.vf_features_extractor = th.nn.Identity()  # type: ignore[assignment]
@@ -130,14 +161,17 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
             "temperature": temperature,
             "lora": None if lora is None else dict(lora),
             "frozen_layers": frozen_layers,
+            "gradient_checkpointing": gradient_checkpointing,
+            "micro_batch_tokens": micro_batch_tokens,
             "reference_kl_coef": reference_kl_coef,
             "reference_kl_target": reference_kl_target,
         }
 
         self.has_adapter = False
         self.language_model: Any = self._make_model(model)
+        self.half_type = half_precision(self.language_model)
         self._check_fit()
-        self._check_head()
+        check_reading(self)
         if frozen_layers:
             freeze(self.language_model, frozen_layers)
         self.reference: Any = None
@@ -147,6 +181,11 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
             self.has_adapter = True
         elif self.has_reference:
             self.reference = copy.deepcopy(self.language_model).requires_grad_(False)
+        if self.half_type is not None:  # steps of the optimizer are too small for it
+            for p in self.language_model.parameters():
+                p.data = p.data.float() if p.requires_grad else p.data
+        if gradient_checkpointing:
+            enable_checkpointing(self.lm)
         self.value_head = th.nn.Linear(self.lm.get_output_embeddings().in_features, 1)
         th.nn.init.zeros_(self.value_head.weight)
         th.nn.init.zeros_(self.value_head.bias)
@@ -156,6 +195,7 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         self.optimizer = optimizer_class(trained, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
         self._decoder = Decoder(self)
         self.set_training_mode(False)
+        graph_bytes(self, self.lm, 1)  # measured once
 
     # ------------------------------------------------------------------ setup
 
@@ -165,21 +205,41 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         return self.language_model.get_base_model() if self.has_adapter else self.language_model
 
     @property
+    def end_tokens(self) -> list[int]:
+        """The tokens that end a response: the environment's, or else the model's."""
+        space = self.action_space
+        return list(space.end_tokens) if isinstance(space, Vocabulary) else self.own_end_tokens
+
+    @property
     def end_token(self) -> int:
-        """The token that ends a response: the environment's, or else the (first) one of the model's configuration."""
-        own = self.lm.config.eos_token_id
-        end: Any = getattr(self.action_space, "end_token", own[0] if isinstance(own, (list, tuple)) else own)
-        return int(end)
+        """The first of the tokens that end a response."""
+        return self.end_tokens[0]
+
+    @property
+    def own_end_tokens(self) -> list[int]:
+        """The tokens that end a text by the model's configurations."""
+        own: list[int] = []
+        for config in (self.lm.config, self.lm.generation_config):
+            ends = None if config is None else config.eos_token_id
+            own += [] if ends is None else ends if isinstance(ends, (list, tuple)) else [ends]
+        return list(dict.fromkeys(int(end) for end in own))
 
     @property
     def hidden_size(self) -> int:
         """Numbers in a hidden state."""
         return int(self.value_head.in_features)
 
-    def is_over(self, rows: np.ndarray) -> np.ndarray:
-        """Return whether a response has its end token or the greatest length, so that nothing follows, (n,)."""
-        response = rows[:, self.prompt_length :]
-        over: np.ndarray = (response == self.end_token).any(axis=1) | (response[:, -1] != EMPTY)
+    def is_over(self, rows: Any) -> np.ndarray:
+        """Return whether a response ends with an end token or has the greatest length, so that nothing follows, (n,).
+
+        One that goes on after an end token is not over: it may be a conversation.
+        """
+        if isinstance(rows, TokenRows):
+            last, length = rows.last, rows.length
+        else:
+            last, length = last_tokens(rows, self.prompt_length)
+        longest = self.observation_space.shape[0] - self.prompt_length  # type: ignore[index]
+        over: np.ndarray = ((length > 0) & np.isin(last, self.end_tokens)) | (length == longest)
         return over
 
     def _make_model(self, model: Any) -> Any:
@@ -189,13 +249,13 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
                 "which could not be saved with the policy's arguments. Use model.save_pretrained(folder)."
             )
         if isinstance(model, (str, Path)):
-            made = self.auto_model.from_pretrained(model, **{"dtype": th.float32, **self._arguments["model_kwargs"]})
+            made = self._loaded(model)
             if getattr(made.config, "quantization_config", None) is None:
                 return made
             # From GGUF: the weights are ordinary numbers by now, but the model still counts as quantised, which can
             # neither be trained nor saved. A fresh one with the same weights can.
             del made.config.quantization_config
-            fresh = self.auto_model.from_config(made.config, dtype=th.float32)
+            fresh = self.auto_model.from_config(made.config, dtype=made.dtype)
             fresh.load_state_dict(made.state_dict())
             return fresh
         end = getattr(self.action_space, "end_token", None)
@@ -208,21 +268,52 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
             raise ArgumentError(f"`model` as a dictionary needs a 'model_type', such as 'gpt2' or 't5'; got {model!r}.")
         # `env.action_space.n` is a NumPy number, which transformers refuses.
         numbers = {name: value.item() if isinstance(value, np.generic) else value for name, value in model.items()}
-        return self.auto_model.from_config(AutoConfig.for_model(**numbers), dtype=th.float32)
+        dtype = numbers.get("dtype") or th.float32
+        try:
+            return self.auto_model.from_config(
+                AutoConfig.for_model(**numbers), **{"dtype": dtype, **self._arguments["model_kwargs"]}
+            )
+        except Exception as error:
+            raise ArgumentError(
+                f"`model` of type {model['model_type']!r} cannot be made of its configuration: {_first_line(error)}"
+            ) from error
+
+    def _loaded(self, model: str | Path) -> Any:
+        """Load a model from a folder, or by its name.
+
+        :raises ArgumentError: it cannot be had
+        """
+        folder = Path(model)
+        looks_like_one = isinstance(model, Path) or folder.is_absolute() or model.startswith(("./", "../", "~"))
+        if looks_like_one and not folder.is_dir():
+            raise ArgumentError(f"`model` is {str(model)!r}, but there is no such folder.")
+        try:
+            return self.auto_model.from_pretrained(model, **{"dtype": th.float32, **self._arguments["model_kwargs"]})
+        except Exception as error:
+            raise ArgumentError(
+                f"`model` {str(model)!r} cannot be loaded: {_first_line(error)} It must be a folder with a model, as "
+                "save_pretrained writes it, or the name of one that transformers finds."
+            ) from error
 
     def _check_fit(self) -> None:
         """Refuse a model that cannot read this environment's tokens."""
         config, end = self.lm.config, getattr(self.action_space, "end_token", None)
         n_known = self.lm.get_output_embeddings().out_features
-        # Models round their vocabulary up, so a few tokens more than the tokenizer has are usual.
-        if n_known < self.n_tokens or self.n_tokens < 0.9 * n_known:
+        # Models round their vocabulary up, so a few tokens more than the tokenizer has are usual; and tokens are added
+        # to tokenizers, such as one for padding.
+        n_more = self.n_tokens - n_known
+        if n_more > max(1, n_known // 100) or self.n_tokens < 0.9 * n_known:
             raise ArgumentError(
                 f"The tokenizer does not fit the model: it has {self.n_tokens} tokens, but the model's vocabulary "
-                f"has {n_known}. Use the tokenizer that the model was trained with, or `vocab_size={self.n_tokens}`."
+                f"has {n_known}. Use the tokenizer that the model was trained with"
+                + (
+                    f", or give the model room for its tokens: resize_token_embeddings({self.n_tokens})."
+                    if n_more > 0
+                    else "."
+                )
             )
-        own = config.eos_token_id
-        own = list(own) if isinstance(own, (list, tuple)) else [own]
-        if own == [None]:
+        own = self.own_end_tokens
+        if not own:
             raise ArgumentError(
                 "The model has no end token, so no response would ever end: set `eos_token_id` in its configuration."
             )
@@ -231,6 +322,12 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
                 f"The tokenizer does not fit the model: it ends texts with token {end}, the model with "
                 f"{own[0] if len(own) == 1 else own}. Use the tokenizer that the model was trained with."
             )
+        ignored = sorted(set(own) - set(self.end_tokens))
+        if ignored:
+            raise ArgumentError(
+                f"The model ends texts with the tokens {own}, but {ignored} would not end a response of this "
+                f"environment. Pass TextTask(end_tokens={ignored})."
+            )
         window, width = getattr(config, "max_position_embeddings", None), self.observation_space.shape[0]  # type: ignore[index]
         if window is not None and width > window:
             raise ArgumentError(
@@ -238,28 +335,12 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
                 f"{width - self.prompt_length}), but the model's window is {window}. Shorten one of them."
             )
 
-    @th.no_grad()
-    def _check_head(self) -> None:
-        """Refuse a model that does more to its logits than is known here, such as capping them."""
-        self.language_model.eval()
-        rows = np.full((1, self.prompt_length), EMPTY)
-        rows[0, -1] = self.end_token
-        inputs = {"input_ids": th.full((1, 1), self.end_token)}
-        if self.lm.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = th.full((1, 1), self.lm.config.decoder_start_token_id)
-        expected = self.lm(**inputs).logits[0, -1, : self.n_tokens].float()
-        found = self.logits(self.hidden_states(rows))[0] * self.temperature
-        if not th.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
-            raise ArgumentError(
-                f"Models of type {self.lm.config.model_type!r} are not supported: their logits are not just the "
-                "output embeddings times the last hidden state."
-            )
-
     def portable_kwargs(self, policy_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the policy's arguments with the model's configuration in place of its folder."""
         config = self.lm.config.to_dict()
         for name in ("quantization_config", "_name_or_path"):
             config.pop(name, None)
+        config["dtype"] = str(self.half_type or th.float32).removeprefix("torch.")
         return {**policy_kwargs, "model": config, "model_kwargs": None}
 
     @staticmethod
@@ -316,8 +397,8 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         """Hidden states of whole rows, (n, length, d); those of a row begin in the first column."""
 
     @abstractmethod
-    def place(self, rows: np.ndarray) -> np.ndarray:
-        """Where in ``read_sequences`` the last token of each row stands, (n,)."""
+    def place(self, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
+        """Where in ``read_sequences`` rows end that see so many tokens of prompt and response, (n,)."""
 
     @abstractmethod
     def begin(self, rows: np.ndarray) -> tuple[th.Tensor, tuple[Memory, ...]]:
@@ -333,35 +414,81 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         :param observations: (n, prompt_length + response_length), in any order
         :param lm: the model that reads; by default the policy's
         """
-        lm = self.lm if lm is None else lm
-        rows = to_rows(observations)
-        ends, chain = prefix_chains(rows, self.prompt_length)
-        to_read, place = rows[ends], self.place(rows)
-        lengths = (to_read != EMPTY).sum(axis=1)
-        by_length = np.argsort(lengths, kind="stable")
-        size = max(1, CHUNK_TOKENS // int(lengths.max()))
-        found, sources = [], []
-        for start in range(0, len(ends), size):
-            chunk = by_length[start : start + size]
-            states = read = self.read_sequences(lm, to_read[chunk])
-            local = np.full(len(ends), -1)
-            local[chunk] = np.arange(len(chunk))
-            members = np.flatnonzero(local[chain] >= 0)
-            index = th.as_tensor(np.stack([local[chain[members]], place[members]]), device=read.device)
-            found.append(states[index[0], index[1]])
-            sources.append(members)
-        back = np.argsort(np.concatenate(sources))
-        return th.cat(found)[th.as_tensor(back, device=found[0].device)]
+        return self.by_pieces(observations, lambda hidden, _: (hidden,), lm)[0]
 
-    def logits(self, hidden: th.Tensor, lm: Any = None) -> th.Tensor:
-        """Scaled logits of the environment's tokens, (n, n_tokens)."""
+    def by_pieces(self, observations: Any, of_hidden: OfHidden, lm: Any = None) -> tuple[th.Tensor, ...]:
+        """Return what a function makes of the hidden states of observations, (n, ...) each, piece by piece.
+
+        Each sequence is read once, however many of the observations are parts of it. With gradients, if the graph of
+        all would take more than ``GRAPH_BYTES``, each piece is read again when its gradient is asked for, so that the
+        graph of only one is in memory.
+
+        :param observations: as for ``hidden_states``
+        :param of_hidden: takes hidden states and the numbers of their observations
+        :param lm: the model that reads; by default the policy's
+        """
+        lm = self.lm if lm is None else lm
+        rows = observations
+        if not isinstance(rows, TokenRows):
+            rows = TokenRows.of(to_rows(observations), self.prompt_length)
+        if not len(rows):
+            return of_hidden(th.empty(0, lm.get_output_embeddings().in_features, device=self.device), np.empty(0, int))
+
+        def read(piece: Piece) -> tuple[th.Tensor, ...]:
+            with self.precision(), checkpointing(lm):
+                states = self.read_sequences(lm, piece.sequences)
+            place = np.stack([piece.source, self.place(piece.prompt, piece.response)])
+            source, column = th.as_tensor(place, device=states.device)
+            return of_hidden(states[source, column], piece.members)
+
+        size = self.graph_tokens(lm, rows) if th.is_grad_enabled() else CHUNK_TOKENS
+        in_parts, found, members = th.is_grad_enabled() and size < rows.n_tokens, [], []
+        for piece in rows.pieces(min(size, CHUNK_TOKENS)):
+            again = in_parts and len(piece.members) < len(rows)
+            made: Any = checkpoint(read, piece, use_reentrant=False, preserve_rng_state=False) if again else read(piece)
+            found.append(made)
+            members.append(piece.members)
+        back = th.as_tensor(np.argsort(np.concatenate(members)), device=self.device)
+        return tuple(th.cat(parts)[back] for parts in zip(*found, strict=True))
+
+    def graph_tokens(self, lm: Any, rows: TokenRows) -> int:
+        """Return how many tokens of such rows may be read in one graph."""
+        if self.micro_batch_tokens is not None:
+            return self.micro_batch_tokens
+        length = rows.n_longest
+        return max(1, int(GRAPH_BYTES * length / graph_bytes(self, lm, length)))
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Compute in half precision in the block if the model is of it."""
+        return nullcontext() if self.half_type is None else th.autocast(self.device.type, self.half_type)
+
+    def logits(self, hidden: th.Tensor, lm: Any = None, head: Any = None) -> th.Tensor:
+        """Scaled logits of the environment's tokens, (n, n_tokens), by default with the model's own head."""
         lm = self.lm if lm is None else lm
         config = lm.config
-        if getattr(config, "scale_decoder_outputs", False):  # T5 with tied embeddings
+        if getattr(config, "scale_decoder_outputs", config.model_type == "umt5"):  # T5 with tied embeddings
             hidden = hidden * config.d_model**-0.5
-        logits = lm.get_output_embeddings()(hidden)[:, : self.n_tokens].float()
+        with self.precision():
+            logits = (head or lm.get_output_embeddings())(hidden)[:, : self.n_tokens].float()
+        if logits.shape[1] < self.n_tokens:  # tokens that the model does not have
+            logits = th.nn.functional.pad(logits, (0, self.n_tokens - logits.shape[1]), value=IMPOSSIBLE)
         scaled: th.Tensor = logits if self.temperature == 1.0 else logits / self.temperature
         return scaled
+
+    def values(self, hidden: th.Tensor) -> th.Tensor:
+        """Return V at each hidden state, (n, 1)."""
+        values: th.Tensor = self.value_head(hidden.float())
+        return values
+
+    @th.no_grad()
+    def action_log_prob(self, hidden: th.Tensor, actions: th.Tensor, lm: Any = None) -> th.Tensor:
+        """Return the log-probability of each action, (n,), chunk by chunk and without gradients."""
+        size = max(1, CHUNK_LOGITS // self.n_tokens)
+        found = [hidden.new_empty(0, dtype=th.float32)]
+        for some, chosen in zip(th.split(hidden, size), th.split(actions, size), strict=True):
+            logits = self.logits(some, lm)
+            found.append(logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=-1))
+        return th.cat(found)
 
     def token_statistics(self, hidden: th.Tensor, actions: th.Tensor, lm: Any = None) -> tuple[th.Tensor, th.Tensor]:
         """Return log-probability of each action and entropy at each hidden state, (n,) each, chunk by chunk."""
@@ -384,13 +511,16 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
     # ------------------------------------------------------- what SB3 asks for
 
     def evaluate_actions(self, obs: Any, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        hidden = self.hidden_states(obs)
-        log_prob, entropy = self.token_statistics(hidden, actions.long().flatten())
-        return self.value_head(hidden), log_prob, entropy
+        chosen = actions.long().flatten()
+
+        def judged(hidden: th.Tensor, members: np.ndarray) -> tuple[th.Tensor, ...]:
+            return self.values(hidden), *self.token_statistics(hidden, chosen[th.as_tensor(members)])
+
+        values, log_prob, entropy = self.by_pieces(obs, judged)
+        return values, log_prob, entropy
 
     def predict_values(self, obs: Any) -> th.Tensor:
-        values: th.Tensor = self.value_head(self.hidden_states(obs))
-        return values
+        return self.by_pieces(obs, lambda hidden, _: (self.values(hidden),))[0]
 
     def get_distribution(self, obs: Any) -> CategoricalDistribution:
         return CategoricalDistribution(self.n_tokens).proba_distribution(self.logits(self.hidden_states(obs)))
@@ -399,7 +529,7 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         hidden = self.hidden_states(obs)
         distribution = CategoricalDistribution(self.n_tokens).proba_distribution(self.logits(hidden))
         actions = distribution.get_actions(deterministic=deterministic)
-        return actions, self.value_head(hidden), distribution.log_prob(actions)
+        return actions, self.values(hidden), distribution.log_prob(actions)
 
     def _predict(self, observation: Any, deterministic: bool = False) -> th.Tensor:
         return self.choose(self._decoder.read(to_rows(observation)), deterministic)
@@ -419,7 +549,11 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         """Return log-probability of each action under the reference, float32 (n,)."""
         chosen = th.as_tensor(actions, device=self.device).long().flatten()
         with self._the_reference() as lm:
-            log_prob, _ = self.token_statistics(self.hidden_states(observations, lm), chosen, lm)
+            (log_prob,) = self.by_pieces(
+                observations,
+                lambda hidden, members: (self.action_log_prob(hidden, chosen[th.as_tensor(members)], lm),),
+                lm,
+            )
         return log_prob.cpu().numpy()
 
     # ------------------------------------------------------------- generation
@@ -427,6 +561,8 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
     @th.no_grad()
     def generate(self, observations: np.ndarray, **settings: Any) -> np.ndarray:
         """Complete prompts by the model's own ``generate``, for evaluation.
+
+        By the settings given here alone: what the model's ``generation_config`` has is for other uses.
 
         :param observations: prompts as the environment shows them, (n, prompt_length + response_length)
         :param settings: those of transformers' ``GenerationConfig``. Greedy by default. Sampling:
@@ -443,7 +579,7 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         options: dict[str, Any] = {
             "do_sample": False,
             "max_new_tokens": longest,
-            "eos_token_id": end,
+            "eos_token_id": self.end_tokens,
             "pad_token_id": end,
             **settings,
         }
@@ -452,17 +588,19 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         n_known = self.lm.get_output_embeddings().out_features
         if n_known > self.n_tokens:
             options["suppress_tokens"] = list(range(self.n_tokens, n_known))
-        out = self.lm.generate(
-            input_ids=th.as_tensor(tokens, device=self.device).long(),
-            attention_mask=th.as_tensor(mask, device=self.device).long(),
-            **options,
-        )
-        return self._responses(out.cpu().numpy(), tokens.shape[1], end, longest)
+        with self.precision(), plain_generation(self.lm):
+            out = self.lm.generate(
+                input_ids=th.as_tensor(tokens, device=self.device).long(),
+                attention_mask=th.as_tensor(mask, device=self.device).long(),
+                **options,
+            )
+        return self._responses(out.cpu().numpy(), tokens.shape[1], longest)
 
-    def _responses(self, out: np.ndarray, n_prompt: int, end: int, longest: int) -> np.ndarray:
-        """Return the new tokens up to the end token, in rows of the environment's width."""
+    def _responses(self, out: np.ndarray, n_prompt: int, longest: int) -> np.ndarray:
+        """Return the new tokens up to the first end token, in rows of the environment's width."""
         new = out[:, self._skipped(n_prompt) :][:, :longest]
-        ended = np.cumsum(new == end, axis=1) - (new == end) > 0  # after the end token
+        is_end = np.isin(new, self.end_tokens)
+        ended = np.cumsum(is_end, axis=1) - is_end > 0
         rows = np.full((len(new), longest), EMPTY)
         rows[:, : new.shape[1]] = np.where(ended, EMPTY, new)
         return rows
@@ -482,8 +620,8 @@ class CausalLMPolicy(LanguageModelPolicy):
     small_config = SMALL_CAUSAL
     auto_model = AutoModelForCausalLM
 
-    def place(self, rows: np.ndarray) -> np.ndarray:
-        places: np.ndarray = (rows != EMPTY).sum(axis=1) - 1
+    def place(self, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
+        places: np.ndarray = prompt + response - 1
         return places
 
     def read_sequences(self, lm: Any, rows: np.ndarray) -> th.Tensor:
@@ -543,8 +681,8 @@ class Seq2SeqLMPolicy(LanguageModelPolicy):
         if config.decoder_start_token_id is None:
             raise ArgumentError("The model's configuration has no `decoder_start_token_id`; T5's is its pad token.")
 
-    def place(self, rows: np.ndarray) -> np.ndarray:
-        return response_lengths(rows, self.prompt_length)
+    def place(self, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
+        return response
 
     def _encode(self, lm: Any, rows: np.ndarray) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """States, (n, length, d), and mask of each row's prompt; each different prompt is read once."""
@@ -623,8 +761,33 @@ def _keys(configuration: Any) -> Iterator[str]:
 
 
 def to_rows(observations: Any) -> np.ndarray:
-    """Observations as a NumPy array."""
-    return observations.cpu().numpy() if isinstance(observations, th.Tensor) else np.asarray(observations)
+    """Observations as a NumPy array of integers.
+
+    :raises ArgumentError: they are none
+    """
+    rows = observations.cpu().numpy() if isinstance(observations, th.Tensor) else np.asarray(observations)
+    if rows.dtype.kind not in "iu":
+        raise ArgumentError(
+            f"A language model reads the numbers of tokens, which are integers, not {rows.dtype}. Around a text "
+            "environment use VecNormalize(norm_obs=False), and no wrapper that changes observations."
+        )
+    return rows
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".") + "."
+
+
+@contextmanager
+def plain_generation(lm: Any) -> Iterator[None]:
+    """Let the model generate in the block without settings of its own."""
+    own, start = lm.generation_config, getattr(lm.config, "decoder_start_token_id", None)
+    lm.generation_config = GenerationConfig(decoder_start_token_id=start)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        lm.generation_config = own
 
 
 def freeze(lm: Any, n_layers: int) -> None:

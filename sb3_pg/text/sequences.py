@@ -31,10 +31,32 @@ def prefix_chains(rows: np.ndarray, prompt_length: int) -> tuple[np.ndarray, np.
     return order[is_last], chain
 
 
-def response_lengths(rows: np.ndarray, prompt_length: int) -> np.ndarray:
-    """Return the number of response tokens in each row, (n,)."""
-    lengths: np.ndarray = (rows[:, prompt_length:] != EMPTY).sum(axis=1)
-    return lengths
+def last_columns(rows: np.ndarray) -> np.ndarray:
+    """Return the column of the last token of each row, (n,)."""
+    columns: np.ndarray = rows.shape[1] - 1 - (rows[:, ::-1] != EMPTY).argmax(axis=1)
+    return columns
+
+
+def last_tokens(rows: np.ndarray, prompt_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the last token of each row, (n,), and how long its response is, (n,)."""
+    columns = last_columns(rows)
+    return rows[np.arange(len(rows)), columns], columns + 1 - prompt_length
+
+
+def grown(before: np.ndarray, rows: np.ndarray, prompt_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Compare rows with those before them, (n, width) each.
+
+    :return: whether each is the same as before, (n,), whether it has one token more of its response, (n,), and the
+        column of its last token, (n,)
+    """
+    n, last = len(rows), last_columns(rows)
+    if before.shape != rows.shape:
+        return np.zeros(n, dtype=bool), np.zeros(n, dtype=bool), last
+    differs = before != rows
+    n_changed, everything = np.count_nonzero(differs, axis=1), np.arange(n)
+    more = (n_changed == 1) & differs[everything, last] & (last >= prompt_length)
+    more &= (before[everything, last] == EMPTY) & (before[everything, last - 1] != EMPTY)
+    return n_changed == 0, more, last
 
 
 def flush_left(rows: np.ndarray, fill: int) -> tuple[np.ndarray, np.ndarray]:

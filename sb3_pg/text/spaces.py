@@ -1,5 +1,6 @@
 """The two spaces of a text environment, which tell a policy all that it has to know about the task."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,21 +13,31 @@ EMPTY = -1
 
 
 class Vocabulary(spaces.Discrete):
-    """The tokens; one of them ends a response.
+    """The tokens; one of them ends a response, or any of several.
 
     :param n: number of tokens
     :param end_token: number of the token that ends a response
+    :param more_end_tokens: others that do, too
     """
 
-    def __init__(self, n: int, end_token: int) -> None:
+    def __init__(self, n: int, end_token: int, more_end_tokens: Sequence[int] = ()) -> None:
         super().__init__(n)
         self.end_token = int(end_token)
+        self.more_end_tokens = tuple(int(end) for end in more_end_tokens)
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """All tokens that end a response."""
+        return self.end_token, *self.more_end_tokens
 
     def __repr__(self) -> str:
-        return f"Vocabulary({self.n}, end_token={self.end_token})"
+        more = f", more_end_tokens={self.more_end_tokens}" if self.more_end_tokens else ""
+        return f"Vocabulary({self.n}, end_token={self.end_token}{more})"
 
     def __eq__(self, other: object) -> bool:
-        return super().__eq__(other) and getattr(other, "end_token", self.end_token) == self.end_token
+        if not super().__eq__(other):
+            return False
+        return not isinstance(other, Vocabulary) or set(other.end_tokens) == set(self.end_tokens)
 
     __hash__ = None  # type: ignore[assignment]  # as gymnasium's spaces
 

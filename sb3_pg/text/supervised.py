@@ -8,7 +8,7 @@ import numpy as np
 import torch as th
 
 from sb3_pg.common.errors import ArgumentError, check_count
-from sb3_pg.text.environment import TextTask
+from sb3_pg.text.environment import TextTask, check_known
 from sb3_pg.text.policies import CausalLMPolicy, LanguageModelPolicy
 from sb3_pg.text.spaces import EMPTY
 
@@ -21,12 +21,11 @@ def examples(task: TextTask) -> np.ndarray:
     given = task.references if task.examples is None else task.examples
     if given is None:
         raise ArgumentError(f"The task {task.name!r} has no `examples` or `references` to learn from.")
-    pairs = [
-        (number, text) for number, some in enumerate(given) for text in ([some] if isinstance(some, str) else some)
-    ]
+    pairs = [(number, text) for number, some in enumerate(given) for text in _texts(number, some)]
     rows = task.observations([number for number, _ in pairs])
     tokens = task.tokenizer([text for _, text in pairs], add_special_tokens=False)["input_ids"]
-    for row, ids, (_, text) in zip(rows, tokens, pairs, strict=True):
+    for row, ids, (number, text) in zip(rows, tokens, pairs, strict=True):
+        check_known(task.tokenizer, f"The example of prompt {number}", text, ids)
         if len(ids) + 1 > task.response_length:
             raise ArgumentError(
                 f"The example {text[:60]!r} has {len(ids)} tokens and its end; response_length is "
@@ -34,6 +33,14 @@ def examples(task: TextTask) -> np.ndarray:
             )
         row[task.width : task.width + len(ids) + 1] = [*ids, task.end_token]
     return rows
+
+
+def _texts(number: int, given: Any) -> list[str]:
+    """Return the examples of one prompt, given as one text or several."""
+    texts = [given] if isinstance(given, str) else list(given) if isinstance(given, list | tuple) else []
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ArgumentError(f"The examples of prompt {number} must be a text or a list of texts, not {given!r}.")
+    return texts
 
 
 def steps_of(rows: np.ndarray, prompt_length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,6 @@
 """The three algorithms, unchanged, on language models."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch as th
+from conftest import silent
 from stable_baselines3 import PPO as SB3PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -189,6 +191,27 @@ def test_archive_needs_no_folder(shape, tmp_path):
     loaded.policy.save(tmp_path / "policy.pt")
     again = type(loaded.policy).load(tmp_path / "policy.pt", device="cpu")
     np.testing.assert_array_equal(again.hidden_states(rows).detach(), loaded.policy.hidden_states(rows).detach())
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("algorithm", [PPO, TRPO])
+def test_a_loaded_model_goes_on_exactly_from_the_same_state(algorithm, lora, tmp_path):
+    model = make("gpt2", algorithm, policy_kwargs={"lora": lora, "reference_kl_target": 0.1})
+    model.learn(104)
+    model.save(tmp_path / "model")
+    copied, loaded = copy.deepcopy(model), algorithm.load(tmp_path / "model", env=copy.deepcopy(model.env))
+    loaded._last_obs, loaded._last_episode_starts = copied._last_obs.copy(), copied._last_episode_starts.copy()
+    for its in (copied, loaded):
+        silent(its)
+        th.manual_seed(0)
+        np.random.seed(0)
+        its.learn(104, reset_num_timesteps=False)
+    moved = 0.0
+    for p, q, r in zip(*(its.policy.parameters() for its in (copied, loaded, model)), strict=True):
+        assert th.equal(p, q)
+        moved = max(moved, float((p - r).detach().abs().max()))
+    assert moved > 1e-4
+    assert th.equal(copied.policy.reference_kl_coef, loaded.policy.reference_kl_coef)
 
 
 def test_frozen_layers():

@@ -48,7 +48,7 @@ def test_a_log_probability_is_that_of_the_plain_model(shape):
     act(model)
     batch, policy = whole_batch(model), model.policy
     for row in range(0, len(batch), 5):
-        observation = batch.observations[row]
+        observation = th.as_tensor(batch.observations[row])
         prompt, response = observation[: policy.prompt_length], observation[policy.prompt_length :]
         prompt, response = prompt[prompt >= 0][None].long(), response[response >= 0][None].long()
         with th.no_grad():

@@ -1,17 +1,26 @@
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
-from text_models import GPT2, T5, config_of, count_a, letters_task
+from stable_baselines3.common.vec_env import VecNormalize as SB3VecNormalize
+from text_models import GPT2, T5, config_of, count_a, letters_task, make
+from tokenizers.processors import TemplateProcessing
+from transformers import GenerationConfig
 
 from sb3_pg import PPO, REINFORCE
 from sb3_pg.common.advantages import leave_one_out, leave_one_out_within
+from sb3_pg.common.engines.protocol import Seen
 from sb3_pg.common.errors import ArgumentError, NonFiniteError
+from sb3_pg.common.vec_env import VecNormalize
 from sb3_pg.text import TextEnv, TextVecEnv, word_tokenizer
 from sb3_pg.text.spaces import Vocabulary, prompt_length_of
+from sb3_pg.text.supervised import examples
 from sb3_pg.text.tokenizers import SPECIAL
 
 END = 1
@@ -286,6 +295,216 @@ def test_other_environments_are_refused(env):
 def test_vec_env_arguments():
     with pytest.raises(ArgumentError, match="`completions_per_prompt` must divide n_envs=4, but 3 does not"):
         TextVecEnv(letters_task(), 4, completions_per_prompt=3)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"prompts": "a b c"}, "`prompts` must be a list of texts, not one text: 'a b c'"),
+        ({"prompts": ["a", 3]}, "`prompts` must be texts, but prompt 1 is 3"),
+        ({"prompts": ["a", "b zebra"]}, r"Prompt 1 \('b zebra'\) has what the tokenizer does not know: 'zebra'"),
+        ({"references": "abcde"}, "`references` must be a list of texts, not one text: 'abcde'"),
+        ({"examples": "abcde"}, "`examples` must be a list of texts"),
+        ({"tokenizer": "gpt2"}, r"must be a Hugging Face tokenizer, not 'gpt2'. Pass AutoTokenizer.from_pretrained\("),
+        ({"tokenizer": None}, "must be a Hugging Face tokenizer, not None"),
+        ({"reward": lambda texts: 0.0}, r"`reward` must be a function of \(prompts, completions, references\)"),
+        ({"end_tokens": ["zebra"]}, "`end_tokens` has 'zebra', which is not a token"),
+        ({"end_tokens": [99]}, "`end_tokens` has 99, which is not a token"),
+    ],
+)
+def test_arguments_that_cannot_work_are_named_in_one_line(options, message):
+    with pytest.raises(ArgumentError, match=message) as error:
+        letters_task(**options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ([[], "a", "a", "a", "a"], r"The examples of prompt 0 must be a text or a list of texts, not \[\]"),
+        (["a", None, "a", "a", "a"], "The examples of prompt 1 must be a text or a list of texts, not None"),
+        (["a", "a", "a", ["a", 3], "a"], "The examples of prompt 3 must be"),
+        (
+            ["a", "a", "a", "a", "a zebra"],
+            r"The example of prompt 4 \('a zebra'\) has what the tokenizer does not know",
+        ),
+    ],
+)
+def test_examples_that_cannot_work(given, message):
+    with pytest.raises(ArgumentError, match=message):
+        examples(letters_task(examples=given))
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ("/no/such/folder", "`model` is '/no/such/folder', but there is no such folder"),
+        ("./nothing", "there is no such folder"),
+        (Path("nothing"), "there is no such folder"),
+        ("/tmp", "`model` '/tmp' cannot be loaded: .* It must be a folder with a model"),
+        ({"model_type": "gpt3"}, "`model` of type 'gpt3' cannot be made of its configuration"),
+        ({**GPT2, "n_head": 3}, "`model` of type 'gpt2' cannot be made"),
+        ({**GPT2, "eos_token_id": None}, "The model has no end token"),
+    ],
+)
+def test_models_that_cannot_be_had(model, message):
+    with pytest.raises(ArgumentError, match=message) as error:
+        policy_with(model if not isinstance(model, dict) else {"vocab_size": 11, "eos_token_id": END, **model})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "reward, expected",
+    [
+        (lambda n: th.full((n,), 0.5, dtype=th.bfloat16), 0.5),
+        (lambda n: th.full((n,), 0.5, requires_grad=True) * 2, 1.0),
+        (lambda n: [th.tensor(0.25, dtype=th.float16, requires_grad=True)] * n, 0.25),
+        (lambda n: (np.float32(2),) * n, 2.0),
+    ],
+)
+def test_rewards_of_other_kinds_of_numbers(reward, expected):
+    task = letters_task(reward=lambda prompts, completions, references: reward(len(prompts)))
+    assert task.score([0, 1], np.full((2, 6), END))[0].tolist() == [expected] * 2
+
+
+def test_vec_normalize_may_scale_rewards_but_not_tokens():
+    task = letters_task()
+    kwargs = {"n_steps": 8, "batch_size": 8, "n_epochs": 1, "policy_kwargs": {"model": config_of("gpt2", task)}}
+    for kind in (VecNormalize, SB3VecNormalize):
+        model = PPO("CausalLMPolicy", kind(TextVecEnv(task, 4), norm_obs=False), **kwargs)
+        model.learn(32)
+        assert model.get_vec_normalize_env().ret_rms.count > 30
+        with pytest.raises(
+            ArgumentError, match=r"numbers of tokens, .* not float32.* use VecNormalize\(norm_obs=False\)"
+        ):
+            PPO("CausalLMPolicy", kind(TextVecEnv(task, 4)), **kwargs).learn(32)
+
+
+# ------------------------------------------------------- special and end tokens
+
+
+def chat_tokenizer():
+    """Letters, with a start token that is added to each text, and tokens for turns."""
+    tokenizer = word_tokenizer(["<start>", "<turn>", "<think>", *"abcdefgh"])
+    tokenizer.add_special_tokens({"bos_token": "<start>", "additional_special_tokens": ["<turn>", "<think>"]})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<start> $A", special_tokens=[("<start>", tokenizer.bos_token_id)]
+    )
+    tokenizer.chat_template = "{{ bos_token }} {% for m in messages %}{{ m.content }} <turn> {% endfor %}"
+    return tokenizer
+
+
+def test_the_start_token_of_a_chat_template_is_not_added_again():
+    tokenizer = chat_tokenizer()
+    start = tokenizer.bos_token_id
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "a b"}], tokenize=False)
+    assert chat.startswith("<start>")
+    task = letters_task(tokenizer=tokenizer, prompts=[chat, "a b"])
+    assert [(row == start).sum() for row in task.rows] == [1, 1]
+    assert task.rows[0, -4:].tolist() == [start, *tokenizer.convert_tokens_to_ids(["a", "b", "<turn>"])]
+
+
+def test_special_tokens_are_shown_to_the_reward():
+    seen = []
+
+    def reward(prompts, completions, references):
+        seen.extend(completions)
+        return [0.0] * len(prompts)
+
+    task = letters_task(tokenizer=chat_tokenizer(), reward=reward)
+    think, turn, a = task.tokenizer.convert_tokens_to_ids(["<think>", "<turn>", "a"])
+    responses = np.array([[think, a, END, -1, -1, -1], [a, turn, a, END, -1, -1], [END] + [-1] * 5, [a] * 6])
+    task.score([0, 0, 0, 0], responses)
+    assert seen == ["<think> a", "a <turn> a", "", "a a a a a a"]
+
+
+@pytest.mark.parametrize("kind", [TextEnv, TextVecEnv])
+def test_any_of_several_end_tokens_ends_a_response(kind):
+    task = letters_task(tokenizer=chat_tokenizer(), end_tokens=["<turn>"], missing_end_penalty=5.0)
+    turn, a = task.tokenizer.convert_tokens_to_ids(["<turn>", "a"])
+    assert task.action_space.end_tokens == (END, turn)
+    for end in (END, turn):
+        env = kind(task) if kind is TextEnv else kind(task, 1)
+        env.reset()
+        assert not env.step([a] if kind is TextVecEnv else a)[2]
+        _, reward, done, *_, info = env.step([end] if kind is TextVecEnv else end)
+        info = info[0] if kind is TextVecEnv else info
+        assert done
+        assert info["completion"] == "a"
+        assert info["ended"]
+        assert reward == pytest.approx(1 / 6)  # no penalty
+
+
+def test_the_models_end_tokens_must_be_the_environments():
+    tokenizer = chat_tokenizer()
+    turn = tokenizer.convert_tokens_to_ids("<turn>")
+    config = {**GPT2, "vocab_size": len(tokenizer), "eos_token_id": [END, turn]}
+    with pytest.raises(ArgumentError, match=rf"\[{turn}\] would not end .* Pass TextTask\(end_tokens=\[{turn}\]\)"):
+        policy_with(config, task=letters_task(tokenizer=tokenizer))
+    task = letters_task(tokenizer=tokenizer, end_tokens=[turn])
+    model = policy_with(config, task=task)
+    policy = model.policy
+    assert policy.end_tokens == [END, turn]
+    rows = np.repeat(task.observations([0]), 4, axis=0)
+    rows[1:, task.width] = [END, turn, 5]
+    rows[3, task.width + 1] = turn
+    assert policy.is_over(rows).tolist() == [False, True, True, True]
+    model.learn(32)
+    responses = policy.generate(task.observations(), do_sample=True, num_return_sequences=40)
+    ends = np.isin(responses, [END, turn])
+    assert ends.sum(axis=1).max() == 1
+    assert {END, turn} <= set(responses[ends].tolist())
+    last = (responses != -1).sum(axis=1) - 1
+    assert np.array_equal(ends.any(axis=1), np.isin(responses[np.arange(len(last)), last], [END, turn]))
+
+
+def test_a_response_that_goes_on_after_an_end_token_is_not_over():
+    """Such as a conversation whose turns are in the response's columns."""
+    model = policy_with(config_of("llama", letters_task()))
+    policy, task = model.policy, letters_task()
+    rows = np.repeat(task.observations([0]), 4000, axis=0)
+    rows[:, task.width : task.width + 3] = [4, END, 5]
+    assert not policy.is_over(rows).any()
+    tokens = model.network.act(Seen(rows)).actions
+    expected = policy.get_distribution(rows[:1]).distribution.probs[0].detach().numpy()
+    assert np.abs(np.bincount(tokens, minlength=11) / len(tokens) - expected).max() < 0.03
+
+
+def test_a_tokenizer_with_a_token_more_than_its_model():
+    task = letters_task()
+    model = policy_with(config_of("gpt2", task, vocab_size=10), task=task)
+    policy = model.policy
+    rows = task.observations([1, 2])  # the last letter is not in them
+    tokens = model.network.act(Seen(np.repeat(rows, 2000, axis=0))).actions
+    assert set(tokens.tolist()) == set(range(10))
+    _, log_prob, entropy = policy.evaluate_actions(rows, th.tensor([3, 10]))
+    logits = policy.lm(input_ids=th.as_tensor(rows[:1, task.width - 1 : task.width]).long()).logits[0, -1]
+    assert float(log_prob[0]) == pytest.approx(float(th.log_softmax(logits, dim=-1)[3]), abs=1e-5)
+    assert log_prob[1] < -1e7
+    assert entropy.isfinite().all()
+    assert policy.generate(rows, do_sample=True, num_return_sequences=100).max() < 10
+    with pytest.raises(ArgumentError, match=r"has 11 tokens, .* has 9. .* resize_token_embeddings\(11\)"):
+        policy_with(config_of("gpt2", task, vocab_size=9), task=task)
+
+
+def test_evaluation_does_not_inherit_the_models_generation_settings(tmp_path):
+    """Total variation between drawing by ``generate`` and by acting."""
+    task = letters_task()
+    model = make("llama", task=task, policy_kwargs={"temperature": 1.0})
+    model.policy.save_pretrained(tmp_path)
+    settings = {"do_sample": True, "top_p": 0.3, "top_k": 2, "repetition_penalty": 5.0, "temperature": 0.1}
+    GenerationConfig(**settings, eos_token_id=END, bad_words_ids=[[3]]).save_pretrained(tmp_path)
+    policy = policy_with(str(tmp_path), task=task).policy
+    assert policy.lm.generation_config.top_p == 0.3
+    rows = task.observations([0])
+    drawn = policy.generate(rows, do_sample=True, num_return_sequences=4000)[:, 0]
+    expected = policy.get_distribution(rows).distribution.probs[0].detach().numpy()
+    assert np.abs(np.bincount(drawn, minlength=11) / len(drawn) - expected).sum() / 2 < 0.05
+    greedy = policy.generate(rows)[0]
+    assert greedy[0] == expected.argmax()
+    assert policy.lm.generation_config.top_p == 0.3  # for others who use the model
+    policy.save_pretrained(tmp_path / "again")
+    assert GenerationConfig.from_pretrained(tmp_path / "again").top_p == 0.3
 
 
 # ------------------------------------------------------------------- details

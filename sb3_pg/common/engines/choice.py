@@ -9,7 +9,7 @@ from sb3_pg.common.engines.autograd import AutogradEngine
 from sb3_pg.common.engines.blueprint import reason_against
 from sb3_pg.common.engines.closed_form import ClosedFormEngine
 from sb3_pg.common.engines.protocol import Engine
-from sb3_pg.common.registry import AUTOGRAD_PLACES, ENGINE_PLACES, engine_class
+from sb3_pg.common.registry import AUTOGRAD_PLACES, ENGINE_PLACES, entered_for
 
 
 def make_engine(policy: ActorCriticPolicy, engine: str = "auto") -> Engine:
@@ -18,7 +18,7 @@ def make_engine(policy: ActorCriticPolicy, engine: str = "auto") -> Engine:
     :param policy: any ActorCriticPolicy; one with an engine of its own, see :mod:`sb3_pg.common.registry`, gets that
     :param engine: "autograd" always takes torch's
     """
-    own: Callable[..., Engine] | None = engine_class(
+    own: Callable[..., Engine] | None = entered_for(
         type(policy), AUTOGRAD_PLACES if engine == "autograd" else ENGINE_PLACES
     )
     if own is not None:
