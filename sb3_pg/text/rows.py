@@ -269,6 +269,20 @@ class Recording(TokenRows):
         self.last[step] = rows[np.arange(len(rows)), columns]
         self._n_steps, self._rows = step + 1, rows.copy()
 
+    def get_state(self) -> dict[str, np.ndarray]:
+        """Return what has been recorded, as arrays that hold each token once."""
+        used = slice(0, self._n_steps)
+        columns = {name: getattr(self, name)[used].copy() for name in ("number", "length", "last")}
+        return {"sequences": self.rows(np.arange(len(self._begins))), **columns}
+
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Record anew what ``get_state`` has returned."""
+        self._forget()
+        table = Table(state["sequences"], self.prompt_length)
+        columns = (state[name] for name in ("number", "length", "last"))
+        for step, its in enumerate(zip(*columns, strict=True)):
+            self[step] = np.asarray(TokenRows(table, self.width, *its))
+
     def _begin(self, row: np.ndarray, step: int, env: int) -> int:
         filled = np.flatnonzero(row != EMPTY)
         first = int(filled[0])

@@ -9,9 +9,10 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 
-from sb3_pg.common.archive.plain import Plain, fingerprint, generator_state, plain, set_generator_state, value
+from sb3_pg.common.archive.plain import Plain, Stateful, fingerprint, generator_state, plain, set_generator_state, value
 from sb3_pg.common.archive.simulations import go_on, prepare_reset
 from sb3_pg.common.archive.simulations import state_of as state_of_environments
+from sb3_pg.common.arrays import mapped
 from sb3_pg.common.buffers import RolloutBuffer
 from sb3_pg.common.rollout import Cut, Rollout, Step
 
@@ -148,24 +149,22 @@ _FIELDS = (
 
 
 def _columns(buffer: Any) -> dict[str, Any]:
-    """Return the arrays of a rollout buffer, or dictionaries of them, that have a row for each step."""
+    """Return what a rollout buffer records step by step: arrays, dictionaries of them, or what tells its own state."""
     shape = buffer.buffer_size, buffer.n_envs
 
     def is_column(x: Any) -> bool:
-        return isinstance(x, np.ndarray) and x.shape[:2] == shape
+        if isinstance(x, dict):
+            return bool(x) and all(map(is_column, x.values()))
+        return isinstance(x, Stateful) or (isinstance(x, np.ndarray) and x.shape[:2] == shape)
 
-    return {
-        name: its
-        for name, its in vars(buffer).items()
-        if is_column(its) or (isinstance(its, dict) and its and all(map(is_column, its.values())))
-    }
+    return {name: x for name, x in vars(buffer).items() if is_column(x)}
 
 
 def _described(rollout: Rollout) -> dict[str, Any]:
     """Return an unfinished rollout as values without objects of our own."""
     used = slice(0, rollout.n_steps)
     columns = {
-        name: {key: its[used] for key, its in x.items()} if isinstance(x, dict) else x[used]
+        name: x.get_state() if isinstance(x, Stateful) else mapped(lambda its: its[used], x)
         for name, x in _columns(rollout.buffer).items()
     }
     step = rollout.unrecorded
@@ -192,8 +191,12 @@ def _rollout_of(buffer: Any, described: dict[str, Any]) -> Rollout | None:
         return None
     columns = _columns(buffer)
     for name, x in described["columns"].items():
-        for of, its in [(columns[name][key], x[key]) for key in x] if isinstance(x, dict) else [(columns[name], x)]:
-            of[:n] = its
+        of = columns[name]
+        if isinstance(of, Stateful):
+            of.set_state(x)
+            continue
+        for column, its in [(of[key], x[key]) for key in x] if isinstance(x, dict) else [(of, x)]:
+            column[:n] = its
     buffer.pos, buffer.full = n, n == buffer.buffer_size
     rollout = Rollout(buffer, described["last_observations"], described["last_dones"])
     for name in _FIELDS:

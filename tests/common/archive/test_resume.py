@@ -617,7 +617,7 @@ def walk(x):
         yield from walk(its)
 
 
-@pytest.mark.parametrize("x", [threading.Lock(), object(), iter([1]), np.array([None])], ids=repr)
+@pytest.mark.parametrize("x", [threading.Lock(), object(), iter([1]), np.array([None])], ids=lambda x: type(x).__name__)
 def test_what_is_no_plain_data(x):
     with pytest.raises(UnstorableError):
         plain({"a": [x]})
