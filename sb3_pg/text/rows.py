@@ -167,6 +167,12 @@ class TokenRows(np.lib.mixins.NDArrayOperatorsMixin):
         response[np.arange(response.shape[-1]) >= np.asarray(self.length)[..., None]] = EMPTY
         return rows
 
+    def __getattr__(self, name: str) -> Any:
+        """Return what an array has: its methods, for those who take the rows for one."""
+        if name.startswith("_") or name in ("sequences", "width", "number", "length", "last"):  # while it is copied
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(np.asarray(self), name)
+
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         arrays = [np.asarray(x) if isinstance(x, TokenRows) else x for x in inputs]
         return getattr(ufunc, method)(*arrays, **kwargs)
@@ -222,6 +228,11 @@ class Recording(TokenRows):
     @property
     def prompt_length(self) -> int:
         return self._prompt_length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return super().nbytes + sum(tokens.nbytes for _, tokens in self._heads)
 
     def enlarged(self, n_steps: int) -> "Recording":
         """Return the same with room for more steps."""

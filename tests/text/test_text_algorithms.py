@@ -195,17 +195,14 @@ def test_archive_needs_no_folder(shape, tmp_path):
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("algorithm", [PPO, TRPO])
-def test_a_loaded_model_goes_on_exactly_from_the_same_state(algorithm, lora, tmp_path):
+def test_a_loaded_model_goes_on_exactly(algorithm, lora, tmp_path):
     model = make("gpt2", algorithm, policy_kwargs={"lora": lora, "reference_kl_target": 0.1})
     model.learn(104)
     model.save(tmp_path / "model")
-    copied, loaded = copy.deepcopy(model), algorithm.load(tmp_path / "model", env=copy.deepcopy(model.env))
-    loaded._last_obs, loaded._last_episode_starts = copied._last_obs.copy(), copied._last_episode_starts.copy()
-    for its in (copied, loaded):
-        silent(its)
-        th.manual_seed(0)
-        np.random.seed(0)
-        its.learn(104, reset_num_timesteps=False)
+    copied = silent(copy.deepcopy(model)).learn(104, reset_num_timesteps=False)
+    # Its random numbers are those of the archive.
+    loaded = silent(algorithm.load(tmp_path / "model", env=copy.deepcopy(model.env)))
+    loaded.learn(104, reset_num_timesteps=False)
     moved = 0.0
     for p, q, r in zip(*(its.policy.parameters() for its in (copied, loaded, model)), strict=True):
         assert th.equal(p, q)

@@ -65,6 +65,12 @@ def test_a_recording_reads_like_the_array_of_its_rows(recorded):
     assert np.array_equal(np.asarray(flat[::7]), steps[:30].reshape(150, 10)[::7])
     assert np.array_equal(recording.reshape(-1), steps.reshape(-1))
     assert np.array_equal(recording + 1, steps + 1)
+    assert np.array_equal(recording.swapaxes(0, 1), steps.swapaxes(0, 1))
+    assert np.array_equal(recording[3].astype(float), steps[3].astype(float))
+    assert [row.tolist() for row in recording[7]] == steps[7].tolist()
+    assert np.array_equal(th.as_tensor(np.asarray(recording[:2])), steps[:2])
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = recording.nothing
     assert (recording >= 0).sum() == (steps >= 0).sum()
     assert np.array_equal(np.concatenate([recording, recording]), np.concatenate([steps, steps]))
     for again in (copy.deepcopy(recording), pickle.loads(pickle.dumps(recording))):
