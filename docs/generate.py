@@ -1,5 +1,6 @@
 """Write what is not written by hand: the legends of the log and the tables of measurements."""
 
+import re
 from pathlib import Path
 
 from sb3_pg.common.figures import SB3_LEGEND, Figures, legend
@@ -40,6 +41,11 @@ def legends() -> dict[str, dict[str, str]]:
     return parts | {"text": legend(TextFigures)}
 
 
+def measured(text: str) -> str:
+    """Return a table without its links to files that lie beside it."""
+    return re.sub(r"(?<!!)\[([^]]+)\]\((?!https?:|#)[^)]*\)", r"\1", text)
+
+
 def generate(root: Path, folder: Path) -> None:
     """Write all legends and tables.
 
@@ -52,5 +58,5 @@ def generate(root: Path, folder: Path) -> None:
     for name, (file, maker) in TABLES.items():
         source = root / "benchmarks" / file
         missing = f"# {name.capitalize()}\n\nNot measured in this checkout. It is made by `{maker}`.\n"
-        text = source.read_text(encoding="utf-8") if source.exists() else missing
+        text = measured(source.read_text(encoding="utf-8")) if source.exists() else missing
         (folder / f"{name}.md").write_text(text, encoding="utf-8")

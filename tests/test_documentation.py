@@ -125,6 +125,14 @@ def test_the_legend_has_a_row_for_each_key_of_the_log():
     assert all(any(row.startswith(f"| `{key}` | ") for row in rows) for part in parts.values() for key in part)
 
 
+def test_tables_are_taken_as_they_are_without_links_to_files_beside_them(tmp_path):
+    (tmp_path / "benchmarks" / "speed").mkdir(parents=True)
+    table = "# Speed\n\n[All](results.csv) by [SB3](https://x.org/y).\n"
+    (tmp_path / "benchmarks" / "speed" / "table.md").write_text(table)
+    generate["generate"](tmp_path, tmp_path / "generated")
+    assert (tmp_path / "generated" / "speed.md").read_text() == "# Speed\n\nAll by [SB3](https://x.org/y).\n"
+
+
 def test_what_is_generated_says_so_where_nothing_was_measured(tmp_path):
     generate["generate"](tmp_path, tmp_path / "generated")
     assert "Not measured" in (tmp_path / "generated" / "speed.md").read_text()
