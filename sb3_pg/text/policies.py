@@ -33,7 +33,7 @@ except ImportError as error:
 
 from sb3_pg.text.checks import check_reading, half_precision
 from sb3_pg.text.decoding import Decoder, Memory
-from sb3_pg.text.graphs import checkpointing, enable_checkpointing, graph_bytes
+from sb3_pg.text.graphs import checkpointing, enable_checkpointing, graph_bytes, release_memory
 from sb3_pg.text.rows import Piece, TokenRows
 from sb3_pg.text.sequences import flush_left, flush_right, last_tokens
 from sb3_pg.text.spaces import EMPTY, Vocabulary, prompt_length_of
@@ -45,7 +45,7 @@ CHUNK_TOKENS = 1 << 13
 IMPOSSIBLE = -1e8
 
 #: Bytes of activations that are kept for a gradient at once, about, if ``micro_batch_tokens`` is None.
-GRAPH_BYTES = 1 << 32
+GRAPH_BYTES = 1 << 31
 
 #: Numbers in the logits of one chunk: 64 MB. With gradients the logits of the other chunks are computed again.
 CHUNK_LOGITS = 1 << 24
@@ -97,7 +97,7 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         Takes a fraction of the memory and a third more time
     :param micro_batch_tokens: so many tokens, padding included, are read and differentiated at once, whatever the
         algorithm's ``batch_size``; the gradients are the same. Fewer take less memory, and reading a batch in parts
-        takes a third more time. None takes as many as keep about 4 GB for the gradient
+        takes a third more time. None takes as many as keep about 2 GB for the gradient
     :param reference_kl_coef: weight of ``log pi - log pi_ref`` that is taken from each token's reward, where pi_ref
         is the model as it was at the beginning. Higher stays nearer to it, lower earns more reward; 0 only logs the
         KL, None has no reference, which saves its memory
@@ -435,6 +435,8 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
             return of_hidden(th.empty(0, lm.get_output_embeddings().in_features, device=self.device), np.empty(0, int))
 
         def read(piece: Piece) -> tuple[th.Tensor, ...]:
+            if in_parts:
+                release_memory()
             with self.precision(), checkpointing(lm):
                 states = self.read_sequences(lm, piece.sequences)
             place = np.stack([piece.source, self.place(piece.prompt, piece.response)])
