@@ -60,7 +60,7 @@ PLAIN = [
 
 
 @PROTOCOLS
-@pytest.mark.parametrize("x", PLAIN, ids=str)
+@pytest.mark.parametrize("x", PLAIN, ids=lambda x: type(x).__name__)
 def test_plain_data_and_classes(x, protocol):
     found, expected = both(x, protocol)
     assert found == expected == x and type(found) is type(x)
