@@ -52,6 +52,11 @@ class QuickActorCriticLstmPolicy(_CountedInPython, QuickMlpPolicy, RecurrentActo
         """Return the arguments without what is only for new policies, so that RecurrentPPO reads the archive."""
         return {name: value for name, value in policy_kwargs.items() if name != "forget_bias"}
 
+    @staticmethod
+    def not_portable(policy_kwargs: dict[str, Any]) -> str | None:
+        """Return None: no argument reads what is elsewhere."""
+        return None
+
 
 class QuickActorCriticCnnLstmPolicy(QuickActorCriticLstmPolicy, RecurrentActorCriticCnnPolicy):
     """The same of sb3-contrib's CnnLstmPolicy."""

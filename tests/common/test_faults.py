@@ -99,11 +99,11 @@ def test_an_interrupted_update_is_made_again(algorithm, monkeypatch):
     model = tiny(algorithm, make_envs(n_envs=2), learning_rate=1e-2, engine="autograd")
     count, step = [0], AutogradEngine.step
 
-    def interrupted(self, max_grad_norm):
+    def interrupted(self, *arguments):
         count[0] += 1
         if count[0] == 6:
             raise KeyboardInterrupt
-        return step(self, max_grad_norm)
+        return step(self, *arguments)
 
     monkeypatch.setattr(AutogradEngine, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
