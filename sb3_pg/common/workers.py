@@ -7,6 +7,7 @@ In a single process every function is an identity, and costs as much as asking h
 All workers must ask the same in the same order, since each waits for the others.
 """
 
+import atexit
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -56,6 +57,7 @@ def join() -> None:
         backend = "cpu:gloo,cuda:nccl"
         th.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % th.cuda.device_count())
     dist.init_process_group(backend)
+    atexit.register(leave)  # else threads of gloo may still run when the process ends, which kills it
 
 
 def size() -> int:
@@ -167,12 +169,17 @@ def require_equal(what: str, tensors: Iterable[th.Tensor]) -> None:
         )
 
 
+def leave() -> None:
+    """Leave the other workers, whose next message then fails."""
+    if size() > 1:
+        dist.destroy_process_group()
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """Leave the others if the block fails, so that they learn of it with their next message instead of waiting."""
     try:
         yield
     except BaseException:
-        if size() > 1:
-            dist.destroy_process_group()
+        leave()
         raise
