@@ -1,7 +1,7 @@
 """What several workers gain, and what a message between them takes: ``python benchmarks/workers.py``.
 
 Times ``learn()`` with one worker and with two, each on a core and a thread of its own, at the same settings per worker,
-alternately (`--repeats`); then messages of several sizes. From those and from the seconds that one worker computes the table says
+alternately; then messages of several sizes. From those and from the seconds that one worker computes the table says
 what 8, 64 and 512 workers on as many cores would gain, if a sum over n workers takes log2(n) such messages. Writes
 ``benchmarks/workers/``. Needs two free cores.
 """
