@@ -89,7 +89,8 @@ def started(n: int, *arguments: str) -> Any:
 
 def table(results: dict[str, Any]) -> str:
     """Return the measurements and what follows from them as Markdown."""
-    lines = ["| | steps/s, 1 worker | steps/s, 2 workers | ratio | messages per update |", "|---|---|---|---|---|"]
+    lines = ["# Several workers", "", "Made by `benchmarks/workers.py`, two workers on two cores.", ""]
+    lines += ["| | steps/s, 1 worker | steps/s, 2 workers | ratio | messages per update |", "|---|---|---|---|---|"]
     for name, its in results["rows"].items():
         one, two = (statistics.median(x["speed"] for x in its[n]) for n in ("1", "2"))
         lines.append(f"| {name} | {one:,.0f} | {two:,.0f} | {two / one:.2f} | {its['2'][0]['messages']:.0f} |")
