@@ -29,7 +29,7 @@ export OMP_NUM_THREADS
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
-SOURCES := sb3_pg tests benchmarks docs setup.py
+SOURCES := sb3_pg tests benchmarks docs
 
 .DEFAULT_GOAL := help
 .PHONY: help run test lint type docs dist format clean install pictures

@@ -130,7 +130,7 @@ def test_an_installed_wheel_has_its_settings(tmp_path):
     source.mkdir()
     for name in ("sb3_pg", "zoo_configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
     subprocess.run([sys.executable, "-m", "pip", *build], check=True)
