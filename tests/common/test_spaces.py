@@ -32,6 +32,7 @@ class Choosing(gym.Env):
     def __init__(self, action_space, observation_space=BOX, length=4):
         self.action_space, self.observation_space, self.length = action_space, observation_space, length
         self.given = []
+        super().reset(seed=0)  # an evaluation that nobody seeds is the same each time
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)

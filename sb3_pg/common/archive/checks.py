@@ -66,12 +66,12 @@ def check_attributes(file: str, model: type, data: dict[str, Any], given: Collec
             raise ArchiveError(f"{file}: `{name}` is {data.get(name)!r}, but must be a space.")
     if not isinstance(data.get("policy_kwargs", {}), dict):
         raise ArchiveError(f"{file}: `policy_kwargs` is {data['policy_kwargs']!r}, but must be a dictionary.")
-    for name in data.keys() - set(given):
+    for name in [name for name in data if name not in given]:
         if callable(getattr(model, name, None)) or name in _NEVER_SAVED:
             raise ArchiveError(
                 f"{file}: `{name}` is nothing that a {model.__name__} saves, and is not taken from a file."
             )
-    for name in data.keys() & set(_COUNTED) - set(given):
+    for name in [name for name in _COUNTED if name in data and name not in given]:
         if as_number(data[name]) is None:
             raise ArchiveError(f"{file}: `{name}` is {data[name]!r}, but must be a number.")
     for name, kinds in _REMEMBERED.items():
@@ -165,7 +165,7 @@ def check_policy_state(file: str, policy: th.nn.Module, state: Any, exact: bool 
     if exact and (missing or unknown):
         what = f"lacks {_listed(missing)}" if missing else f"has {_listed(unknown)}"
         raise ArchiveError(f"{file}: its policy {what}, unlike the {type(policy).__name__} that it is for.")
-    for name in own.keys() & state.keys():
+    for name in [name for name in own if name in state]:
         x = state[name]
         if not isinstance(x, th.Tensor) or x.shape != own[name].shape:
             shape = tuple(x.shape) if isinstance(x, th.Tensor) else type(x).__name__

@@ -183,7 +183,7 @@ def test_parameters_of_a_file_are_taken_over_together_or_not_at_all(tmp_path):
     with pytest.raises(ArchiveError, match=r"spoilt: value_net\.bias is not finite"):
         PPO.load(tmp_path / "spoilt")
     tiny(PPO, make_envs(), policy_kwargs={"net_arch": [9]}).save(tmp_path / "wider")
-    with pytest.raises(ArchiveError, match=r"wider: mlp_extractor\.\S+ is of shape \(9"):
+    with pytest.raises(ArchiveError, match=r"wider: mlp_extractor\.policy_net\.0\.weight is of shape \(9"):
         model.set_parameters(tmp_path / "wider")
     np.testing.assert_array_equal(weights(model), before)
     th.testing.assert_close(model.policy.optimizer.state_dict()["state"][0]["exp_avg"], moments, rtol=0, atol=0)

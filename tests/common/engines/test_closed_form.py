@@ -96,6 +96,16 @@ def test_judges_long_rollouts_in_chunks(monkeypatch):
         close(found, expected, 1e-5)
 
 
+@pytest.mark.parametrize("action", ACTION_SPACES)
+def test_a_trust_region_step_in_parts_is_that_of_the_whole(action, double, monkeypatch):
+    policy = double(make_policy(action))
+    engine, (observations, actions) = make_engine(policy), draw(policy)
+    whole = natural_gradient(engine, observations, actions)
+    monkeypatch.setattr("sb3_pg.common.engines.closed_form._CHUNK_ROWS", 4)
+    for found, expected in zip(natural_gradient(engine, observations, actions), whole, strict=True):
+        close(found, expected)
+
+
 @pytest.mark.parametrize("normalize_images", [True, False])
 def test_images_are_scaled_as_the_policy_scales_them(normalize_images):
     policy = make_policy("box", "image", normalize_images=normalize_images)
