@@ -3,6 +3,7 @@
 ``python -m torch.distributed.run --nproc-per-node 2 together.py FILE`` writes what each case finds to FILE.
 """
 
+import atexit
 import sys
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
+import torch.distributed as dist
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.logger import configure
@@ -198,6 +200,7 @@ def prepare(setattr: Any = setattr) -> None:
 
 if __name__ == "__main__":
     th.set_num_threads(1)
+    atexit.register(lambda: print("there" if dist.is_initialized() else "left"))
     workers.join()
     prepare()
     found = {f"{name}/{key}": x for name, case in CASES.items() for key, x in case().items()}
