@@ -86,8 +86,10 @@ def started(n: int, *arguments: str) -> Any:
     """Return what the first of n workers has printed."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] if n > 1 else []
     command = [sys.executable, "-W", "ignore", *torchrun, __file__, *arguments]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads([line for line in out.splitlines() if line.startswith("{")][-1])
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    if ended.returncode:
+        sys.exit(f"{' '.join(arguments)} by {n} workers: {ended.stderr}")
+    return json.loads([line for line in ended.stdout.splitlines() if line.startswith("{")][-1])
 
 
 def table(results: dict[str, Any]) -> str:
@@ -112,17 +114,22 @@ def main() -> None:
     """Measure all rows, alternately, and write data and table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
-    messages = started(2, "--messages")
-    rows: dict[str, Any] = {name: {"1": [], "2": []} for name in ROWS}
-    for name in ROWS:
-        for _ in range(repeats):
-            for n in (1, 2):
-                rows[name][str(n)].append(started(n, "--measure", name))
-        print(name, *(round(statistics.median(x["speed"] for x in rows[name][n])) for n in "12"), flush=True)
-    results = {"rows": rows, "messages": messages}
+    parser.add_argument("--only", default="", help="measure the rows with this in their names, and keep the others")
+    arguments = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
-    (FOLDER / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    file = FOLDER / "results.json"
+    results = json.loads(file.read_text()) if arguments.only else {"rows": {}}
+    results["messages"] = started(2, "--messages")
+    for name in ROWS:
+        if arguments.only not in name:
+            continue
+        its: dict[str, Any] = {"1": [], "2": []}
+        for _ in range(arguments.repeats):
+            for n in (1, 2):
+                its[str(n)].append(started(n, "--measure", name))
+        print(name, *(round(statistics.median(x["speed"] for x in its[n])) for n in "12"), flush=True)
+        results["rows"][name] = its
+    file.write_text(json.dumps(results, indent=1) + "\n")
     (FOLDER / "table.md").write_text(table(results))
     print(table(results))
 

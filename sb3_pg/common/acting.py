@@ -45,7 +45,7 @@ class Steps:
 
         :raises ArgumentError: it never will
         """
-        return rollout.n_steps >= self.n_steps
+        return rollout.buffer.pos >= self.n_steps
 
     def keep(self, rollout: Rollout) -> np.ndarray | None:
         """Return which samples count, bool (n_steps, n_envs); None for all."""

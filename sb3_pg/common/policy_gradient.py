@@ -53,6 +53,7 @@ from sb3_pg.common.errors import (
     PolicyError,
     as_number,
     evaluate_schedule,
+    is_finite,
     require_finite,
     require_finite_of,
 )
@@ -448,8 +449,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         """Add a step to the rollout, and go on from where it has led to."""
         actions, rewards, dones, infos, observations, values, log_probs, memory, masks = step
         rollout.unrecorded, buffer = None, rollout.buffer
-        if not math.isfinite(rewards.dot(rewards)):  # here, for a callback may have changed them
-            require_finite_of(None, "reward", rewards, buffer.pos)
+        require_finite_of(None, "reward", rewards, buffer.pos)  # here, for a callback may have changed them
         self._update_info_buffer(infos, dones)
         if np.count_nonzero(dones):  # quicker than ``any`` on a few
             rollout.note(dones, infos)
@@ -473,11 +473,9 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         except Exception:
             self._blame_observations(step)
             raise
-        if acted.actions.dtype.kind == "f":
-            flat = acted.actions.ravel()
-            if not math.isfinite(flat.dot(flat)):  # quicker than to look at each
-                self._blame_observations(step)
-                require_sound_policy(self.policy, "action", acted.actions[None], step)
+        if not is_finite(acted.actions):
+            self._blame_observations(step)
+            require_sound_policy(self.policy, "action", acted.actions[None], step)
         return acted
 
     def predict(

@@ -64,8 +64,11 @@ def start_of(space: spaces.Space[Any]) -> Any:
 
 def shifted(space: spaces.Space[Any], actions: np.ndarray) -> np.ndarray:
     """Return actions numbered from 0 as the space numbers them (SB3 issue 1295)."""
-    if isinstance(space, spaces.Box | spaces.MultiBinary) or (isinstance(space, spaces.Discrete) and space.start == 0):
-        return actions  # quicker than to add
+    if isinstance(space, spaces.Discrete):
+        if space.start == 0:
+            return actions  # quicker than to add
+    elif not isinstance(space, spaces.MultiDiscrete):
+        return actions
     moved = np.empty_like(actions)  # an array for a single choice, too
     np.add(actions, start_of(space), out=moved, casting="unsafe")
     return moved
