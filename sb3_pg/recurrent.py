@@ -9,7 +9,6 @@ from sb3_contrib.common.recurrent.policies import (
     RecurrentActorCriticPolicy,
     RecurrentMultiInputActorCriticPolicy,
 )
-from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
@@ -21,16 +20,27 @@ from sb3_pg.common.engines.recurrent_prediction import RecurrentPredictor
 from sb3_pg.common.policies import QuickMlpPolicy
 
 
-class _CountedInPython(ActorCriticPolicy):
-    """SB3 counts the features of MultiDiscrete observations in NumPy's numbers, which torch's LSTM does not take."""
+class _WithMemory(RecurrentActorCriticPolicy):
+    """What sb3-contrib's recurrent policies lack."""
 
     def make_features_extractor(self) -> BaseFeaturesExtractor:
+        """Return SB3's, whose count of the features of MultiDiscrete observations torch's LSTM does not take."""
         extractor = super().make_features_extractor()
         extractor._features_dim = int(extractor._features_dim)
         return extractor
 
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        n_layers, _, size = self.lstm_hidden_state_shape
+        return super()._get_constructor_parameters() | {
+            "lstm_hidden_size": size,
+            "n_lstm_layers": n_layers,
+            "shared_lstm": self.shared_lstm,
+            "enable_critic_lstm": self.enable_critic_lstm,
+            "lstm_kwargs": self.lstm_kwargs,
+        }
 
-class QuickActorCriticLstmPolicy(_CountedInPython, QuickMlpPolicy, RecurrentActorCriticPolicy):
+
+class QuickActorCriticLstmPolicy(_WithMemory, QuickMlpPolicy, RecurrentActorCriticPolicy):
     """sb3-contrib's MlpLstmPolicy with one argument more, whose ``predict`` takes the closed form where it can.
 
     Models are made with it in place of sb3-contrib's class, which archives name.
@@ -79,7 +89,7 @@ class Gru(nn.GRU):
         return outputs, (hidden, cell)
 
 
-class MlpGruPolicy(SavedPolicy, _CountedInPython, RecurrentActorCriticPolicy):
+class MlpGruPolicy(SavedPolicy, _WithMemory, RecurrentActorCriticPolicy):
     """sb3-contrib's MlpLstmPolicy with a GRU in place of each LSTM, a quarter fewer numbers to learn.
 
     Arguments are the same, ``lstm_hidden_size`` and the others that name the LSTM included.

@@ -7,7 +7,6 @@ knows gymnasium's environments (sync, async) and envpool, too. ``train --distrib
 
 import argparse
 import importlib
-import inspect
 import io
 import os
 import re
@@ -15,20 +14,18 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
-from functools import partial
+from collections.abc import Callable
+from contextlib import ExitStack, redirect_stdout
 from types import TracebackType
 from typing import Any, NoReturn
 
 import gymnasium as gym
 
 from sb3_pg.common import workers
-from sb3_pg.common.archive.archived import Archived
 from sb3_pg.common.errors import ArgumentError, NonFiniteError
 from sb3_pg.common.interrupts import Interrupted
-from sb3_pg.common.vec_env import VecNormalize
 from sb3_pg.zoo import register
+from sb3_pg.zoo.vec_envs import POOL, VEC_ENVS
 
 PROGRAM = "python -m sb3_pg.zoo"
 
@@ -59,20 +56,6 @@ NEED_OPTIONS = ("all_plots", "plot_from_file")
 EXTRAS = {"optuna": "zoo", "rl_zoo3": "zoo", "huggingface_sb3": "zoo", "box2d": "zoo", "moviepy": "zoo"}
 EXTRAS |= {"pygame": "zoo", "mujoco": "mujoco", "envpool": "envpool"}
 
-#: Of ``--vec-env``, beside rl_zoo3's own.
-VEC_ENVS = ("sync", "async", "envpool")
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an attribute another value for a while."""
-    before = inspect.getattr_static(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
 
 def one_line_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """``ArgumentParser.error`` without the list of all options."""
@@ -84,7 +67,7 @@ def add_with_vec_envs(add: Callable[..., argparse.Action]) -> Callable[..., argp
 
     def add_argument(self: argparse.ArgumentParser, *names: str, **settings: Any) -> argparse.Action:
         if "--vec-env" in names:
-            settings["choices"] = [*settings["choices"], *VEC_ENVS]
+            settings["choices"] = [*settings["choices"], *VEC_ENVS, POOL]
         return add(self, *names, **settings)
 
     return add_argument
@@ -100,18 +83,6 @@ def our_command(command: Any) -> Any:
     return command
 
 
-@contextmanager
-def trusting_files() -> Iterator[None]:
-    """Let models and statistics be loaded with all that they hold for a while."""
-
-    def load_model(cls: type[Archived], *arguments: Any, **more: Any) -> Archived:
-        return model.__func__(cls, *arguments, trusted=True, **more)  # type: ignore[no-any-return]
-
-    model, statistics = vars(Archived)["load"], partial(VecNormalize.load, trusted=True)
-    with replaced(Archived, "load", classmethod(load_model)), replaced(VecNormalize, "load", staticmethod(statistics)):
-        yield
-
-
 def run(command: str, options: list[str]) -> None:
     """Run a script of rl_zoo3 as if from the command line, with our algorithms in it and in its children."""
     trusted, options = TRUSTED in options, [option for option in options if option != TRUSTED]
@@ -120,6 +91,8 @@ def run(command: str, options: list[str]) -> None:
     if command == "record_training" and shutil.which("ffmpeg") is None and not {"-h", "--help"} & {*options}:
         raise ArgumentError("record_training joins its videos with the program ffmpeg, which is not installed.")
     register()
+    from sb3_pg.zoo.files import replaced, running_no_settings, trusting_files  # after the extra was asked for
+
     call = subprocess.call
 
     def call_with_ours(command: Any, *more: Any, **settings: Any) -> int:
@@ -130,8 +103,7 @@ def run(command: str, options: list[str]) -> None:
         workers.join()
         if workers.rank():
             stack.enter_context(redirect_stdout(io.StringIO()))
-        if trusted:
-            stack.enter_context(trusting_files())
+        stack.enter_context(trusting_files() if trusted else running_no_settings())
         stack.enter_context(replaced(sys, "argv", [f"{PROGRAM} {command}", *options]))
         stack.enter_context(replaced(argparse.ArgumentParser, "error", one_line_error))
         more_choices = add_with_vec_envs(argparse.ArgumentParser.add_argument)

@@ -161,6 +161,25 @@ def test_what_cannot_work_is_named(algorithm, arguments, message):
         make(algorithm, **arguments).learn(64)
 
 
+@pytest.mark.parametrize("memory", ["Lstm", "Gru"])
+@pytest.mark.parametrize(
+    "options",
+    [{"n_lstm_layers": 2}, {"shared_lstm": True, "enable_critic_lstm": False}, {"enable_critic_lstm": False}],
+    ids=["layers", "shared", "actor"],
+)
+def test_files_of_policies_hold_the_memorys_size(memory, options, tmp_path):
+    policy = make(PPO, policy=f"Mlp{memory}Policy", policy_kwargs=options).policy
+    policy.save(tmp_path / "policy.pt")
+    loaded = type(policy).load(tmp_path / "policy.pt")
+    observations, starts = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32), np.ones(3, bool)
+    for one, other in zip(
+        *(its.predict(observations, None, starts, deterministic=True) for its in (policy, loaded)), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    assert loaded.lstm_hidden_state_shape == policy.lstm_hidden_state_shape
+    assert all(th.equal(x, y) for x, y in zip(policy.parameters(), loaded.parameters(), strict=True))
+
+
 @ALL
 def test_copies(algorithm):
     model = make(algorithm).learn(64)

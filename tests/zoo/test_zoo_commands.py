@@ -167,7 +167,12 @@ class Harm:
         return print, ("code ran",)
 
 
-@pytest.mark.parametrize("what", ["model", "statistics"])
+def add_line(file, harm):
+    with file.open("a") as settings:
+        settings.write(harm)
+
+
+@pytest.mark.parametrize("what", ["model", "statistics", "args.yml", "config.yml"])
 def test_enjoy_runs_no_code_unless_it_is_told_to(what, logs, tmp_path, capsys):
     run = tmp_path / "ppo" / "Pendulum-v1_1"
     shutil.copytree(logs / "ppo" / "Pendulum-v1_1", run)
@@ -175,6 +180,10 @@ def test_enjoy_runs_no_code_unless_it_is_told_to(what, logs, tmp_path, capsys):
         model = ALGORITHMS["ppo"].load(run / "Pendulum-v1.zip")
         model.harm = Harm()
         model.save(run / "Pendulum-v1.zip")
+    elif what == "args.yml":
+        add_line(run / "Pendulum-v1" / what, "  - - harm\n    - !!python/object/apply:builtins.print [code ran]\n")
+    elif what == "config.yml":  # rl_zoo3 itself runs this text
+        add_line(run / "Pendulum-v1" / what, "  - - normalize\n    - print('code ran') or {}\n")
     else:
         path = str(run / "Pendulum-v1" / "vecnormalize.pkl")
         statistics = ours.VecNormalize.load(path, ours.DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
@@ -195,7 +204,7 @@ def test_enjoy_runs_no_code_unless_it_is_told_to(what, logs, tmp_path, capsys):
     ]
     assert main(["enjoy", *options]) == 2
     printed = capsys.readouterr()
-    assert "builtins.print" in printed.err and "--trusted" in printed.err and "code ran" not in printed.out
+    assert "print" in printed.err and "--trusted" in printed.err and "code ran" not in printed.out
     assert printed.err.count("\n") == 1
     assert main(["enjoy", *options, "--trusted"]) == 0
     printed = capsys.readouterr()

@@ -40,6 +40,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         if target.exists():
             beside.chmod(stat.S_IMODE(target.stat().st_mode))
         beside.replace(target)
+        _to_disk(target.parent)
     except OSError as error:
         if error.errno is None or error.filename not in (None, str(beside)):
             raise  # about something else
@@ -66,12 +67,23 @@ def filling(folder: str | Path) -> Iterator[Path]:
                 os.fsync(to_disk.fileno())
         for file in sorted(beside.iterdir()):
             file.replace(target / file.name)
+        _to_disk(target)
     except OSError as error:
         if error.errno is None or not str(error.filename or beside).startswith(str(beside)):
             raise
         raise OSError(error.errno, error.strerror, str(folder)) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _to_disk(folder: Path) -> None:
+    """Have the names in a folder written, without which a power failure may bring back what a file has replaced."""
+    with suppress(OSError):  # not every system opens folders
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 @contextmanager
