@@ -8,7 +8,8 @@ import numpy as np
 import torch as th
 
 from sb3_pg.common.errors import ArgumentError, check_count
-from sb3_pg.text.environment import TextTask, check_known
+from sb3_pg.text.ends import check_known
+from sb3_pg.text.environment import TextTask
 from sb3_pg.text.policies import CausalLMPolicy, LanguageModelPolicy
 from sb3_pg.text.spaces import EMPTY
 
@@ -31,7 +32,7 @@ def examples(task: TextTask) -> np.ndarray:
                 f"The example {text[:60]!r} has {len(ids)} tokens and its end; response_length is "
                 f"{task.response_length}. Shorten it or raise `response_length`."
             )
-        row[task.width : task.width + len(ids) + 1] = [*ids, task.end_token]
+        row[task.width : task.width + len(ids) + 1] = [*ids, task.answer_end]
     return rows
 
 
