@@ -10,6 +10,9 @@ import gymnasium as gym
 
 _HOMES = {
     "CausalLMPolicy": "policies",
+    "ChatEnv": "conversation",
+    "ClassifierReward": "classifier",
+    "Reply": "conversation",
     "Seq2SeqLMPolicy": "policies",
     "TextEnv": "environment",
     "TextEvalCallback": "evaluation",
@@ -21,6 +24,9 @@ _HOMES = {
 
 __all__ = [  # found by __getattr__
     "CausalLMPolicy",
+    "ChatEnv",
+    "ClassifierReward",
+    "Reply",
     "Seq2SeqLMPolicy",
     "TextEnv",
     "TextEvalCallback",

@@ -69,7 +69,7 @@ def _check_kinds(prompts: list[Any]) -> None:
         if chats and not isinstance(prompt, str):
             check_messages(f"Prompt {number}", prompt)
         elif chats or not isinstance(prompt, str):
-            kind = "lists of messages, as the first is," if chats else "texts"
+            kind = "lists of messages, as the first is" if chats else "texts"
             raise ArgumentError(f"`prompts` must be {kind}, but prompt {number} is {prompt!r}.")
 
 
