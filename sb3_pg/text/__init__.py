@@ -36,6 +36,9 @@ __all__ = [  # found by __getattr__
     "word_tokenizer",
 ]
 
+for _name in ("GuessingGame", "Calculator"):
+    if f"{_name}-v0" not in gym.registry:
+        gym.register(f"{_name}-v0", entry_point=f"sb3_pg.text.games:{_name}")
 for _id, _task in (
     ("QuestionAnswering", "question_answering"),
     ("Translation", "translation"),

@@ -109,13 +109,14 @@ def _loaded(model: str | Path, tokenizer: Any) -> tuple[Any, Any]:
 
 
 def _check_model(model: Any, tokenizer: Any) -> None:
-    if not isinstance(model, th.nn.Module) or not hasattr(getattr(model, "config", None), "id2label"):
+    config: Any = getattr(model, "config", None)
+    if not isinstance(model, th.nn.Module) or not hasattr(config, "id2label"):
         raise ArgumentError(
             f"`model` must be a sequence classification model, or folder or name of one, not a {type(model).__name__}."
         )
     if tokenizer.pad_token_id is None:
         raise ArgumentError("`tokenizer` has no padding token: set tokenizer.pad_token, such as to its eos_token.")
-    if model.config.pad_token_id is None:
+    if config.pad_token_id is None:
         raise ArgumentError(
             "`model` does not know the padding token: set model.config.pad_token_id = tokenizer.pad_token_id."
         )

@@ -55,7 +55,7 @@ def steps_of(rows: np.ndarray, prompt_length: int) -> tuple[np.ndarray, np.ndarr
 
 def train(
     policy: LanguageModelPolicy,
-    task: TextTask,
+    task: TextTask | np.ndarray,
     n_steps: int = 1000,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
@@ -66,6 +66,8 @@ def train(
     """Maximise the log-probability of the task's examples, with a learning rate that falls to zero.
 
     :param policy: changed in place
+    :param task: with examples or references; or whole rows, (n, prompt_length + response_length), such as those of
+        :meth:`sb3_pg.text.ChatEnv.turns_of`
     :param n_steps: gradient steps
     :param batch_size: examples in each
     :param learning_rate: of Adam, at the beginning
@@ -76,7 +78,8 @@ def train(
     """
     check_count("n_steps", n_steps, low=0)
     check_count("batch_size", batch_size)
-    rows, rng, losses = examples(task), np.random.default_rng(seed), []
+    rows = examples(task) if isinstance(task, TextTask) else task
+    rng, losses = np.random.default_rng(seed), []
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = th.optim.Adam(trained, lr=learning_rate)
     for step in range(n_steps):
