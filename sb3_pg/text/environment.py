@@ -320,7 +320,9 @@ class TextVecEnv(VecEnv):
         rows[going, task.width + lengths[going]] = self._actions[going]
         lengths[going] += 1
         dones = np.zeros(self.num_envs, dtype=bool)
-        dones[going] = (lengths[going] == task.response_length) | task.have_ended(rows[going, task.width :])
+        dones[going] = (lengths[going] == task.response_length) | task.ends.is_end(self._actions[going])
+        if task.ends.strings:
+            dones[going] |= task.have_ended(rows[going, task.width :])
         over = np.flatnonzero(dones)
         scores = task.scores(self._numbers[over].tolist(), rows[over, task.width :]) if len(over) else None
 
