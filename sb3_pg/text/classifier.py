@@ -1,5 +1,6 @@
 """A classifier of texts as a reward: sentiment, toxicity, or a reward model trained on preferences."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class ClassifierReward:
     :param separator: stands between a prompt that is a text and its completion; " " where completions begin without a
         space, as those of a :func:`~sb3_pg.text.word_tokenizer` do
     :param batch_size: texts read at once. Fewer take less memory
-    :param max_length: tokens of a text that are read, the last ones; None takes the model's window
+    :param max_length: tokens of a text that are read, the last ones; None takes as many as model and tokenizer allow
     :param device: where the model is; "auto" takes a GPU if there is one
     :raises ArgumentError: the model has no such label or no token for padding, or the tokenizer cannot be had
     """
@@ -53,13 +54,15 @@ class ClassifierReward:
         _check_model(model, tokenizer)
         self.device = get_device(device)
         self.model = model.eval().to(self.device)
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = copy.deepcopy(tokenizer)
+        self.tokenizer.truncation_side = "left"  # the completion is at the end
         self.label = _number_of(model.config, label)
         self.output = output
         self.with_prompt = with_prompt
         self.separator = separator
         self.batch_size = batch_size
-        self.max_length = max_length or getattr(model.config, "max_position_embeddings", None)
+        window = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+        self.max_length = max_length or min(window, tokenizer.model_max_length)
 
     def __call__(self, prompts: list[Any], completions: list[str], references: list[Any]) -> list[float]:
         """Return the score of each completion."""
@@ -85,10 +88,10 @@ class ClassifierReward:
     @th.no_grad()
     def _read(self, texts: Sequence[str]) -> list[float]:
         has_start = bool(self.tokenizer.bos_token) and all(text.startswith(self.tokenizer.bos_token) for text in texts)
-        inputs = self.tokenizer(list(texts), add_special_tokens=not has_start)
-        ids = [its[-self.max_length :] if self.max_length else its for its in inputs["input_ids"]]
-        padded = self.tokenizer.pad({"input_ids": ids}, padding=True, return_attention_mask=True, return_tensors="pt")
-        logits = self.model(**{name: x.to(self.device) for name, x in padded.items()}).logits.float()
+        settings = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
+        inputs = self.tokenizer(list(texts), add_special_tokens=not has_start, **settings)
+        ids, mask = (inputs[name].to(self.device) for name in ("input_ids", "attention_mask"))
+        logits = self.model(input_ids=ids, attention_mask=mask).logits.float()
         if self.output == "probability":
             alone = logits.shape[1] == 1 or self.model.config.problem_type == "multi_label_classification"
             logits = logits.sigmoid() if alone else logits.softmax(dim=-1)

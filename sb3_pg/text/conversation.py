@@ -115,7 +115,7 @@ class ChatEnv(gym.Env[np.ndarray, np.integer[Any]]):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Begin a new conversation."""
         super().reset(seed=seed)
-        reply = self.begin(self.np_random)
+        reply = _checked("begin", self.begin(self.np_random))
         check_messages("What `begin` returns", reply.messages)
         prompt = self._first_prompt(reply.messages)
         if len(prompt) > self.width:
@@ -136,7 +136,7 @@ class ChatEnv(gym.Env[np.ndarray, np.integer[Any]]):
             self._row, self._length = row, self._length + 1
             return row.copy(), 0.0, False, False, {}
         (text,) = self.ends.decode(response)
-        reply = self.answer(text, self._state, [dict(message) for message in self._messages])
+        reply = _checked("answer", self.answer(text, self._state, [dict(message) for message in self._messages]))
         reward = self._reward(reply, ended)
         prompt = self._next_prompt(row, reply)
         over = not reply.messages or self._turn + 1 == self.max_turns or len(prompt) > self.width
@@ -204,9 +204,7 @@ class ChatEnv(gym.Env[np.ndarray, np.integer[Any]]):
         row[self.width - len(prompt) : self.width] = prompt
         return row
 
-    def _reward(self, reply: Any, ended: bool) -> float:
-        if not isinstance(reply, Reply):
-            raise ArgumentError(f"`answer` must return a Reply, not {reply!r}.")
+    def _reward(self, reply: Reply, ended: bool) -> float:
         reward = as_number(reply.reward)
         if reward is None:
             raise ArgumentError(f"The reward of a Reply must be a number, not {reply.reward!r}.")
@@ -230,3 +228,9 @@ class ChatEnv(gym.Env[np.ndarray, np.integer[Any]]):
         said = [shown(self._messages)] if self._messages else []
         is_begun = self._length > 0 and self._messages[-1]["role"] != "assistant"
         return "\n".join([*said, f"assistant: {text}"] if is_begun else said)
+
+
+def _checked(method: str, reply: Any) -> Reply:
+    if not isinstance(reply, Reply):
+        raise ArgumentError(f"`{method}` must return a Reply, not {reply!r}.")
+    return reply

@@ -1,5 +1,7 @@
 """Conversations of several turns: what is shown, acted, rewarded and learned from."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch as th
@@ -14,7 +16,7 @@ from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.common.errors import ArgumentError, NonFiniteError
 from sb3_pg.text import ChatEnv, Reply, word_tokenizer
 from sb3_pg.text.games import Calculator, GuessingGame, calculate
-from sb3_pg.text.supervised import train
+from sb3_pg.text.supervised import pretrain, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*render_mode='rgb_array'.*")
 
@@ -189,6 +191,7 @@ def test_a_conversation_that_would_be_too_long_ends_and_is_not_cut():
     "reply, error, message",
     [
         ("b", ArgumentError, "`answer` must return a Reply, not 'b'"),
+        (["b"], ArgumentError, r"`answer` must return a Reply, not \['b'\]"),
         (Reply([message("user", "b")], "1"), ArgumentError, "The reward of a Reply must be a number, not '1'"),
         (Reply([message("user", "b")], float("nan")), NonFiniteError, "`answer` gave the reward nan"),
         (Reply([message("assistant", "b")]), ArgumentError, "What `answer` returns ends with a message of the assist"),
@@ -224,6 +227,26 @@ def test_arguments_that_cannot_work(options, message):
     with pytest.raises(ArgumentError, match=message) as error:
         Echo(**{"tokenizer": chat_tokenizer(), **options})
     assert "\n" not in str(error.value)
+
+
+def test_what_begins_a_conversation_must_be_a_reply_with_messages():
+    env = echo()
+    for reply, error in (
+        (None, "`begin` must return a Reply, not None"),
+        (Reply(), "What `begin` returns must be a li"),
+    ):
+        env.begin = lambda rng, reply=reply: reply
+        with pytest.raises(ArgumentError, match=error):
+            env.reset()
+
+
+def test_environments_can_be_pickled_amid_a_conversation():
+    env = echo()
+    env.reset(seed=0)
+    say(env, "a b <turn>")
+    again = pickle.loads(pickle.dumps(env))
+    for x, y in zip(say(env, "c <turn>"), say(again, "c <turn>"), strict=True):
+        assert np.array_equal(x, y)
 
 
 # ------------------------------------------------------------------- learning
@@ -413,9 +436,17 @@ def test_conversations_that_cannot_be_imitated(talk, message):
         Calculator().turns_of([talk])
 
 
-def test_a_supervised_start_teaches_to_call_the_tool():
-    model, env = learner(game=Calculator, n_envs=4), Calculator()
+def test_a_supervised_start_teaches_to_call_the_tool(tmp_path):
+    env = Calculator()
     rows = env.turns_of(env.demonstrations(400)[::2])
-    train(model.policy, rows, n_steps=150, learning_rate=1e-2)
+    folder = pretrain(env, tmp_path, model=model_of(env), rows=rows, n_steps=150, learning_rate=1e-2)
+    model = learner(game=Calculator, n_envs=4, policy_kwargs={"model": str(folder)})
     held_out = make_vec_env(Calculator, n_envs=10, seed=5)
     assert evaluate_policy(model, held_out, 50, deterministic=True)[0] > 0.1
+
+
+@pytest.mark.parametrize("rows", [Calculator(), np.zeros((3, 5), int), np.zeros((0, 47), int), np.zeros((3, 47))])
+def test_rows_that_cannot_be_imitated(rows):
+    policy = learner(game=Calculator, n_envs=1).policy
+    with pytest.raises(ArgumentError, match=r"`task` must be a TextTask, or rows of tokens of shape \(n, 47\), such"):
+        train(policy, rows, n_steps=1)

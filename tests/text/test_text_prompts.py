@@ -8,7 +8,9 @@ import pytest
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from text_models import LETTERS, config_of, count_a, letters_task
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from sb3_pg import PPO, REINFORCE
 from sb3_pg.common.errors import ArgumentError
@@ -90,6 +92,60 @@ def test_what_stands_between_two_turns():
     expected = ["<user>", "b", "c", "<turn>", "<assistant>"]
     assert between(turn) == expected
     assert between(a) == ["<turn>", *expected]  # which the model has not written
+
+
+#: Forms of the templates of well-known models: what begins a text, surrounds a message, and begins an answer.
+FORMS = {
+    "chatml": ("", "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>"),
+    "headers": (
+        "<s>",
+        "<|h|>{{ m.role }}<|/h|>\n\n{{ m.content | trim }}<|eot|>",
+        "<|h|>assistant<|/h|>\n\n",
+        "<|eot|>",
+    ),
+    "inst": (
+        "<s>",
+        "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content | trim }}</s>{% endif %}",
+        "",
+        "</s>",
+    ),
+    "lines": ("", "{{ m.role }}: {{ m.content }}\n", "assistant:", None),
+}
+
+
+def byte_tokenizer(form):
+    """Byte pairs, as most models have, with special tokens of the templates above."""
+    start, around, beginning, _ = FORMS[form]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["</s>", "<s>", "<|im_start|>", "<|im_end|>", "<|h|>", "<|/h|>", "<|eot|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["user assistant tool what is the time now it is ten past ten"] * 5, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    made.chat_template = (
+        f"{start}{{% for m in messages %}}{around}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{beginning}{{% endif %}}"
+    )
+    return made
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_turns_by_the_templates_of_well_known_models(form):
+    """What is put together turn by turn is what the template writes of the whole conversation."""
+    tokenizer, end = byte_tokenizer(form), FORMS[form][-1]
+    number = turn_end(tokenizer)
+    assert number == (None if end is None else tokenizer.convert_tokens_to_ids(end))
+    question, answer = {"role": "user", "content": "what is the time?"}, {"role": "assistant", "content": "It is ten."}
+    first = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_dict=False)
+    written = tokenizer(" It is ten." if form in ("inst", "lines") else "It is ten.")["input_ids"]
+    written += [] if number is None else [number]
+    more = continuation(tokenizer, [question], written[-1])
+    whole = [question, answer, question]
+    assert [*first, *written, *more] == tokenizer.apply_chat_template(
+        whole, add_generation_prompt=True, return_dict=False
+    )
 
 
 @pytest.mark.parametrize(

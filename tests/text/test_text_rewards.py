@@ -306,9 +306,10 @@ def test_a_reward_model_reads_messages_by_its_chat_template_and_the_end_of_what_
     reward = ClassifierReward(model, tokenizer, device="cpu")
     chat = [{"role": "user", "content": "a b c"}]
     (score,) = reward([chat], ["d e"], [None])
+    assert tokenizer.truncation_side == "right"  # the caller's is as it was
     ids = th.tensor([tokenizer("b c d e")["input_ids"]])
     assert score == pytest.approx(float(model(ids).logits[0, 0].detach()), abs=1e-5)
-    tokenizer.chat_template = None
+    reward.tokenizer.chat_template = None
     with pytest.raises(ArgumentError, match="Messages as prompts of a ClassifierReward need a chat template"):
         reward([chat], ["d e"], [None])
 
