@@ -249,6 +249,21 @@ def test_environments_can_be_pickled_amid_a_conversation():
         assert np.array_equal(x, y)
 
 
+def test_the_state_for_archives_is_all_that_changes():
+    env, other = echo(), echo()
+    env.reset(seed=0)
+    other.reset(seed=1)
+    say(env, "a b <turn>")
+    say(env, "c")
+    other.set_state(env.get_state())
+    for name in ("_row", "_length", "_turn", "_messages", "_state"):
+        assert np.array_equal(getattr(env, name), getattr(other, name)), name
+    assert (env._state, env._turn, env._length) == (1, 1, 1)
+    assert {name for name, x in vars(echo()).items() if name[0] == "_" and x is not None} == {
+        *("_row", "_length", "_turn", "_messages")
+    }
+
+
 # ------------------------------------------------------------------- learning
 
 OPTIONS = {
