@@ -41,7 +41,7 @@ def check_template(what: str, tokenizer: Any) -> None:
 
     :param what: needs it, for the error
     """
-    if getattr(tokenizer, "chat_template", None) is None:
+    if tokenizer.chat_template is None:
         raise ArgumentError(
             f"{what} need a chat template, but the {type(tokenizer).__name__} has none. Use the tokenizer of a chat "
             "model, set tokenizer.chat_template, or write the conversation as one text."
