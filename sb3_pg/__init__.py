@@ -19,7 +19,7 @@ __all__ = ["PPO", "REINFORCE", "TRPO", "__version__", "text"]
 
 for _name in ("CausalLMPolicy", "Seq2SeqLMPolicy"):
     POLICY_PLACES[_name] = f"sb3_pg.text.policies:{_name}"
-SPACE_PLACES["sb3_pg.text.spaces:Vocabulary"] = ("n", "end_token")
+SPACE_PLACES["sb3_pg.text.spaces:Vocabulary"] = ("n", "end_token", "more_end_tokens")
 ENGINE_PLACES["sb3_pg.text.policies:LanguageModelPolicy"] = "sb3_pg.text.engine:TextEngine"
 BUFFER_PLACES["sb3_pg.text.policies:LanguageModelPolicy"] = "sb3_pg.text.rows:TextRolloutBuffer"
 for _name in ("MlpLstmPolicy", "CnnLstmPolicy", "MultiInputLstmPolicy"):

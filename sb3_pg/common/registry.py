@@ -15,8 +15,8 @@ OWN_PLACES: dict[str, str] = {}
 
 #: Where policies are that remember what they have seen; subclasses of theirs do too.
 MEMORY_PLACES: set[str] = set()
-#: Spaces that archives may hold beside gymnasium's, by where they are: the whole numbers that their constructors take,
-#: which must be attributes too.
+#: Spaces that archives may hold beside gymnasium's, by where they are: the whole numbers, or tuples of them, that their
+#: constructors take, which must be attributes too.
 SPACE_PLACES: dict[str, tuple[str, ...]] = {}
 
 #: Where the engine of a policy is, by where the policy is; subclasses of the policy have it too. It is a class whose

@@ -24,6 +24,18 @@ class Cut(NamedTuple):
     observation: Any
 
 
+class Told(NamedTuple):
+    """What an environment has told at the end of an episode besides its reward, for the engine."""
+
+    step: int
+    env: int
+    infos: Mapping[str, Any]  #: those of ``TOLD``
+
+
+#: "reward_scores": numbers by name, to be logged. "step_rewards": the share of each step in the last reward, (length,).
+TOLD = ("reward_scores", "step_rewards")
+
+
 class Step(NamedTuple):
     """What acting and stepping have given, of all environments, before it is recorded."""
 
@@ -46,6 +58,7 @@ class Rollout:
     :param last_observations: after the last step, (n_envs, ...)
     :param last_dones: whether the last step ended an episode, (n_envs,)
     :param cuts: the episodes that ended by a time limit
+    :param told: what environments have told at the ends of episodes
     :param masks: of allowed actions at each step, bool (n_envs, options) each; empty if all were
     :param may_be_masked: whether actions were masked if the environments have masks
     :param sequence_length: longer stretches of episodes are cut into pieces of so many steps; None leaves them whole
@@ -67,6 +80,7 @@ class Rollout:
     last_observations: Observations
     last_dones: np.ndarray
     cuts: list[Cut] = field(default_factory=list)
+    told: list[Told] = field(default_factory=list)
     masks: list[np.ndarray] = field(default_factory=list)
     may_be_masked: bool = True
     sequence_length: int | None = None
@@ -103,14 +117,17 @@ class Rollout:
 
         :raises EnvironmentNumberError: the last observation of one that was cut is not finite
         """
-        step, cuts = self.buffer.pos, []
+        step, cuts, told = self.buffer.pos, [], []
         for env in np.flatnonzero(dones):
             info = infos[env]
+            if any(name in info for name in TOLD):
+                told.append(Told(step, int(env), {name: info[name] for name in TOLD if name in info}))
             if info.get("TimeLimit.truncated", False) and info.get("terminal_observation") is not None:
                 cuts.append(Cut(step, int(env), self._as_batch(info["terminal_observation"])))
         for cut in cuts:
             require_finite_of(cut.env, "value of the terminal observation", cut.observation, step)
         self.cuts += cuts
+        self.told += told
         self.n_finished += dones
         self.last_end[dones] = step
 

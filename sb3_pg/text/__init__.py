@@ -10,6 +10,9 @@ import gymnasium as gym
 
 _HOMES = {
     "CausalLMPolicy": "policies",
+    "ChatEnv": "conversation",
+    "ClassifierReward": "classifier",
+    "Reply": "conversation",
     "Seq2SeqLMPolicy": "policies",
     "TextEnv": "environment",
     "TextEvalCallback": "evaluation",
@@ -21,6 +24,9 @@ _HOMES = {
 
 __all__ = [  # found by __getattr__
     "CausalLMPolicy",
+    "ChatEnv",
+    "ClassifierReward",
+    "Reply",
     "Seq2SeqLMPolicy",
     "TextEnv",
     "TextEvalCallback",
@@ -30,6 +36,9 @@ __all__ = [  # found by __getattr__
     "word_tokenizer",
 ]
 
+for _name in ("GuessingGame", "Calculator"):
+    if f"{_name}-v0" not in gym.registry:
+        gym.register(f"{_name}-v0", entry_point=f"sb3_pg.text.games:{_name}")
 for _id, _task in (
     ("QuestionAnswering", "question_answering"),
     ("Translation", "translation"),

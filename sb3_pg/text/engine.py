@@ -20,6 +20,7 @@ from sb3_pg.common.threads import choose_threads
 from sb3_pg.text.decoding import Decoder
 from sb3_pg.text.figures import TextFigures
 from sb3_pg.text.policies import CHUNK_LOGITS, LanguageModelPolicy, to_rows
+from sb3_pg.text.rewards import at_their_tokens, mean_by_name
 from sb3_pg.text.rows import TokenRows
 
 
@@ -76,16 +77,20 @@ class TextEngine(AutogradEngine):
         going[n:] &= np.append(~np.asarray(rollout.last_dones, dtype=bool), np.ones(len(rollout.cuts), dtype=bool))
         values, log_probs = self._judge_rows(rollout, rows, actions, going)
         rewards, figures, length = rollout.column("rewards"), TextFigures(), 1.0
+        chosen, tokens = going[:n], rollout.column("actions").reshape(-1)
+        stops, longest = np.isin(tokens, policy.end_tokens), rows.width - policy.prompt_length
+        over |= chosen & (stops | (rows.length[:n] + 1 == longest))  # a conversation goes on after a turn
         if over.any():
             length = float(rows[:n].length[over].mean()) + 1
             figures.score = float(rewards[over].mean())
             figures.response_length = length
-            figures.ended = float(np.isin(rollout.column("actions")[over], policy.end_tokens).mean())
+            figures.ended = float((stops | (rows.length[:n] + 1 < longest))[over].mean())
         shape = rollout.n_steps, rollout.n_envs
-        judged = Judged(values[:n].reshape(shape), log_probs.reshape(shape), values[n:])
+        rewards = at_their_tokens(rollout, rewards)
+        judged = Judged(values[:n].reshape(shape), log_probs.reshape(shape), values[n:], rewards.reshape(shape))
+        by_name = {f"text/reward/{name}": mean for name, mean in mean_by_name(rollout).items()}
         if not policy.has_reference:
-            return judged._replace(figures=figures.named())
-        chosen = going[:n]
+            return judged._replace(figures=figures.named() | by_name)
         log_prob = policy.reference_log_prob(rows[:n][chosen], actions[self.asarray(chosen)])
         log_ratio = np.zeros(n, np.float32)
         log_ratio[chosen] = log_probs[chosen] - log_prob
@@ -94,7 +99,7 @@ class TextEngine(AutogradEngine):
         figures.reference_perplexity = math.exp(min(-float(log_prob.mean()), 700.0))
         if figures.score is not None:
             figures.penalised_reward = figures.score - coef * kl
-        return judged._replace(rewards=(rewards - coef * log_ratio).reshape(shape), figures=figures.named())
+        return judged._replace(rewards=(rewards - coef * log_ratio).reshape(shape), figures=figures.named() | by_name)
 
     def _judge_rows(
         self, rollout: Rollout, rows: TokenRows, actions: th.Tensor, going: np.ndarray

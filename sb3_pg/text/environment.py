@@ -1,39 +1,45 @@
 """Text as an environment: the prompt is where an episode begins, each action adds a token, the reward comes last."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch as th
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from sb3_pg.common.errors import (
-    ArgumentError,
-    NonFiniteError,
-    check_count,
-    check_number,
-    check_parameters,
-    first_not_finite,
-)
-from sb3_pg.text.sequences import last_tokens
-from sb3_pg.text.spaces import EMPTY, Vocabulary, text_space
-
-#: (prompts, completions, references) to one finite number for each; references are None where the task has none
-RewardFunction = Callable[[list[str], list[str], list[Any]], Sequence[float]]
+from sb3_pg.common.errors import ArgumentError, check_count, check_number
+from sb3_pg.text.chat import is_chat, turn_end
+from sb3_pg.text.ends import Ends
+from sb3_pg.text.prompts import Prompt, encode_prompts, read_prompts, shown
+from sb3_pg.text.rewards import TOKEN_IDS, RewardFunction, Scores, as_rewards, scored
+from sb3_pg.text.spaces import EMPTY, text_space
 
 
 @dataclass
 class TextTask:
     """What to answer and how answers are scored.
 
-    :param prompts: texts to continue; each episode begins with one of them, drawn at random
-    :param reward: scores finished responses, several at once: one call in each step of a :class:`TextVecEnv`
+    Prompts that are lists of messages are written by the tokenizer's chat template, up to where the model begins to
+    write, and responses to them end with the template's end of a turn, too. Rewards get such prompts as they are, and
+    completions as texts.
+
+    A reward is a function of prompts, completions and references, lists of the same length, that returns a number for
+    each completion. It is given more if its parameters have these names: ``token_ids``, the tokens of each completion
+    with the one that ends it, and those of ``columns``. A function all of whose parameters have such names may leave
+    some out, as TRL's do: ``f(completions, answer, **kwargs)``. In place of a number it may return None, where it does
+    not apply; or a list with a number for each of ``token_ids``: these are the rewards of the single tokens, learned
+    from where they stand, while Monitor sees their sum with the last token.
+
+    :param prompts: texts to continue, or lists of messages (``{"role": ..., "content": ...}``) to answer; each episode
+        begins with one of them, drawn at random. Or a ``datasets.Dataset`` with a column "prompt" of either kind; its
+        columns "reference" and "completion" are ``references`` and ``examples`` (the one for the other where it is
+        missing), all others ``columns``
+    :param reward: scores finished responses, several at once: one call in each step of a :class:`TextVecEnv`. Several
+        rewards are added up, and each is logged as ``text/reward/<name>``, the mean of where it applies
     :param tokenizer: a Hugging Face tokenizer with an end token
     :param references: the right response to each prompt (or several), for the reward and for metrics
     :param examples: texts for each prompt that a supervised start imitates; None takes the references
@@ -43,12 +49,17 @@ class TextTask:
     :param name: for logs
     :param end_tokens: tokens, by number or as texts, that end a response besides the tokenizer's own end token, such as
         the end of a turn
+    :param stop_strings: texts that end a response when it contains one. They stay in the completion, as in transformers
+        and TRL: the model has written them, and rewards may look at them
+    :param reward_weights: of several rewards; None gives each the weight 1
+    :param columns: more about each prompt, by name, for rewards that ask for it
     :raises ArgumentError: no prompts, an empty one, one that is too long or has words that the tokenizer does not know,
-        no tokenizer or one without an end token, or a different number of references
+        no tokenizer, one without an end token, or without a chat template for messages, a reward that asks for what
+        there is not, or a different number of references
     """
 
-    prompts: Sequence[str]
-    reward: RewardFunction
+    prompts: Sequence[Prompt]
+    reward: RewardFunction | Sequence[RewardFunction]
     tokenizer: Any
     references: Sequence[Any] | None = None
     examples: Sequence[Any] | None = None
@@ -57,66 +68,29 @@ class TextTask:
     missing_end_penalty: float = 0.0
     name: str = "text"
     end_tokens: Sequence[int | str] = ()
+    stop_strings: Sequence[str] = ()
+    reward_weights: Sequence[float] | None = None
+    columns: Mapping[str, Sequence[Any]] | None = None
     rows: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_count("response_length", self.response_length)
         check_number("missing_end_penalty", self.missing_end_penalty)
-        check_parameters("reward", self.reward, "prompts", "completions", "references")
-        for name, given in (("prompts", self.prompts), ("references", self.references), ("examples", self.examples)):
-            if isinstance(given, str):
-                raise ArgumentError(f"`{name}` must be a list of texts, not one text: {given[:60]!r}.")
-        self.prompts = list(self.prompts)
-        if not self.prompts:
-            raise ArgumentError("`prompts` is empty: an episode begins with one of them.")
-        for number, prompt in enumerate(self.prompts):
-            if not isinstance(prompt, str):
-                raise ArgumentError(f"`prompts` must be texts, but prompt {number} is {prompt!r}.")
-        for name, given in (("references", self.references), ("examples", self.examples)):
-            if given is not None and len(given) != len(self.prompts):
-                raise ArgumentError(
-                    f"`{name}` must have one entry for each of the {len(self.prompts)} prompts, not {len(given)}."
-                )
-        check_tokenizer(self.tokenizer)
-        if self.tokenizer.eos_token_id is None:
-            raise ArgumentError("`tokenizer` has no end token (eos_token), so no response would ever end.")
-        self.rows = self._encode_prompts()
-        width = self.rows.shape[1]
-        self.observation_space = text_space(width, self.response_length, len(self.tokenizer))
-        more = [self._end_token(end) for end in self.end_tokens]
-        own = self.tokenizer.eos_token_id
-        self.action_space = Vocabulary(len(self.tokenizer), own, [end for end in dict.fromkeys(more) if end != own])
-
-    def _end_token(self, end: int | str) -> int:
-        number = self.tokenizer.convert_tokens_to_ids(end) if isinstance(end, str) else end
-        if number is None or number == self.tokenizer.unk_token_id or not 0 <= number < len(self.tokenizer):
-            raise ArgumentError(f"`end_tokens` has {end!r}, which is not a token of the tokenizer.")
-        return int(number)
-
-    def _encode_prompts(self) -> np.ndarray:
-        """Token numbers of the prompts, each in the last columns of its row."""
-        tokens = self.tokenizer(list(self.prompts), add_special_tokens=True)["input_ids"]
-        end = self.tokenizer.eos_token_id
-        # Tokenizers such as T5's end every text; a prompt that is to be continued must not be at its end.
-        tokens = [ids[:-1] if ids and ids[-1] == end and len(ids) > 1 else ids for ids in tokens]
-        # And chat templates write the start token that the tokenizer adds, too.
-        start = self.tokenizer.bos_token_id
-        tokens = [ids[1:] if start is not None and ids[:2] == [start, start] else ids for ids in tokens]
-        for number, ids in enumerate(tokens):
-            if not ids:
-                raise ArgumentError(f"Prompt {number} ({self.prompts[number]!r}) has no tokens.")
-            check_known(self.tokenizer, f"Prompt {number}", self.prompts[number], ids)
-        longest = max(range(len(tokens)), key=lambda number: len(tokens[number]))
-        width = self.prompt_length or len(tokens[longest])
-        if len(tokens[longest]) > width:
-            raise ArgumentError(
-                f"Prompt {longest} has {len(tokens[longest])} tokens, more than prompt_length={width}: "
-                f"{self.prompts[longest][:60]!r}. Shorten it or raise `prompt_length`."
-            )
-        rows = np.full((len(tokens), width), EMPTY, dtype=np.int32)
-        for row, ids in zip(rows, tokens, strict=True):
-            row[width - len(ids) :] = ids
-        return rows
+        if self.prompt_length is not None:
+            check_count("prompt_length", self.prompt_length)
+        given = read_prompts(self.prompts, self.references, self.examples, self.columns)
+        self.prompts, self.references, self.examples, self.columns = given
+        self._rewards = as_rewards(self.reward, self.reward_weights, list(given.columns))
+        self.ends = Ends.of(self.tokenizer, self.end_tokens, self.stop_strings)
+        self.rows = encode_prompts(self.tokenizer, given.prompts, self.prompt_length)
+        #: the token that ends what a supervised start imitates
+        self.answer_end = self.ends.tokens[0]
+        turn = turn_end(self.tokenizer) if is_chat(given.prompts[0]) else None
+        if turn is not None:
+            self.ends = self.ends.with_token(turn)
+            self.answer_end = turn
+        self.observation_space = text_space(self.width, self.response_length, len(self.tokenizer))
+        self.action_space = self.ends.vocabulary
 
     @property
     def width(self) -> int:
@@ -125,8 +99,8 @@ class TextTask:
 
     @property
     def end_token(self) -> int:
-        """The token that ends a response."""
-        return int(self.action_space.end_token)
+        """The tokenizer's token that ends a response."""
+        return self.ends.tokens[0]
 
     def observations(self, numbers: Any = None) -> np.ndarray:
         """First observations, (n, prompt_length + response_length), of the prompts with these numbers or of all."""
@@ -135,99 +109,64 @@ class TextTask:
         rows[:, : self.width] = prompts
         return rows
 
-    def is_end(self, tokens: Any) -> np.ndarray:
-        """Return which tokens end a response."""
-        return np.isin(tokens, self.action_space.end_tokens)
-
     def have_ended(self, responses: np.ndarray) -> np.ndarray:
-        """Return which responses, (n, response_length), end with an end token, (n,)."""
-        return self.is_end(last_tokens(responses, 0)[0])
+        """Return which responses, (n, response_length), have an end: an end token or a stop string, (n,)."""
+        return self.ends.have_ended(responses)
 
     def decode(self, responses: np.ndarray) -> list[str]:
         """Return the texts of responses, (n, response_length), without the tokens that end them.
 
-        Other special tokens are shown: the model has written them.
+        Other special tokens, and stop strings, are shown: the model has written them.
         """
-        ended = self.have_ended(responses)
-        tokens = [row[row != EMPTY].tolist() for row in responses]
-        tokens = [ids[:-1] if over else ids for ids, over in zip(tokens, ended, strict=True)]
-        texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=False)
-        return texts
+        return self.ends.decode(responses)
+
+    def cut(self, responses: np.ndarray) -> np.ndarray:
+        """Return responses, (n, response_length), of those who do not know the stop strings, up to the first one."""
+        return self.ends.cut(responses)
 
     def score(self, numbers: Sequence[int], responses: np.ndarray) -> tuple[np.ndarray, list[str]]:
         """Rewards, float64 (n,), and texts of finished responses to the prompts with these numbers.
 
-        :raises ArgumentError: the reward function returned another number of rewards
+        :raises ArgumentError: a reward returned something else than a number for each of them
         :raises NonFiniteError: it returned one that is not finite
         """
-        texts = self.decode(responses)
-        prompts = [self.prompts[number] for number in numbers]
-        references = [None if self.references is None else self.references[number] for number in numbers]
-        rewards = _as_rewards(self.reward(prompts, texts, references), len(texts))
-        bad = first_not_finite(rewards)
-        if bad is not None:
-            raise NonFiniteError(
-                f"`reward` returned {rewards[bad]} for the prompt {prompts[bad[0]]!r} and the completion "
-                f"{texts[bad[0]]!r}: it must return finite numbers in single precision."
-            )
-        return rewards - self.missing_end_penalty * ~self.have_ended(responses), texts
+        scores = self.scores(numbers, responses)
+        return scores.totals, scores.texts
 
-    def info(self, number: int, text: str, row: np.ndarray) -> dict[str, Any]:
-        """Return what the last step of an episode tells besides its reward."""
-        return {
+    def scores(self, numbers: Sequence[int], responses: np.ndarray) -> Scores:
+        """Return all that the rewards say of finished responses; otherwise as ``score``."""
+        numbers = [int(number) for number in numbers]
+        columns: dict[str, list[Any]] = {
+            "prompts": [self.prompts[number] for number in numbers],
+            "completions": self.decode(responses),
+            "references": [None if self.references is None else self.references[number] for number in numbers],
+            TOKEN_IDS: [row[row != EMPTY].tolist() for row in responses],
+        }
+        more = {name: [values[number] for number in numbers] for name, values in (self.columns or {}).items()}
+        scores = scored(self._rewards, columns | more)
+        penalties = self.missing_end_penalty * ~self.have_ended(responses)
+        for share, penalty in zip(scores.by_token or (), penalties, strict=False):
+            share[-1] -= penalty
+        return scores._replace(totals=scores.totals - penalties)
+
+    def info(self, number: int, i: int, scores: Scores, row: np.ndarray) -> dict[str, Any]:
+        """Return what the last step of an episode tells besides its reward.
+
+        :param number: of the prompt
+        :param i: of the response among those of ``scores``
+        :param row: the whole observation
+        """
+        info = {
             "prompt": self.prompts[number],
-            "completion": text,
+            "completion": scores.texts[i],
             "reference": None if self.references is None else self.references[number],
             "ended": bool(self.have_ended(row[None, self.width :])[0]),
         }
-
-
-def _as_rewards(returned: Any, n: int) -> np.ndarray:
-    """Return what a reward function has returned for n completions as an array.
-
-    :raises ArgumentError: it is not n numbers
-    """
-    try:
-        if isinstance(returned, th.Tensor):
-            returned = returned.detach().cpu().double()
-        elif isinstance(returned, list | tuple):
-            returned = [x.item() if isinstance(x, th.Tensor) else x for x in returned]
-        rewards = np.asarray(returned, dtype=np.float64)
-    except (TypeError, ValueError):
-        rewards = None
-    if returned is None or rewards is None or rewards.shape != (n,):
-        is_other = returned is None or rewards is None
-        found = repr(returned)[:60] if is_other else f"an array of shape {np.shape(returned)}"
-        raise ArgumentError(
-            f"`reward` must return one number for each of the {n} completions it is given, but returned {found}."
-        )
-    return rewards
-
-
-def check_tokenizer(tokenizer: Any) -> None:
-    """Refuse what is not a tokenizer, such as the name of one."""
-    from transformers import PreTrainedTokenizerBase
-
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        name = isinstance(tokenizer, str | Path)
-        advice = f" Pass AutoTokenizer.from_pretrained({str(tokenizer)!r})." if name else ""
-        raise ArgumentError(f"`tokenizer` must be a Hugging Face tokenizer, not {tokenizer!r}.{advice}")
-
-
-def check_known(tokenizer: Any, what: str, text: str, tokens: list[int]) -> None:
-    """Refuse a text with words that a tokenizer does not know.
-
-    :param what: the text is, for the error
-    :param tokens: of the text
-    """
-    unknown = tokenizer.unk_token_id
-    if unknown in (None, tokenizer.eos_token_id, tokenizer.bos_token_id) or unknown not in tokens:
-        return
-    words = [word for word in text.split() if unknown in tokenizer(word, add_special_tokens=False)["input_ids"]]
-    raise ArgumentError(
-        f"{what} ({text[:60]!r}) has what the tokenizer does not know: {', '.join(map(repr, words[:5])) or 'a token'}. "
-        "Make the tokenizer of all texts, or leave such texts out."
-    )
+        if scores.named[i]:
+            info["reward_scores"] = scores.named[i]
+        if scores.by_token is not None:
+            info["step_rewards"] = scores.by_token[i]
+        return info
 
 
 class TextEnv(gym.Env[np.ndarray, np.integer[Any]]):
@@ -261,11 +200,12 @@ class TextEnv(gym.Env[np.ndarray, np.integer[Any]]):
         """Add a token to the response; if the reward function fails, it is not added."""
         task, row = self.task, self._row.copy()
         row[task.width + self._length] = action
-        over = bool(task.is_end(action)) or self._length + 1 == task.response_length
+        responses = row[None, task.width :]
+        over = self._length + 1 == task.response_length or bool(task.have_ended(responses)[0])
         reward, info = 0.0, {}
         if over:
-            rewards, texts = task.score([self._number], row[None, task.width :])
-            reward, info = float(rewards[0]), task.info(self._number, texts[0], row)
+            scores = task.scores([self._number], responses)
+            reward, info = float(scores.totals[0]), task.info(self._number, 0, scores, row)
         self._row, self._length = row, self._length + 1
         return row.copy(), reward, over, False, info
 
@@ -279,7 +219,7 @@ class TextEnv(gym.Env[np.ndarray, np.integer[Any]]):
 
     def render(self) -> str:
         """Prompt and response as text."""
-        return f"{self.task.prompts[self._number]} | {self.task.decode(self._row[None, self.task.width :])[0]}"
+        return f"{shown(self.task.prompts[self._number])} | {self.task.decode(self._row[None, self.task.width :])[0]}"
 
 
 #: The attributes of a TextVecEnv that change.
@@ -375,29 +315,41 @@ class TextVecEnv(VecEnv):
 
     def step_wait(self) -> VecEnvStepReturn:
         """Add a token to each response; if the reward function fails, none is added."""
-        task, is_going = self.task, self._left > 0
-        columns, lengths = task.width + self._lengths, self._lengths + is_going
-        dones = is_going & (task.is_end(self._actions) | (lengths == task.response_length))
-        over, going = np.flatnonzero(dones), np.flatnonzero(is_going)
-        finished = self._rows[over]
-        finished[np.arange(len(over)), columns[over]] = self._actions[over]
-        found, texts = np.zeros(0), list[str]()
-        if len(over):
-            found, texts = task.score(self._numbers[over].tolist(), finished[:, task.width :])
+        task, going = self.task, np.flatnonzero(self._left > 0)
+        rows, lengths = self._rows.copy(), self._lengths.copy()
+        rows[going, task.width + lengths[going]] = self._actions[going]
+        lengths[going] += 1
+        dones = np.zeros(self.num_envs, dtype=bool)
+        dones[going] = (lengths[going] == task.response_length) | task.ends.is_end(self._actions[going])
+        if task.ends.strings:
+            dones[going] |= task.have_ended(rows[going, task.width :])
+        over = np.flatnonzero(dones)
+        scores = task.scores(self._numbers[over].tolist(), rows[over, task.width :]) if len(over) else None
 
-        self._rows[going, columns[going]] = self._actions[going]
-        self._lengths = lengths
+        self._rows, self._lengths = rows, lengths
         rewards = np.zeros(self.num_envs, dtype=np.float32)
-        rewards[over] = found
         infos: list[dict[str, Any]] = [{"TimeLimit.truncated": False} for _ in range(self.num_envs)]
-        passed = round(time.time() - self._start_time, 6)
-        for env, row, reward, text in zip(over, finished, found, texts, strict=True):
-            infos[env].update(task.info(int(self._numbers[env]), text, row))
-            infos[env]["terminal_observation"] = row
-            infos[env]["episode"] = {"r": round(float(reward), 6), "l": int(lengths[env]), "t": passed}
+        if scores is not None:
+            rewards[over] = scores.totals
+            for i, env in enumerate(over):
+                infos[env].update(self._last_info(int(env), i, scores))
         self._left[over] -= 1
         self._show_prompts(over[self._left[over] > 0])
+        self._close_resting(over[self._left[over] <= 0])
         return self._rows.copy(), rewards, dones, infos
+
+    def _last_info(self, env: int, i: int, scores: Scores) -> dict[str, Any]:
+        row, passed = self._rows[env].copy(), round(time.time() - self._start_time, 6)
+        episode = {"r": round(float(scores.totals[i]), 6), "l": int(self._lengths[env]), "t": passed}
+        info = self.task.info(int(self._numbers[env]), i, scores, row)
+        return {**info, "terminal_observation": row, "episode": episode}
+
+    def _close_resting(self, envs: np.ndarray) -> None:
+        """Put an end token behind responses that ended by a stop string: policies see that nothing follows them."""
+        for env in envs[self._lengths[envs] < self.task.response_length]:
+            column = self.task.width + self._lengths[env]
+            if not self.task.ends.is_end(self._rows[env, column - 1]):
+                self._rows[env, column] = self.task.end_token
 
     def get_state(self) -> dict[str, Any]:
         """Return where the environments are and which prompts come next, for archives."""

@@ -10,8 +10,10 @@ from stable_baselines3.common.callbacks import EventCallback
 
 from sb3_pg.common.errors import ArgumentError, check_count
 from sb3_pg.text import metrics
+from sb3_pg.text.chat import is_chat
 from sb3_pg.text.environment import TextTask
 from sb3_pg.text.policies import LanguageModelPolicy
+from sb3_pg.text.prompts import shown
 
 #: Prompts completed at once.
 BATCH = 64
@@ -23,7 +25,7 @@ def complete(policy: LanguageModelPolicy, task: TextTask, numbers: Sequence[int]
         policy.generate(task.observations(list(numbers[start : start + BATCH])), **settings)
         for start in range(0, len(numbers), BATCH)
     ]
-    return np.concatenate(batches)
+    return task.cut(np.concatenate(batches))
 
 
 def evaluate_texts(
@@ -66,6 +68,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     """Prompts, completions, references and scores as a Markdown table."""
 
     def cell(x: Any) -> str:
+        if x and isinstance(x, list) and is_chat(x):
+            x = shown(x)
         text = x if isinstance(x, str) else f"{x:.2f}" if isinstance(x, float) else (x[0] if x else "")
         return str(text).replace("|", "\\|").replace("\n", " ")
 

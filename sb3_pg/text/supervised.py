@@ -8,7 +8,9 @@ import numpy as np
 import torch as th
 
 from sb3_pg.common.errors import ArgumentError, check_count
-from sb3_pg.text.environment import TextTask, check_known
+from sb3_pg.text.conversation import ChatEnv
+from sb3_pg.text.ends import check_known
+from sb3_pg.text.environment import TextTask
 from sb3_pg.text.policies import CausalLMPolicy, LanguageModelPolicy
 from sb3_pg.text.spaces import EMPTY
 
@@ -31,7 +33,7 @@ def examples(task: TextTask) -> np.ndarray:
                 f"The example {text[:60]!r} has {len(ids)} tokens and its end; response_length is "
                 f"{task.response_length}. Shorten it or raise `response_length`."
             )
-        row[task.width : task.width + len(ids) + 1] = [*ids, task.end_token]
+        row[task.width : task.width + len(ids) + 1] = [*ids, task.answer_end]
     return rows
 
 
@@ -54,7 +56,7 @@ def steps_of(rows: np.ndarray, prompt_length: int) -> tuple[np.ndarray, np.ndarr
 
 def train(
     policy: LanguageModelPolicy,
-    task: TextTask,
+    task: TextTask | np.ndarray,
     n_steps: int = 1000,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
@@ -65,6 +67,8 @@ def train(
     """Maximise the log-probability of the task's examples, with a learning rate that falls to zero.
 
     :param policy: changed in place
+    :param task: with examples or references; or whole rows, (n, prompt_length + response_length), such as those of
+        :meth:`sb3_pg.text.ChatEnv.turns_of`
     :param n_steps: gradient steps
     :param batch_size: examples in each
     :param learning_rate: of Adam, at the beginning
@@ -72,10 +76,22 @@ def train(
     :param seed: of the order of the examples
     :param report: called with the step and the loss of each step
     :return: the loss of each step, nats per token
+    :raises ArgumentError: there is nothing to learn from, or it does not fit the policy
     """
     check_count("n_steps", n_steps, low=0)
     check_count("batch_size", batch_size)
-    rows, rng, losses = examples(task), np.random.default_rng(seed), []
+    rows = examples(task) if isinstance(task, TextTask) else np.asarray(task)
+    if (
+        rows.ndim != 2
+        or rows.shape[1:] != policy.observation_space.shape
+        or not len(rows)
+        or rows.dtype.kind not in "iu"
+    ):
+        raise ArgumentError(
+            f"`task` must be a TextTask, or rows of tokens of shape (n, {policy.observation_space.shape[0]}), such as "  # type: ignore[index]
+            f"ChatEnv.turns_of returns them, not {type(task).__name__} of shape {rows.shape} and type {rows.dtype}."
+        )
+    rng, losses = np.random.default_rng(seed), []
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = th.optim.Adam(trained, lr=learning_rate)
     for step in range(n_steps):
@@ -95,26 +111,28 @@ def train(
 
 
 def pretrain(
-    task: TextTask,
+    task: TextTask | ChatEnv,
     folder: str | Path,
     policy_class: type[LanguageModelPolicy] = CausalLMPolicy,
     model: Any = None,
     seed: int = 0,
+    rows: np.ndarray | None = None,
     **training: Any,
 ) -> Path:
     """Make a small model, teach it the task and write it to a folder, with its tokenizer, for ``model=folder``.
 
-    :param task: with examples or references
+    :param task: with examples or references; or an environment for conversations
     :param folder: where to write
     :param policy_class: CausalLMPolicy or Seq2SeqLMPolicy
     :param model: a configuration or the folder of a model; None makes a small new one
     :param seed: of the weights and of the order of the examples
+    :param rows: what to imitate, as for :func:`train`; None takes the task's examples
     :param training: arguments of :func:`train`
     :return: the folder
     """
     th.manual_seed(seed)
     policy = policy_class(task.observation_space, task.action_space, lambda _: 0.0, model=model, reference_kl_coef=None)
-    train(policy, task, seed=seed, **training)
+    train(policy, task if rows is None else rows, seed=seed, **training)  # type: ignore[arg-type]
     policy.save_pretrained(folder)
     task.tokenizer.save_pretrained(folder)
     return Path(folder)

@@ -138,8 +138,9 @@ def test_registered(name):
     assert not set(test.prompts) & set(env.envs[0].unwrapped.task.prompts)
 
 
-def test_the_algorithm_takes_a_registered_name():
-    model = REINFORCE("CausalLMPolicy", "Sentiment-v0", n_episodes=2, n_critic_updates=0)
+@pytest.mark.parametrize("name", ["Sentiment", "GuessingGame", "Calculator"])
+def test_the_algorithm_takes_a_registered_name(name):
+    model = REINFORCE("CausalLMPolicy", f"{name}-v0", n_episodes=2, n_critic_updates=0)
     model.learn(1)
     assert "text/score" in model.logger.name_to_value
 

@@ -14,13 +14,13 @@ from sb3_pg.common.archive.simulations import go_on, prepare_reset
 from sb3_pg.common.archive.simulations import state_of as state_of_environments
 from sb3_pg.common.arrays import mapped
 from sb3_pg.common.buffers import RolloutBuffer
-from sb3_pg.common.rollout import Cut, Rollout, Step
+from sb3_pg.common.rollout import TOLD, Cut, Rollout, Step, Told
 
 if TYPE_CHECKING:
     from sb3_pg.common.archive.archived import Archived
 
 #: What an info dictionary has that learning reads.
-_READ_INFOS = ("episode", "is_success", "terminal_observation", "TimeLimit.truncated")
+_READ_INFOS = ("episode", "is_success", "terminal_observation", "TimeLimit.truncated", *TOLD)
 
 
 def state_of(model: "Archived") -> dict[str, Plain] | None:
@@ -177,6 +177,7 @@ def _described(rollout: Rollout) -> dict[str, Any]:
         "columns": columns,
         "n_steps": rollout.n_steps,
         "cuts": [tuple(cut) for cut in rollout.cuts],
+        "told": [tuple(told) for told in rollout.told],
         "unrecorded": None if step is None else list(step),
     }
 
@@ -202,6 +203,7 @@ def _rollout_of(buffer: Any, described: dict[str, Any]) -> Rollout | None:
     for name in _FIELDS:
         setattr(rollout, name, described[name])
     rollout.cuts = [Cut(*cut) for cut in described["cuts"]]
+    rollout.told = [Told(*told) for told in described["told"]]
     rollout.unrecorded = None if described["unrecorded"] is None else Step(*described["unrecorded"])
     return rollout
 

@@ -313,8 +313,12 @@ def _discrete(state: dict[str, Any]) -> spaces.Discrete:
 
 
 def _registered_space(place: str, state: dict[str, Any]) -> spaces.Space[Any]:
-    space: spaces.Space[Any] = at(place)(*(int(state[name]) for name in SPACE_PLACES[place]))
+    space: spaces.Space[Any] = at(place)(*(_whole_numbers(state[name]) for name in SPACE_PLACES[place]))
     return space
+
+
+def _whole_numbers(x: Any) -> Any:
+    return tuple(int(its) for its in x) if isinstance(x, tuple) else int(x)
 
 
 def _multi_discrete(state: dict[str, Any]) -> spaces.MultiDiscrete:
