@@ -12,6 +12,7 @@ They are written against the array API standard, so the same text serves NumPy (
 from typing import Any
 
 import numpy as np
+import torch as th
 
 from sb3_pg.common.arrays import Array, namespace
 
@@ -20,6 +21,7 @@ __all__ = [
     "clipped_surrogate",
     "kl_penalty",
     "policy_gradient",
+    "sequence_means",
     "simple_policy_optimization",
     "squared_error",
     "surrogate",
@@ -94,6 +96,25 @@ def kl_penalty(log_ratio: Array) -> tuple[Array, Array]:
     """
     ratio_minus_one = namespace(log_ratio).expm1(log_ratio)
     return ratio_minus_one - log_ratio, ratio_minus_one
+
+
+def sequence_means(x: Array, sequences: np.ndarray) -> Array:
+    """Return for each sample the mean over all samples of its sequence, (n,).
+
+    Of log-ratios it is the logarithm of GSPO's ratio, the geometric mean of those of a sequence (Zheng et al. 2025,
+    eq. 7). The matrix of these means is symmetric where all of a sequence count alike, so that the means of a loss's
+    derivatives by them are the derivatives by the log-probabilities (eq. 11).
+
+    :param x: one number per sample, (n,)
+    :param sequences: number of the sequence of each sample, (n,)
+    """
+    place, sizes = np.unique(sequences, return_inverse=True, return_counts=True)[1:]
+    if isinstance(x, np.ndarray):
+        means: np.ndarray = (np.bincount(place, x) / sizes)[place].astype(x.dtype)
+        return means
+    index = th.as_tensor(place, device=x.device)
+    sums = x.new_zeros(len(sizes)).index_add(0, index, x)
+    return (sums / th.as_tensor(sizes, device=x.device))[index]
 
 
 def squared_error(value: Array, target: Array) -> tuple[Array, Array]:

@@ -227,15 +227,12 @@ class TextActor(GraphActor):
             pieces = self._engine.pieces(batch)
             if len(pieces) == 1:
                 return of_piece(batch)
-        share = th.as_tensor(batch.scale, device=self._engine.policy.device).expand(len(batch))
 
         def product(vector: Any) -> th.Tensor:
             total: Any = th.zeros_like(vector)
             with twice_differentiable(lm):
                 for piece in pieces:  # made again for each product: only one is in memory at a time
-                    part = batch[piece]
-                    part.weight = share[th.as_tensor(piece, device=share.device)]
-                    total += of_piece(part)(vector)
+                    total += of_piece(batch.part(piece))(vector)
             return total  # type: ignore[no-any-return]
 
         return product

@@ -70,7 +70,7 @@ class Evaluation(Protocol):
     ) -> None:
         """Write the gradient of the mean loss into the parameters, in place of earlier gradients. Once only.
 
-        Each sample counts with ``batch.weight``, by default 1 / n. Without derivatives by log-probability and
+        Each sample counts with ``batch.scale``, by default 1 / n. Without derivatives by log-probability and
         entropy the critic alone gets a gradient: what the actor depends on too is left alone.
 
         :param d_log_prob: derivative of each sample's loss by its log-probability, (n,)
@@ -167,11 +167,11 @@ class Engine(Protocol):
     def actor(self, batch: "Batch") -> Actor:
         """Return the actor as it is now; what it knows of the batch is computed when it is asked for."""
 
-    def step(self, max_grad_norm: float | None, n: int) -> float:
+    def step(self, max_grad_norm: float | None, share: float) -> float:
         """Scale the gradients to at most ``max_grad_norm`` and let the policy's optimizer move the parameters.
 
         Parameters without a gradient stay. With several workers the gradients are first averaged over them.
 
-        :param n: of so many samples the gradients are the mean
+        :param share: what the gradients count for among those of all workers, see ``Batch.share``
         :return: the norm of the gradients before scaling; if it is not finite, nothing was moved
         """
