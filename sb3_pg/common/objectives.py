@@ -19,6 +19,7 @@ from sb3_pg.common.arrays import Array, namespace
 __all__ = [
     "clipped_squared_error",
     "clipped_surrogate",
+    "kl_estimate",
     "kl_penalty",
     "policy_gradient",
     "sequence_means",
@@ -96,6 +97,30 @@ def kl_penalty(log_ratio: Array) -> tuple[Array, Array]:
     """
     ratio_minus_one = namespace(log_ratio).expm1(log_ratio)
     return ratio_minus_one - log_ratio, ratio_minus_one
+
+
+#: The estimators of J. Schulman, "Approximating KL divergence" (2020).
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+def kl_estimate(log_ratio: Array, estimator: str) -> tuple[Array, Array]:
+    """Return an estimate of KL(policy || reference) for actions of the policy, and its derivative by ``log pi(a|s)``.
+
+    (J. Schulman, "Approximating KL divergence", 2020). With d the log-ratio: "k1" is d, unbiased. "k2" is d^2 / 2,
+    biased, with less variance. "k3" is exp(-d) - 1 + d, unbiased, never negative. The means of their derivatives times
+    the score are other things: of k1 zero, whatever the policies; of k2 the gradient of KL(policy || reference); of k3
+    that of KL(reference || policy).
+
+    :param log_ratio: ``log pi(a|s) - log pi_ref(a|s)``, (n,)
+    :param estimator: one of ``KL_ESTIMATORS``
+    """
+    xp = namespace(log_ratio)
+    if estimator == "k1":
+        return log_ratio, xp.ones_like(log_ratio)
+    if estimator == "k2":
+        return 0.5 * log_ratio * log_ratio, log_ratio
+    inverse_less_one = xp.expm1(-log_ratio)
+    return inverse_less_one + log_ratio, -inverse_less_one
 
 
 def sequence_means(x: Array, sequences: np.ndarray) -> Array:

@@ -537,7 +537,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
             else:
                 self._estimate_by_comparison(rollout)
         rollout.n_judged, rollout.figures, self._rollout = n, judged.figures, rollout
-        rollout.starting_memory = judged.starting_memory
+        rollout.starting_memory, rollout.reference_log_probs = judged.starting_memory, judged.reference_log_probs
         for name, value in judged.figures.items():
             self.logger.record(name, value)
         return judged
@@ -689,6 +689,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
                 with good.whole():
                     self.train()
                 self._rollout.is_paused = False  # type: ignore[union-attr]
+                self.network.end_update()
                 detach_distribution(self.policy)
                 is_last = self.num_timesteps >= total_timesteps
                 if log_interval is not None and (is_last or iteration % log_interval == 0):

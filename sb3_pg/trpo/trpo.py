@@ -178,9 +178,9 @@ class TRPO(PolicyGradientAlgorithm):
         actor, ent_coef = self.network.actor(batch), self._coefficient("ent_coef")
 
         def objective(look: Look) -> float:
-            """Return the surrogate ``E[r A]`` plus the entropy bonus."""
+            """Return the surrogate ``E[r A]`` plus the entropy bonus, less the engine's penalty."""
             loss, _ = surrogate(look.log_prob - batch.old_log_prob, advantages)
-            return batch.mean(ent_coef * look.entropy - loss)
+            return batch.mean(ent_coef * look.entropy - loss - look.penalty)
 
         # g: the gradient of the surrogate (and entropy bonus), at ratio one.
         old = actor.old

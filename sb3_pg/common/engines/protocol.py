@@ -47,6 +47,8 @@ class Judged(NamedTuple):
     rewards: np.ndarray | None = None  #: in place of the environment's, (n_steps, n_envs)
     memory: Memory | None = None  #: after the last step, of each environment
     starting_memory: Memory | None = None  #: with which each of ``Rollout.stretches`` begins
+    #: log-probabilities under a reference that the loss keeps the policy near to, float32 (n_steps, n_envs)
+    reference_log_probs: np.ndarray | None = None
     figures: Mapping[str, float] = {}  #: to be logged
 
 
@@ -73,7 +75,8 @@ class Evaluation(Protocol):
         Each sample counts with ``batch.scale``, by default 1 / n. Without derivatives by log-probability and
         entropy the critic alone gets a gradient: what the actor depends on too is left alone.
 
-        :param d_log_prob: derivative of each sample's loss by its log-probability, (n,)
+        :param d_log_prob: derivative of each sample's loss by its log-probability, (n,). What the engine itself adds to
+            the loss, as the penalty of a language model's reference, is added here
         :param d_entropy: by its entropy, the same number for all
         :param d_value: by its value, (n,)
         """
@@ -85,6 +88,7 @@ class Look(NamedTuple):
     log_prob: Array  #: (n,)
     entropy: Array  #: nats, (n,)
     kl: Array  #: KL(old || now) in nats, summed over action dimensions, (n,)
+    penalty: Array | float = 0.0  #: what the engine itself adds to each sample's loss, (n,)
 
 
 #: A Fisher information matrix averaged over a batch, as a function on flat vectors.
@@ -145,6 +149,9 @@ class Engine(Protocol):
 
     def adapt(self, figures: Mapping[str, float]) -> None:
         """Adapt what the policy adapts by itself, once a rollout with these figures has been accepted."""
+
+    def end_update(self) -> None:
+        """Change what the policy changes by itself, once an update has been made."""
 
     def batch(self, rollout: "Rollout", keep: np.ndarray | None = None) -> "Batch":
         """Return a judged rollout as one batch of this engine's arrays, in time order.
