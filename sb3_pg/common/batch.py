@@ -253,9 +253,9 @@ def weighted(batch: Batch, rollout: Rollout, asarray: Callable[[Any], Any], aver
 
     :param batch: of a rollout; weights that it has already, of 0 or 1, say which samples count at all
     :param asarray: makes an engine's array of one of NumPy
-    :param average: "step": over all samples (as in DAPO, Yu et al. 2025, eq. 8). "sequence": over the samples of each
+    :param average: "step": over all samples (DAPO, Yu et al. 2025, section 3.3). "sequence": over the samples of each
         sequence, then over sequences (GRPO, Shao et al. 2024, eq. 3). A number L: the sum over the samples of a
-        sequence, divided by L, over sequences (Dr. GRPO, Liu et al. 2025, section 3.1)
+        sequence, divided by L, over sequences (Dr. GRPO, Liu et al. 2025, section 3)
     """
     if average == "step":
         return batch

@@ -127,8 +127,8 @@ def sequence_means(x: Array, sequences: np.ndarray) -> Array:
     """Return for each sample the mean over all samples of its sequence, (n,).
 
     Of log-ratios it is the logarithm of GSPO's ratio, the geometric mean of those of a sequence (Zheng et al. 2025,
-    eq. 7). The matrix of these means is symmetric where all of a sequence count alike, so that the means of a loss's
-    derivatives by them are the derivatives by the log-probabilities (eq. 11).
+    section 4.1). Such means are a symmetric matrix where all of a sequence count alike, so that the means of a loss's
+    derivatives by them are its derivatives by the log-probabilities (section 4.2).
 
     :param x: one number per sample, (n,)
     :param sequences: number of the sequence of each sample, (n,)
