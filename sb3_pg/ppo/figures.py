@@ -25,7 +25,7 @@ class PPOFigures(Figures):
         "KL(old || new) in nats, estimated from the samples; how far the policy has moved", default=math.nan
     )
     clip_fraction: float | None = logged("share of the samples whose probability ratio has left the clip range")
-    loss: float | None = logged("the whole loss of the last minibatch")
+    loss: float | None = logged("the loss of the last minibatch, without the penalty of a language model's reference")
     clip_range: float | None = logged("the present clip range")
     clip_range_vf: float | None = logged("the present clip range of the values")
     kl_coef: float | None = logged("the weight of the KL penalty in this update")

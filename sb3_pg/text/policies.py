@@ -706,11 +706,19 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
 
     # ------------------------------------------------------------- generation
 
+    def generation_settings(self, do_sample: bool) -> dict[str, Any]:
+        """Return the settings with which transformers chooses as acting does."""
+        own = {} if self.truncation is None else self.truncation.settings()
+        if do_sample:
+            return {"temperature": self.temperature, "top_k": 0, **own}  # transformers' own top_k is 50
+        return {name: value for name, value in own.items() if name == "min_new_tokens"}
+
     @th.no_grad()
     def generate(self, observations: np.ndarray, **settings: Any) -> np.ndarray:
         """Complete prompts by the model's own ``generate``, for evaluation.
 
-        By the settings given here alone: what the model's ``generation_config`` has is for other uses.
+        By the settings given here, and those that the policy acts by: what the model's ``generation_config`` has is for
+        other uses.
 
         :param observations: prompts as the environment shows them, (n, prompt_length + response_length)
         :param settings: those of transformers' ``GenerationConfig``. Greedy by default. Sampling:
@@ -731,8 +739,7 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
             "pad_token_id": end,
             **settings,
         }
-        if options["do_sample"]:
-            options = {"temperature": self.temperature, "top_k": 0, **options}  # transformers' own top_k is 50
+        options = {**self.generation_settings(options["do_sample"]), **options}
         n_known = self.lm.get_output_embeddings().out_features
         if n_known > self.n_tokens:
             options["suppress_tokens"] = list(range(self.n_tokens, n_known))

@@ -6,7 +6,8 @@ the same it is one. The token that was chosen is always in it. A policy that wou
 finite log-probability, whose gradient can bring it back.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch as th
 
@@ -41,6 +42,10 @@ class Truncation:
         for name in ("top_p", "min_p"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), high=1.0, above_low=True)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what transformers' ``GenerationConfig`` takes to do the same."""
+        return {name: value for name, value in asdict(self).items() if value is not None and name != "end_tokens"}
 
     def check_length(self, longest: int) -> None:
         """Refuse a least length above the greatest.

@@ -95,11 +95,25 @@ def test_acting_judging_and_the_first_minibatch_agree(shape, name):
     for minibatch in batch.minibatches(16, random_order(batch, model.rollout)):
         evaluation = model.network.evaluate(minibatch)
         np.testing.assert_allclose(evaluation.log_prob, minibatch.old_log_prob, atol=1e-5)
-        assert np.isfinite(evaluation.entropy).all()
+        assert th.isfinite(evaluation.entropy).all()
     if "min_new_tokens" in KINDS[name]:
         length = np.asarray(batch.observations.length) + 1
         ends = batch.actions.numpy() == model.policy.end_token
         assert (length[ends] >= KINDS[name]["min_new_tokens"]).all()
+
+
+@EACH
+def test_generate_samples_as_acting_does(name):
+    model = make("gpt2", policy_kwargs=KINDS[name])
+    rows = np.repeat(model.env.task.observations([1]), 3000, axis=0)
+    with th.no_grad():
+        probs = model.policy.get_distribution(rows[:1]).distribution.probs[0].numpy()
+    first = model.policy.generate(rows, do_sample=True)[:, 0]
+    found = np.bincount(first, minlength=len(probs)) / len(rows)
+    assert not found[probs == 0].any()
+    assert np.abs(found - probs).max() < 0.03
+    every = model.policy.generate(rows[:200], do_sample=True)
+    assert (every >= 0).sum(1).min() >= KINDS[name].get("min_new_tokens", 1)
 
 
 def test_predict_may_not_end_either():
