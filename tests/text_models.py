@@ -84,9 +84,10 @@ def act(model: Any) -> tuple[np.ndarray, np.ndarray]:
     """Fill the rollout buffer; returns the log-probabilities and values that the cached states of acting gave."""
     policy, seen = model.policy, []
 
-    def choose(hidden: th.Tensor, deterministic: bool = False) -> th.Tensor:
-        tokens = type(policy).choose(policy, hidden, deterministic)
-        seen.append((policy.token_statistics(hidden, tokens)[0].numpy(), policy.value_head(hidden)[:, 0].numpy()))
+    def choose(hidden: th.Tensor, deterministic: bool = False, lengths: th.Tensor | None = None) -> th.Tensor:
+        tokens = type(policy).choose(policy, hidden, deterministic, lengths)
+        log_prob, _ = policy.token_statistics(hidden, tokens, lengths)
+        seen.append((log_prob.numpy(), policy.value_head(hidden)[:, 0].numpy()))
         return tokens
 
     policy.choose = choose

@@ -126,8 +126,9 @@ def leave_one_out_within(
     :return: the baseline of each sample, (n,)
     """
     table, group_of, size = _held_table(group, returns, episode, step)
-    n_others = size[:, None] - 1
-    baseline: FloatArray = (_group_sums(table, group_of) - table) / np.maximum(n_others, 1)
+    n_others, first = size[:, None] - 1, _of_first(table, group_of)
+    table -= first  # so that equal returns differ from their mean by nothing, not by rounding
+    baseline: FloatArray = first + (_group_sums(table, group_of) - table) / np.maximum(n_others, 1)
     return np.where(n_others > 0, baseline, 0.0)[episode, step]
 
 
@@ -140,9 +141,11 @@ def within_group(
     that of a sample (n - 1), and 0 for an episode alone. Arguments are those of :func:`leave_one_out_within`.
     """
     table, group_of, size = _held_table(group, returns, episode, step)
+    first = _of_first(table, group_of)
+    table -= first  # so that equal returns differ from their mean by nothing, not by rounding
     mean = _group_sums(table, group_of) / size[:, None]
     variance = _group_sums((table - mean) ** 2, group_of) / np.maximum(size - 1, 1)[:, None]
-    return mean[episode, step], np.sqrt(variance)[episode, step]
+    return (first + mean)[episode, step], np.sqrt(variance)[episode, step]
 
 
 def _held_table(
@@ -165,6 +168,12 @@ def _group_sums(table: FloatArray, group_of: NDArray[np.int64]) -> FloatArray:
     np.add.at(sums, group_of, table)
     found: FloatArray = sums[group_of]
     return found
+
+
+def _of_first(table: FloatArray, group_of: NDArray[np.int64]) -> FloatArray:
+    """Return the row of the first episode of each episode's group, (n_episodes, n_steps)."""
+    first: FloatArray = table[np.unique(group_of, return_index=True)[1]][np.unique(group_of, return_inverse=True)[1]]
+    return first
 
 
 @dataclass
@@ -231,17 +240,26 @@ Baseline = Callable[[Any, np.ndarray], np.ndarray]
 #: The baselines that have names.
 BASELINES = ("value", "leave_one_out", "leave_one_out_same_start", "group", "ema", None)
 
-#: Added to a group's deviation, so that returns that differ by rounding alone are not blown up.
+#: The baselines that compare episodes with others that began alike.
+SAME_START = ("leave_one_out_same_start", "group")
+
+#: What the differences of baseline "group" are divided by: the names that TRL's ``scale_rewards`` has.
+SCALES = ("group", "batch", None)
+
+#: Added to a deviation, so that returns that differ by rounding alone are not blown up.
 _SMALL = 1e-4
 
 
-def compared(baseline: str | Baseline | None, samples: Samples, average: float | None) -> FloatArray:
+def compared(
+    baseline: str | Baseline | None, samples: Samples, average: float | None, scale: str | None = "group"
+) -> FloatArray:
     """Return how much better each sample's return is than its baseline, (n,).
 
     :param baseline: one of ``BASELINES`` but "value", or a function
     :param samples: of whole episodes
     :param average: the average return of *earlier* rollouts, for "ema", so that it does not depend on this one's
         actions; None at the first
+    :param scale: one of ``SCALES``, for "group"
     :raises ArgumentError: the baseline cannot be had from these episodes, or the function gave something else
     """
     if baseline == "ema":
@@ -249,12 +267,12 @@ def compared(baseline: str | Baseline | None, samples: Samples, average: float |
     if not isinstance(baseline, str):
         return samples.returns - _own(baseline, samples) if baseline is not None else samples.returns
     if workers.size() == 1:
-        return _compared_with_others(baseline, samples)
+        return _compared_with_others(baseline, samples, scale)
     of_all, own = of_all_workers(samples)
-    return _compared_with_others(baseline, of_all)[own]
+    return _compared_with_others(baseline, of_all, scale)[own]
 
 
-def _compared_with_others(baseline: str, samples: Samples) -> FloatArray:
+def _compared_with_others(baseline: str, samples: Samples, scale: str | None) -> FloatArray:
     """Return how much better each sample's return is than those of other episodes, (n,)."""
     returns, episode, step = samples.returns, samples.episode, samples.step
     require_several(baseline, samples.n_episodes)
@@ -263,6 +281,10 @@ def _compared_with_others(baseline: str, samples: Samples) -> FloatArray:
     group = samples.same_start()
     if baseline == "group":
         mean, deviation = within_group(group, returns, episode, step)
+        if scale is None:
+            return returns - mean
+        if scale == "batch":
+            _, deviation = within_group(np.zeros_like(group), returns, episode, step)
         return (returns - mean) / (deviation + _SMALL)
     # One that nobody began like is compared with all others: none of it depends on its own actions.
     alone = np.bincount(group, weights=step == 0)[group] < 2
@@ -314,16 +336,19 @@ def moments(columns: Sequence[Any]) -> list[tuple[float, float]]:
     return found
 
 
-def normalized(advantages: Any, scale: tuple[float, float] | None = None) -> Any:
+def normalized(advantages: Any, scale: tuple[float, float] | None = None, counts: Any = None) -> Any:
     """Return advantages with mean 0 and standard deviation 1; one alone is left as it is (SB3 issue 325).
 
     :param scale: their mean and standard deviation over all workers, if they are known already
+    :param counts: True for those that mean and deviation are of, bool (n,); None is all
     """
+    its = advantages if counts is None else advantages[counts]
     if workers.size() > 1:
-        mean, deviation = scale or moments([advantages])[0]
+        mean, deviation = scale or moments([its])[0]
         return (advantages - mean) / (deviation + 1e-8)
-    if len(advantages) < 2:
+    if len(its) < 2:
         return advantages
-    centered = advantages - advantages.sum() / len(advantages)
-    deviation = math.sqrt(inner(centered, centered) / (len(advantages) - 1))
-    return centered / (deviation + 1e-8)
+    mean = its.sum() / len(its)
+    centered = its - mean
+    deviation = math.sqrt(inner(centered, centered) / (len(its) - 1))
+    return (centered if counts is None else advantages - mean) / (deviation + 1e-8)

@@ -16,11 +16,17 @@ from sb3_pg.common.buffers import RolloutBuffer, sb3_order
 from sb3_pg.common.engines.protocol import Engine
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.rollout import Rollout
-from sb3_pg.common.sequences import Memory
+from sb3_pg.common.sequences import Memory, Stretches
 
 #: How much is gathered at once: a whole rollout, unless it is long or of images.
 _GATHERED_BYTES = 1 << 22
 
+
+#: What a batch counts for in which no sample counts, so that means over several workers are still numbers.
+_NOTHING = 1e-12
+
+#: How the samples of a loss may be averaged besides over a constant length, see :func:`weighted`.
+AVERAGES = ("step", "sequence")
 
 #: A column that is not needed. Whoever asks for it after all is told so by Python.
 _ABSENT: Any = None
@@ -36,8 +42,11 @@ class Batch:
     :param sequences: the number of the stretch of an episode that each sample belongs to, if the engine is better off
         with whole ones
     :param memory: with which each sequence begins, by its number, whichever of them are in the batch
-    :param weight: what each sample counts for, adding up to 1; None is 1 / n for each
+    :param reference_log_prob: log-probability of the action under a reference that the loss keeps the policy near to
+    :param weight: what each sample counts for in sums; None is 1 for each
+    :param count: what each sample adds to the number that these sums are divided by; None is its weight
     :param rows: the samples' numbers in the rollout, ``step * n_envs + env``, to name one in an error
+    :param divisor: what weighted sums are divided by if these samples are part of a batch, see :meth:`part`
     """
 
     observations: Observations
@@ -49,44 +58,94 @@ class Batch:
     old_log_prob: Array = _ABSENT
     advantages: Array = _ABSENT
     returns: Array = _ABSENT
+    reference_log_prob: Array | None = None
     weight: Array | None = None
+    count: Array | None = None
     rows: np.ndarray | None = None
+    divisor: float | None = None
 
     def __len__(self) -> int:
         return length(self.observations)
 
     def __getitem__(self, index: Any) -> "Batch":
-        columns: list[Any] = [x if x is None or x is self.memory else take(x, index) for x in self.__dict__.values()]
-        return Batch(*columns)
+        *columns, _ = self.__dict__.values()
+        taken: list[Any] = [x if x is None or x is self.memory else take(x, index) for x in columns]
+        return Batch(*taken)
+
+    def part(self, index: Any) -> "Batch":
+        """Return some of the samples, each of which counts for as much as in the whole batch."""
+        return replace(self[index], divisor=self.share)
+
+    @property
+    def share(self) -> float:
+        """What weighted sums are divided by for a mean, and what that counts for among the means of all workers."""
+        if self.divisor is not None:
+            return self.divisor
+        numbers: Any = self.weight if self.count is None else self.count
+        return float(len(self)) if numbers is None else float(numbers.sum()) or _NOTHING
 
     @property
     def scale(self) -> Array | float:
-        """The weight of each sample, as an array, (n,), or as one number for all."""
-        return 1.0 / len(self) if self.weight is None else self.weight
+        """What each sample counts for in a mean, as an array, (n,), or as one number for all."""
+        return 1.0 / self.share if self.weight is None else self.weight / self.share
 
     def mean(self, x: Array) -> float:
         """Return the mean of one number per sample, (n,), by the samples' weights, over all workers."""
-        return float(workers.mean(float(x.mean() if self.weight is None else (self.weight * x).sum()), len(self)))
+        return float(workers.mean(float((x * self.scale).sum()) if self._is_weighted else float(x.mean()), self.share))
 
-    def normalised(self) -> "Batch":
-        """Return the same samples with weights that add up to 1."""
-        return self if self.weight is None else replace(self, weight=self.weight / self.weight.sum())
+    @property
+    def _is_weighted(self) -> bool:
+        return self.weight is not None or self.divisor is not None
+
+    @property
+    def counts(self) -> Array | None:
+        """True for the samples that count for something; None if all do."""
+        return None if self.weight is None else self.weight != 0
+
+    def normalized(self, scale: tuple[float, float] | None = None) -> Array:
+        """Return the advantages with mean 0 and deviation 1 over the samples that count; arguments as there."""
+        found: Array = normalized(self.advantages, scale, self.counts)
+        return found
+
+    def without(self, silent: Array) -> "Batch":
+        """Return the part of the samples from which the loss has a gradient; the first one if there are none.
+
+        Sequences are not cut, since in one the samples depend on each other.
+
+        :param silent: True for samples from which it has none, bool (n,)
+        """
+        silent = np.asarray(silent.cpu() if isinstance(silent, th.Tensor) else silent)
+        if not silent.any():
+            return self
+        heard = ~silent
+        heard[0] |= not heard.any()  # a step of the optimizer moves by momentum, too
+        if self.sequences is not None:
+            heard = np.isin(self.sequences, self.sequences[heard])
+        return self.part(np.flatnonzero(heard))
 
     def for_critic(self) -> "Batch":
         """Return only what the value network is fitted to, so that no more is gathered."""
         return replace(self, old_values=_ABSENT, old_log_prob=_ABSENT, advantages=_ABSENT)
 
     def minibatches(
-        self, batch_size: int | None, order: np.ndarray | None = None, *, even: bool = False, normalize: bool = False
+        self,
+        batch_size: int | None,
+        order: np.ndarray | None = None,
+        *,
+        even: bool = False,
+        normalize: bool = False,
+        only_advantages: bool = False,
     ) -> Generator["Batch", None, None]:
         """Yield pieces of ``batch_size`` samples; all at once for None.
 
-        Sequences are not cut: a piece goes on to the end of the one that it ends in. Weights add up to 1 in each. All
-        workers yield the same number of pieces, that of the one with the fewest.
+        Sequences are not cut: a piece goes on to the end of the one that it ends in. All workers yield the same number
+        of pieces, that of the one with the fewest. Samples without weight are left out of their pieces.
 
         :param order: the numbers of the samples in the order in which they are wanted, by default as they are
         :param even: spread a shorter last piece over all, so that none is much smaller than the others
         :param normalize: normalise the advantages of each piece
+        :param only_advantages: the loss depends on nothing else, so that samples whose advantage is zero are left out
+            of their pieces, too; those that are left count for no more than before
         """
         edges = self._edges(batch_size or len(self), order, even)
         if order is None:
@@ -95,12 +154,17 @@ class Batch:
             pieces = self._gathered(edges, order, batch_size or len(self))
         scales: Any = [None] * (len(edges) - 1)
         if normalize and workers.size() > 1:  # one message for all pieces
-            advantages = self.advantages if order is None else self.advantages[order]
-            scales = moments([advantages[start:end] for start, end in pairwise(edges)])
+            both: Any = (x if order is None or x is None else x[order] for x in (self.advantages, self.counts))
+            advantages, counts = both
+            places = [slice(start, end) for start, end in pairwise(edges)]
+            scales = moments([advantages[p] if counts is None else advantages[p][counts[p]] for p in places])
         for piece, scale in zip(pieces, scales, strict=True):
             if normalize:
-                piece.advantages = normalized(piece.advantages, scale)
-            yield piece.normalised()
+                piece.advantages = piece.normalized(scale)
+            silent = piece.advantages == 0 if only_advantages else None
+            if piece.counts is not None:
+                silent = ~piece.counts if silent is None else silent | ~piece.counts
+            yield piece if silent is None else piece.without(silent)
 
     def _edges(self, size: int, order: np.ndarray | None, even: bool) -> list[int]:
         """Where pieces begin, and where the last one ends."""
@@ -175,6 +239,35 @@ def batch_of(
     )
 
 
+def episode_parts(rollout: Rollout) -> np.ndarray:
+    """Return the number of the part of an episode that each sample of a rollout is in, (n_steps * n_envs,)."""
+    starts = rollout.buffer.episode_starts[: rollout.n_steps] > 0
+    return Stretches(starts).numbers.ravel()
+
+
+def weighted(batch: Batch, rollout: Rollout, asarray: Callable[[Any], Any], average: str | int) -> Batch:
+    """Return a batch whose samples count as an average of the loss wants.
+
+    A sequence is what of an episode is in the rollout, or of a response. Where a minibatch cuts one, its samples count
+    as parts of it.
+
+    :param batch: of a rollout; weights that it has already, of 0 or 1, say which samples count at all
+    :param asarray: makes an engine's array of one of NumPy
+    :param average: "step": over all samples (DAPO, Yu et al. 2025, section 3.3). "sequence": over the samples of each
+        sequence, then over sequences (GRPO, Shao et al. 2024, eq. 3). A number L: the sum over the samples of a
+        sequence, divided by L, over sequences (Dr. GRPO, Liu et al. 2025, section 3)
+    """
+    if average == "step":
+        return batch
+    assert batch.rows is not None
+    place, sizes = np.unique(episode_parts(rollout)[batch.rows], return_inverse=True, return_counts=True)[1:]
+    of_sequence = (1.0 / sizes[place]).astype(np.float32)
+    weight = of_sequence if average == "sequence" else np.full_like(of_sequence, 1.0 / float(average))
+    count, weight = asarray(of_sequence), asarray(weight)
+    counts: Any = 1.0 if batch.weight is None else batch.weight
+    return replace(batch, weight=counts * weight, count=counts * count)
+
+
 def random_order(batch: Batch, rollout: Rollout) -> np.ndarray:
     """Return the numbers of the samples in random order, the same as SB3's for the same NumPy seed.
 
@@ -204,6 +297,7 @@ def epoch(
     *,
     even: bool = False,
     normalize: bool = False,
+    only_advantages: bool = False,
 ) -> Generator[Batch, None, None]:
     """Yield one pass over the rollout in random minibatches.
 
@@ -212,9 +306,11 @@ def epoch(
     :param batch: the rollout as one batch
     :param even: spread a shorter last minibatch over all
     :param normalize: normalise the advantages of each minibatch
+    :param only_advantages: leave out the samples whose advantages are zero, see :meth:`Batch.minibatches`
     """
     if not has_own_get(type(rollout.buffer)):
-        yield from batch.minibatches(batch_size, random_order(batch, rollout), even=even, normalize=normalize)
+        order = random_order(batch, rollout)
+        yield from batch.minibatches(batch_size, order, even=even, normalize=normalize, only_advantages=only_advantages)
         return
     for samples in own_samples(rollout, engine, batch_size):
         if normalize:

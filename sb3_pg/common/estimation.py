@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
+from sb3_pg.common import workers
 from sb3_pg.common.advantages import Baseline, Samples, compared, episode_numbers, reward_to_go
 from sb3_pg.common.arrays import mapped, take
 from sb3_pg.common.rollout import Rollout
@@ -24,7 +25,12 @@ def estimate_by_values(rollout: Rollout, final_values: np.ndarray, gamma: float)
 
 
 def estimate_by_comparison(
-    rollout: Rollout, keep: Any, baseline: str | Baseline | None, gamma: float, average: float | None
+    rollout: Rollout,
+    keep: Any,
+    baseline: str | Baseline | None,
+    gamma: float,
+    average: float | None,
+    scale: str | None = "group",
 ) -> None:
     """Write reward-to-go, and as advantages its difference from a baseline; 0 where samples do not count.
 
@@ -32,6 +38,7 @@ def estimate_by_comparison(
 
     :param keep: which samples count, bool (n_steps, n_envs)
     :param average: of the returns of earlier rollouts, for "ema"
+    :param scale: what the differences of "group" are divided by
     :raises ArgumentError: the baseline cannot be had from these episodes
     """
     buffer, n, dones = rollout.buffer, rollout.n_steps, rollout.dones
@@ -43,5 +50,18 @@ def estimate_by_comparison(
     advantages = np.zeros(keep.shape)
     first = mapped(np.asarray, take(observations, np.flatnonzero(step[keep] == 0)))
     samples = Samples(observations, first, returns[keep], episode, step[keep])
-    advantages[keep] = compared(baseline, samples, average)
+    advantages[keep] = compared(baseline, samples, average, scale)
     buffer.returns[:n], buffer.advantages[:n] = returns, advantages
+
+
+def share_without_signal(rollout: Rollout, keep: Any) -> float:
+    """Return the share of the episodes whose advantages are all zero, over all workers.
+
+    :param keep: which samples count, bool (n_steps, n_envs)
+    """
+    number = episode_numbers(rollout.dones)[0] * rollout.n_envs + np.arange(rollout.n_envs)
+    episode = np.unique(number[keep], return_inverse=True)[1].reshape(-1)
+    largest = np.zeros(int(episode.max(initial=-1)) + 1)
+    np.maximum.at(largest, episode, np.abs(rollout.buffer.advantages[: rollout.n_steps][keep]))
+    silent, n = workers.total([float((largest == 0).sum()), float(len(largest))])
+    return silent / n if n else float("nan")

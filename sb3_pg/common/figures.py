@@ -38,6 +38,10 @@ class Figures(Logged):
         "share of the returns' variance that the values before the update explain; 1 is all, 0 none, below 0 less than "
         "none"
     )
+    frac_reward_zero_std: float | None = logged(
+        "share of the episodes that teach nothing, since all that began alike earned the same; with the baselines "
+        "'group' and 'leave_one_out_same_start'"
+    )
     std: float | None = logged("mean standard deviation of the Gaussian policy, before squashing and clipping")
     n_updates: int | None = logged("gradient updates so far; of PPO epochs", exclude="tensorboard")
 

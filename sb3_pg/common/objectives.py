@@ -12,14 +12,17 @@ They are written against the array API standard, so the same text serves NumPy (
 from typing import Any
 
 import numpy as np
+import torch as th
 
 from sb3_pg.common.arrays import Array, namespace
 
 __all__ = [
     "clipped_squared_error",
     "clipped_surrogate",
+    "kl_estimate",
     "kl_penalty",
     "policy_gradient",
+    "sequence_means",
     "simple_policy_optimization",
     "squared_error",
     "surrogate",
@@ -94,6 +97,49 @@ def kl_penalty(log_ratio: Array) -> tuple[Array, Array]:
     """
     ratio_minus_one = namespace(log_ratio).expm1(log_ratio)
     return ratio_minus_one - log_ratio, ratio_minus_one
+
+
+#: The estimators of J. Schulman, "Approximating KL divergence" (2020).
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+def kl_estimate(log_ratio: Array, estimator: str) -> tuple[Array, Array]:
+    """Return an estimate of KL(policy || reference) for actions of the policy, and its derivative by ``log pi(a|s)``.
+
+    (J. Schulman, "Approximating KL divergence", 2020). With d the log-ratio: "k1" is d, unbiased. "k2" is d^2 / 2,
+    biased, with less variance. "k3" is exp(-d) - 1 + d, unbiased, never negative. The means of their derivatives times
+    the score are other things: of k1 zero, whatever the policies; of k2 the gradient of KL(policy || reference); of k3
+    that of KL(reference || policy).
+
+    :param log_ratio: ``log pi(a|s) - log pi_ref(a|s)``, (n,)
+    :param estimator: one of ``KL_ESTIMATORS``
+    """
+    xp = namespace(log_ratio)
+    if estimator == "k1":
+        return log_ratio, xp.ones_like(log_ratio)
+    if estimator == "k2":
+        return 0.5 * log_ratio * log_ratio, log_ratio
+    inverse_less_one = xp.expm1(-log_ratio)
+    return inverse_less_one + log_ratio, -inverse_less_one
+
+
+def sequence_means(x: Array, sequences: np.ndarray) -> Array:
+    """Return for each sample the mean over all samples of its sequence, (n,).
+
+    Of log-ratios it is the logarithm of GSPO's ratio, the geometric mean of those of a sequence (Zheng et al. 2025,
+    section 4.1). Such means are a symmetric matrix where all of a sequence count alike, so that the means of a loss's
+    derivatives by them are its derivatives by the log-probabilities (section 4.2).
+
+    :param x: one number per sample, (n,)
+    :param sequences: number of the sequence of each sample, (n,)
+    """
+    place, sizes = np.unique(sequences, return_inverse=True, return_counts=True)[1:]
+    if isinstance(x, np.ndarray):
+        means: np.ndarray = (np.bincount(place, x) / sizes)[place].astype(x.dtype)
+        return means
+    index = th.as_tensor(place, device=x.device)
+    sums = x.new_zeros(len(sizes)).index_add(0, index, x)
+    return (sums / th.as_tensor(sizes, device=x.device))[index]
 
 
 def squared_error(value: Array, target: Array) -> tuple[Array, Array]:

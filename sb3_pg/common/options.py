@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from stable_baselines3.common import buffers as sb3_buffers
 
-from sb3_pg.common.advantages import BASELINES, require_several
-from sb3_pg.common.batch import has_own_get
+from sb3_pg.common.advantages import BASELINES, SCALES, require_several
+from sb3_pg.common.batch import AVERAGES, has_own_get
 from sb3_pg.common.buffers import RolloutBuffer
 from sb3_pg.common.errors import (
     ArgumentError,
@@ -47,6 +47,7 @@ def check_common(model: "PolicyGradientAlgorithm") -> None:
     check_choice("use_masking", model.use_masking, (True, False))
     check_choice("engine", model.engine, ("auto", "autograd"))
     _check_baseline(model)
+    _check_average(model)
     if model._learns_from_episodes:
         _check_buffer_of_episodes(model.rollout_buffer_class)
 
@@ -76,6 +77,31 @@ def _check_baseline(model: "PolicyGradientAlgorithm") -> None:
     compares = model.baseline not in ("value", "ema", None) and not callable(model.baseline)
     if compares and model.n_episodes is not None and model.env is not None:
         require_several(str(model.baseline), model._episodes_per_env * model.n_envs)
+
+    check_choice("scale_rewards", model.scale_rewards, SCALES)
+    if model.scale_rewards != "group" and model.baseline != "group":
+        raise ArgumentError(
+            f"`scale_rewards={model.scale_rewards!r}` says what differences of baseline='group' are divided by, but "
+            f"baseline={model.baseline!r} divides by nothing. Use baseline='group', or leave out scale_rewards."
+        )
+
+
+def _check_average(model: "PolicyGradientAlgorithm") -> None:
+    average = model.loss_average
+    if isinstance(average, str) or average is None:
+        if average not in AVERAGES:
+            raise ArgumentError(
+                f"`loss_average` must be one of {', '.join(map(repr, AVERAGES))} or a length, a whole number, not "
+                f"{average!r}."
+            )
+    else:
+        check_count("loss_average", average)
+    kind = model.rollout_buffer_class
+    if average != "step" and kind is not None and has_own_get(kind):
+        raise ArgumentError(
+            f"`loss_average={average!r}` needs to know which samples are of one sequence, which `rollout_buffer_class="
+            f"{kind.__name__}` with a `get` of its own does not tell. Leave one of them out."
+        )
 
 
 def _check_buffer_of_episodes(kind: type[sb3_buffers.RolloutBuffer] | None) -> None:

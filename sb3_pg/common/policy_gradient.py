@@ -27,12 +27,12 @@ from stable_baselines3.common.vec_env.patch_gym import _patch_env
 
 from sb3_pg.common import workers
 from sb3_pg.common.acting import Horizon, Steps, WholeEpisodes, longest_episode
-from sb3_pg.common.advantages import Baseline, moving_average
+from sb3_pg.common.advantages import SAME_START, Baseline, moving_average
 from sb3_pg.common.archive.archived import Archived
 from sb3_pg.common.archive.peers import unmasked
 from sb3_pg.common.archive.resume import resuming
 from sb3_pg.common.arrays import Column, as_tensors, take
-from sb3_pg.common.batch import Batch, epoch
+from sb3_pg.common.batch import Batch, epoch, weighted
 from sb3_pg.common.buffers import RolloutBuffer
 from sb3_pg.common.closing import closing, learning_alone, screen_logger
 from sb3_pg.common.data_parallel import DataParallel
@@ -57,7 +57,7 @@ from sb3_pg.common.errors import (
     require_finite,
     require_finite_of,
 )
-from sb3_pg.common.estimation import estimate_by_comparison, estimate_by_values
+from sb3_pg.common.estimation import estimate_by_comparison, estimate_by_values, share_without_signal
 from sb3_pg.common.figures import Figures
 from sb3_pg.common.masks import masks_of, masks_of_caller
 from sb3_pg.common.objectives import squared_error
@@ -126,7 +126,9 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         *,
         policy_kwargs: dict[str, Any] | None,
         baseline: str | Baseline | None,
+        scale_rewards: str | None,
         ema_decay: float,
+        loss_average: str | int,
         n_episodes: int | None,
         max_episode_steps: int | None,
         use_masking: bool,
@@ -143,7 +145,9 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         policy_kwargs = {k: dict(v) if isinstance(v, dict) else v for k, v in (policy_kwargs or {}).items()}
         super().__init__(class_of(policy), env, policy_kwargs=policy_kwargs, _init_setup_model=False, **arguments)  # type: ignore[arg-type]
         self.baseline = baseline
+        self.scale_rewards = scale_rewards
         self.ema_decay = ema_decay
+        self.loss_average = loss_average
         self.n_episodes = n_episodes
         self.max_episode_steps = max_episode_steps
         self.use_masking = use_masking
@@ -529,12 +533,16 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
             if self.baseline == "value":
                 estimate_by_values(rollout, judged.final_values, self.gamma)
             else:
-                estimate_by_comparison(rollout, self.horizon.keep(rollout), self.baseline, self.gamma, self._return_ema)
+                self._estimate_by_comparison(rollout)
         rollout.n_judged, rollout.figures, self._rollout = n, judged.figures, rollout
-        rollout.starting_memory = judged.starting_memory
+        rollout.starting_memory, rollout.reference_log_probs = judged.starting_memory, judged.reference_log_probs
         for name, value in judged.figures.items():
             self.logger.record(name, value)
         return judged
+
+    def _estimate_by_comparison(self, rollout: Rollout) -> None:
+        keep, its = self.horizon.keep(rollout), (self.baseline, self.gamma, self._return_ema, self.scale_rewards)
+        estimate_by_comparison(rollout, keep, *its)
 
     def _write_judgement(self, rollout: Rollout, judged: Judged) -> None:
         n, buffer = rollout.n_steps, rollout.buffer
@@ -549,6 +557,20 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
                 raise unsound(self.policy, "value after the last step", cut.env, cut.step, value)
 
     # ------------------------------------------------------------------- step
+
+    def _batch(self, rollout: Rollout) -> Batch:
+        """Return the samples of a judged rollout that are learned from, weighted as ``loss_average`` says."""
+        batch = self.network.batch(rollout, self.horizon.keep(rollout))
+        return weighted(batch, rollout, self.network.asarray, self.loss_average)
+
+    def _may_leave_out(self, batch: Batch) -> bool:
+        """Return whether samples whose advantages are zero can be left out of minibatches without changing the others.
+
+        They cannot where a penalty depends on their log-probabilities, or what the policy says of others on them.
+        """
+        return batch.reference_log_prob is None and not any(
+            isinstance(its, th.nn.modules.batchnorm._BatchNorm) for its in self.policy.modules()
+        )
 
     def _fit_critic(
         self,
@@ -579,7 +601,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
 
         :raises NonFiniteError: a gradient is not finite, or its square is not, which optimizers remember
         """
-        norm = self.network.step(max_grad_norm, len(batch))
+        norm = self.network.step(max_grad_norm, batch.share)
         if not (math.isfinite(norm) and min(norm, max_grad_norm or math.inf) < LARGEST_GRADIENT):
             raise explain_bad_gradient(self.network, self.rollout, batch, norm)
 
@@ -595,6 +617,8 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         log_std = getattr(self.policy, "log_std", None)
         if log_std is not None:
             figures.std = th.exp(log_std).mean().item()
+        if self.baseline in SAME_START:
+            figures.frac_reward_zero_std = share_without_signal(rollout, self.horizon.keep(rollout))
         figures.n_updates = self._n_updates
         figures.record(self.logger)
 
@@ -663,6 +687,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
                 with good.whole():
                     self.train()
                 self._rollout.is_paused = False  # type: ignore[union-attr]
+                self.network.end_update()
                 detach_distribution(self.policy)
                 is_last = self.num_timesteps >= total_timesteps
                 if log_interval is not None and (is_last or iteration % log_interval == 0):

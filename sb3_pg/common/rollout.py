@@ -65,6 +65,7 @@ class Rollout:
     :param memory: what the policy remembered of each environment before the first step
     :param replaced: the step after which a callback replaced the policy, and what was remembered then
     :param starting_memory: and when each of the stretches begins, found by judging
+    :param reference_log_probs: log-probabilities under the reference, where the loss needs them, found by judging
     :param n_known: of so many first steps values and log-probabilities are in the buffer, by the policy that acted
     :param n_judged: steps when it was judged; 0 before
     :param needs_values: whether values are used; an engine for which judging is costly may leave out what is not
@@ -87,6 +88,7 @@ class Rollout:
     memory: Memory | None = None
     replaced: tuple[int, Memory | None] | None = None
     starting_memory: Memory | None = None
+    reference_log_probs: np.ndarray | None = None
     n_known: int = 0
     n_judged: int = 0
     needs_values: bool = True

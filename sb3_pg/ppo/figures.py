@@ -8,7 +8,7 @@ import numpy as np
 from sb3_pg.common import workers
 from sb3_pg.common.arrays import Array, Column, namespace
 from sb3_pg.common.figures import Figures, logged
-from sb3_pg.common.objectives import kl_penalty
+from sb3_pg.common.objectives import kl_penalty, sequence_means
 
 #: The numbers of so many samples are kept before they are summed up.
 _KEPT_SAMPLES = 1 << 14
@@ -25,7 +25,7 @@ class PPOFigures(Figures):
         "KL(old || new) in nats, estimated from the samples; how far the policy has moved", default=math.nan
     )
     clip_fraction: float | None = logged("share of the samples whose probability ratio has left the clip range")
-    loss: float | None = logged("the whole loss of the last minibatch")
+    loss: float | None = logged("the loss of the last minibatch, without the penalty of a language model's reference")
     clip_range: float | None = logged("the present clip range")
     clip_range_vf: float | None = logged("the present clip range of the values")
     kl_coef: float | None = logged("the weight of the KL penalty in this update")
@@ -37,18 +37,25 @@ class Means:
 
     :param like: an array with one row for each sample of the rollout
     :param clip_range: ratios further from one than this count as clipped
+    :param by_sequence: these ratios are those of whole sequences
     """
 
-    def __init__(self, like: Array, clip_range: float) -> None:
+    def __init__(self, like: Array, clip_range: float, *, by_sequence: bool = False) -> None:
         self.value_loss, self._log_ratio, self._loss, self._entropy = (Column(like[:_KEPT_SAMPLES]) for _ in range(4))
+        self._of_sequences = Column(like[:_KEPT_SAMPLES]) if by_sequence else None
         self._clip_range = clip_range
         self._sums = dict.fromkeys(("value_loss", "policy_gradient_loss", "entropy", "approx_kl", "clip_fraction"), 0.0)
         self._counts = dict.fromkeys(self._sums, 0)
         self._at_last_end = (0.0, 0.0)
 
-    def add(self, log_ratio: Array, loss: Array, entropy: Array) -> None:
-        """Add a minibatch on which the policy takes a step."""
+    def add(self, log_ratio: Array, loss: Array, entropy: Array, sequences: np.ndarray | None = None) -> None:
+        """Add a minibatch on which the policy takes a step.
+
+        :param sequences: numbers of those that the samples are in
+        """
         self._log_ratio.add(log_ratio)
+        if self._of_sequences is not None and sequences is not None:
+            self._of_sequences.add(sequence_means(log_ratio, sequences))
         self._loss.add(loss)
         self._entropy.add(entropy)
         if len(self._loss) >= _KEPT_SAMPLES:
@@ -64,7 +71,8 @@ class Means:
     def _sum_up(self) -> None:
         log_ratio = self._log_ratio.take()
         kl, _ = kl_penalty(log_ratio)
-        columns = (self.value_loss.take(), self._loss.take(), self._entropy.take(), kl, self._outside(log_ratio))
+        clipped = log_ratio if self._of_sequences is None else self._of_sequences.take()
+        columns = (self.value_loss.take(), self._loss.take(), self._entropy.take(), kl, self._outside(clipped))
         for name, x in zip(self._sums, columns, strict=True):
             self._sums[name] += float(x.sum())
             self._counts[name] += len(x)

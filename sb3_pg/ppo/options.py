@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
 
 from sb3_pg.common.arrays import Array, namespace
+from sb3_pg.common.batch import Batch, has_own_get
 from sb3_pg.common.errors import (
     ArgumentError,
     PolicyError,
@@ -16,7 +17,13 @@ from sb3_pg.common.errors import (
     check_parameters,
     evaluate_schedule,
 )
-from sb3_pg.common.objectives import clipped_surrogate, kl_penalty, simple_policy_optimization, surrogate
+from sb3_pg.common.objectives import (
+    clipped_surrogate,
+    kl_penalty,
+    sequence_means,
+    simple_policy_optimization,
+    surrogate,
+)
 from sb3_pg.common.options import check_rollout_size
 
 if TYPE_CHECKING:
@@ -25,9 +32,27 @@ if TYPE_CHECKING:
 #: (log_ratio, advantage) to (loss, d loss / d log_prob), arrays of shape (n,)
 Objective = Callable[[Array, Array], tuple[Array, Array]]
 
+#: (log_ratio, minibatch) to the same
+BatchObjective = Callable[[Array, Batch], tuple[Array, Array]]
 
-def make_objective(ppo: "PPO", kl_coef: float) -> Objective:
-    """Return the objective with the coefficients of this update."""
+
+def make_objective(ppo: "PPO", kl_coef: float) -> BatchObjective:
+    """Return the objective with the coefficients of this update, on a minibatch."""
+    objective = _of_ratio(ppo)
+
+    def by_step(log_ratio: Array, batch: Batch) -> tuple[Array, Array]:
+        return objective(log_ratio, batch.advantages)
+
+    def by_sequence(log_ratio: Array, batch: Batch) -> tuple[Array, Array]:
+        assert batch.sequences is not None
+        loss, derivative = objective(sequence_means(log_ratio, batch.sequences), batch.advantages)
+        return loss, sequence_means(derivative, batch.sequences)
+
+    chosen = by_sequence if ppo.ratio == "sequence" else by_step
+    return chosen if kl_coef == 0.0 else _with_kl_penalty(chosen, kl_coef)
+
+
+def _of_ratio(ppo: "PPO") -> Objective:
     clip_range = ppo._coefficient("clip_range")
     objective: Objective
     if callable(ppo.objective):
@@ -39,7 +64,7 @@ def make_objective(ppo: "PPO", kl_coef: float) -> Objective:
     else:
         high = clip_range if ppo.clip_range_high is None else ppo._coefficient("clip_range_high")
         objective = partial(clipped_surrogate, low=clip_range, high=high, dual_clip=ppo.dual_clip)
-    return objective if kl_coef == 0.0 else _with_kl_penalty(objective, kl_coef)
+    return objective
 
 
 def _checked(objective: Callable[..., Any]) -> Objective:
@@ -62,13 +87,19 @@ def _checked(objective: Callable[..., Any]) -> Objective:
     return checked
 
 
-def _with_kl_penalty(objective: Objective, kl_coef: float) -> Objective:
-    def penalised(log_ratio: Array, advantage: Array) -> tuple[Array, Array]:
-        loss, derivative = objective(log_ratio, advantage)
+def _with_kl_penalty(objective: BatchObjective, kl_coef: float) -> BatchObjective:
+    def penalised(log_ratio: Array, batch: Batch) -> tuple[Array, Array]:
+        loss, derivative = objective(log_ratio, batch)
         penalty, d_penalty = kl_penalty(log_ratio)
         return loss + kl_coef * penalty, derivative + kl_coef * d_penalty
 
     return penalised
+
+
+def learns_from_advantages_alone(ppo: "PPO", kl_coef: float, ent_coef: float) -> bool:
+    """Return whether samples whose advantages are zero have no part in the update but that of being counted."""
+    watches_kl = ppo.target_kl is not None or ppo.adaptive_lr or kl_coef
+    return not (callable(ppo.objective) or ppo.baseline == "value" or watches_kl or ent_coef)
 
 
 def check_arguments(ppo: "PPO") -> None:
@@ -91,6 +122,7 @@ def check_arguments(ppo: "PPO") -> None:
         check_parameters("objective", ppo.objective, "log_ratio", "advantage")
     else:
         check_choice("objective", ppo.objective, ("clip", "spo", "surrogate"))
+    check_choice("ratio", ppo.ratio, ("step", "sequence"))
     _check_contradictions(ppo)
     if ppo.env is not None:
         _check_rollout_size(ppo)
@@ -100,6 +132,17 @@ def _check_contradictions(ppo: "PPO") -> None:
     if ppo.objective != "clip" and (ppo.clip_range_high is not None or ppo.dual_clip is not None):
         raise ArgumentError(
             f"`clip_range_high` and `dual_clip` belong to objective='clip', not {ppo.objective!r}. Leave them out."
+        )
+    kind = ppo.rollout_buffer_class
+    if ppo.ratio == "sequence" and kind is not None and has_own_get(kind):
+        raise ArgumentError(
+            f"`ratio='sequence'` needs whole sequences, which `rollout_buffer_class={kind.__name__}` with a `get` of "
+            "its own does not give out. Leave one of them out."
+        )
+    if ppo.ratio == "sequence" and ppo.sequence_length is not None:
+        raise ArgumentError(
+            f"`ratio='sequence'` needs whole sequences, but `sequence_length={ppo.sequence_length}` cuts them. Leave "
+            "one of them out."
         )
     if ppo.adaptive_lr and not is_constant(ppo.learning_rate):
         raise ArgumentError(

@@ -10,13 +10,13 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule
 
-from sb3_pg.common.advantages import Baseline, normalized
+from sb3_pg.common.advantages import Baseline
 from sb3_pg.common.arrays import Array
-from sb3_pg.common.batch import Batch, epoch
+from sb3_pg.common.batch import Batch, episode_parts, epoch
 from sb3_pg.common.objectives import clipped_squared_error, squared_error
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm, shared
 from sb3_pg.ppo.figures import Means
-from sb3_pg.ppo.options import Objective, check_arguments, make_objective
+from sb3_pg.ppo.options import Objective, check_arguments, learns_from_advantages_alone, make_objective
 from sb3_pg.ppo.stopping import EarlyStopping, adapted_kl_coef, adapted_learning_rate
 
 SelfPPO = TypeVar("SelfPPO", bound="PPO")
@@ -73,9 +73,18 @@ class PPO(PolicyGradientAlgorithm):
     :param adaptive_lr: multiply or divide ``learning_rate`` by 1.5 after each epoch to keep the KL near
         ``desired_kl``, within [1e-5, 1e-2]
     :param desired_kl: what both adapt to, in nats per update. Higher makes larger updates
+    :param ratio: of what probabilities the objective takes the ratio. "step": of each action. "sequence": the geometric
+        mean of those of all actions of an episode (GSPO, Zheng et al. 2025), which is nearer to one, so ``clip_range``
+        should be a hundredth of the usual; minibatches are then made of whole episodes
     :param baseline: what the return is compared with. "value": the value network (GAE). The others compare whole
         episodes and leave the value network alone, see :class:`sb3_pg.REINFORCE`; "group" makes this GRPO
+    :param scale_rewards: what the differences of baseline="group" are divided by, with TRL's names. "group": their
+        deviation in the group, so that groups count alike. "batch": that of all returns, so that groups whose returns
+        differ more count for more. None: nothing (Dr. GRPO). Refused with other baselines
     :param ema_decay: in [0, 1), of "ema". Higher remembers longer
+    :param loss_average: how the samples of policy and value loss are averaged. "step": all alike. "sequence": over each
+        episode, then over episodes, so that a step of a long one counts for less. A whole number L: the sum over each
+        episode, divided by L, then over episodes; a larger L makes smaller gradients.
     :param n_episodes: None, or learn from rollouts of so many whole episodes, over all environments, rounded up to
         the same number from each, instead of ``n_steps``. A baseline other than "value" without it takes all episodes
         that begin within ``n_steps``
@@ -129,8 +138,11 @@ class PPO(PolicyGradientAlgorithm):
         adaptive_kl_coef: bool = False,
         adaptive_lr: bool = False,
         desired_kl: float = 0.01,
+        ratio: str = "step",
         baseline: str | Baseline | None = "value",
+        scale_rewards: str | None = "group",
         ema_decay: float = 0.9,
+        loss_average: str | int = "step",
         n_episodes: int | None = None,
         max_episode_steps: int | None = None,
         use_masking: bool = True,
@@ -151,6 +163,7 @@ class PPO(PolicyGradientAlgorithm):
         self.adaptive_kl_coef = adaptive_kl_coef
         self.adaptive_lr = adaptive_lr
         self.desired_kl = desired_kl
+        self.ratio = ratio
         if _init_setup_model:
             self._setup_model()
 
@@ -170,10 +183,12 @@ class PPO(PolicyGradientAlgorithm):
         rollout, engine = self.rollout, self._refreshed_network()
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        batch = engine.batch(rollout, self.horizon.keep(rollout))
+        batch = self._batch(rollout)
+        if self.ratio == "sequence" and batch.sequences is None:
+            batch.sequences = episode_parts(rollout)[batch.rows]
         normalizes_minibatches = self.normalize_advantage in (True, "minibatch")
         if self.normalize_advantage == "batch":
-            batch.advantages = normalized(batch.advantages)
+            batch.advantages = batch.normalized()
         stopping = EarlyStopping(engine, batch, None if self.target_kl is None else self._coefficient("target_kl"))
         kl_coef = self._coefficient("kl_coef")
         objective, value_loss = make_objective(self, kl_coef), self._make_value_loss()
@@ -181,18 +196,22 @@ class PPO(PolicyGradientAlgorithm):
         has_critic = self.baseline == "value"
         vf_coef = self._coefficient("vf_coef") if has_critic else 0.0
 
-        means = Means(batch.old_log_prob, self._coefficient("clip_range"))
+        means = Means(batch.old_log_prob, self._coefficient("clip_range"), by_sequence=self.ratio == "sequence")
+        options = {
+            "normalize": normalizes_minibatches,
+            "only_advantages": learns_from_advantages_alone(self, kl_coef, ent_coef) and self._may_leave_out(batch),
+        }
         for _ in range(self.n_epochs):
-            for minibatch in epoch(batch, rollout, engine, self.batch_size, normalize=normalizes_minibatches):
+            for minibatch in epoch(batch, rollout, engine, self.batch_size, **options):
                 # r = pi(a|s) / pi_old(a|s), by its logarithm
                 evaluation = engine.evaluate(minibatch)
                 log_ratio: Any = evaluation.log_prob - minibatch.old_log_prob
-                loss, d_log_prob = objective(log_ratio, minibatch.advantages)
+                loss, d_log_prob = objective(log_ratio, minibatch)
                 v_loss, d_v_loss = value_loss(evaluation.value, minibatch)
                 d_value = vf_coef * d_v_loss if has_critic else None
                 means.value_loss.add(v_loss)
                 if stopping.allows(log_ratio):
-                    means.add(log_ratio, loss, evaluation.entropy)
+                    means.add(log_ratio, loss, evaluation.entropy, minibatch.sequences)
                     evaluation.backward(d_log_prob, -ent_coef, d_value)
                 else:
                     evaluation.backward(d_value=d_value)

@@ -69,7 +69,13 @@ class REINFORCE(PolicyGradientAlgorithm):
         (Shao et al. 2024). "ema": a moving average of past returns. None: nothing. Or a function from (observations
         of the batch, their returns-to-go, (n,)) to (n,) numbers; to add no bias it must not use the returns of the
         same episode
+    :param scale_rewards: what the differences of baseline="group" are divided by, with TRL's names. "group": their
+        deviation in the group, so that groups count alike. "batch": that of all returns, so that groups whose returns
+        differ more count for more. None: nothing (Dr. GRPO). Refused with other baselines
     :param ema_decay: in [0, 1), of "ema". Higher remembers longer
+    :param loss_average: how the samples of policy and value loss are averaged. "step": all alike. "sequence": over each
+        episode, then over episodes, so that a step of a long one counts for less. A whole number L: the sum over each
+        episode, divided by L, then over episodes; a larger L makes smaller gradients.
     :param batch_size: samples per gradient step of the policy, in one pass over the batch. None makes a single
         step, as in the paper; smaller makes more, noisier steps
     :param n_critic_updates: further passes that fit the value network only. More fit it better
@@ -118,7 +124,9 @@ class REINFORCE(PolicyGradientAlgorithm):
         _init_setup_model: bool = True,
         *,
         baseline: str | Baseline | None = "value",
+        scale_rewards: str | None = "group",
         ema_decay: float = 0.9,
+        loss_average: str | int = "step",
         batch_size: int | None = None,
         n_critic_updates: int = 4,
         critic_batch_size: int = 64,
@@ -151,14 +159,15 @@ class REINFORCE(PolicyGradientAlgorithm):
         rollout, engine = self.rollout, self._refreshed_network()
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        batch: Any = engine.batch(rollout, self.horizon.keep(rollout))
+        batch: Any = self._batch(rollout)
         if self.normalize_advantage:
-            batch.advantages = normalized(batch.advantages)
+            batch.advantages = batch.normalized()
         ent_coef = self._coefficient("ent_coef")
         vf_coef = self._coefficient("vf_coef") if self.baseline == "value" else 0.0
 
         policy_losses, value_losses, entropies = (Column(batch.returns) for _ in range(3))
-        for minibatch in self._policy_batches(batch):
+        only_advantages = self.baseline != "value" and not ent_coef and self._may_leave_out(batch)
+        for minibatch in self._policy_batches(batch, only_advantages=only_advantages):
             evaluation = engine.evaluate(minibatch)
             loss, d_log_prob = policy_gradient(evaluation.log_prob, minibatch.advantages)
             value_loss, d_value = squared_error(evaluation.value, minibatch.returns)
@@ -184,11 +193,14 @@ class REINFORCE(PolicyGradientAlgorithm):
             ),
         )
 
-    def _policy_batches(self, batch: Batch) -> Iterator[Batch]:
-        """Return the pieces of the batch on which the policy makes a step each."""
+    def _policy_batches(self, batch: Batch, *, only_advantages: bool) -> Iterator[Batch]:
+        """Return the pieces of the batch on which the policy makes a step each.
+
+        :param only_advantages: leave out the samples whose advantages are zero
+        """
         if not has_own_get(type(self.rollout_buffer)):
             order = None if self.batch_size is None else random_order(batch, self.rollout)
-            yield from batch.minibatches(self.batch_size, order, even=True)
+            yield from batch.minibatches(self.batch_size, order, even=True, only_advantages=only_advantages)
             return
         for samples in own_samples(self.rollout, self.network, self.batch_size):
             if self.normalize_advantage:

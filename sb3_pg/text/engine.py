@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import torch as th
 
+from sb3_pg.common.arrays import Array
 from sb3_pg.common.batch import Batch
 from sb3_pg.common.distributions import Categorical
-from sb3_pg.common.engines.autograd import AutogradEngine, GraphActor, GraphEvaluation
+from sb3_pg.common.engines.autograd import AutogradEngine, GraphActor, GraphEvaluation, PolicyEvaluation
 from sb3_pg.common.engines.protocol import Acted, Fisher, Judged, Look, Seen
 from sb3_pg.common.errors import ArgumentError
+from sb3_pg.common.objectives import kl_estimate
 from sb3_pg.common.rollout import Rollout
 from sb3_pg.common.threads import choose_threads
 from sb3_pg.text.decoding import Decoder
@@ -53,16 +55,18 @@ class TextEngine(AutogradEngine):
             hidden = self._decoder.read(rows)
             going = ~self.policy.is_over(rows)
             if going.all():
-                return Acted(self.policy.choose(hidden, deterministic).cpu().numpy())
+                lengths = self.policy.response_lengths(rows)
+                return Acted(self.policy.choose(hidden, deterministic, lengths).cpu().numpy())
             tokens = np.full(len(rows), self.policy.end_token)
-            chosen = self.policy.choose(hidden[th.as_tensor(going, device=hidden.device)], deterministic)
+            lengths = self.policy.response_lengths(rows[going])
+            chosen = self.policy.choose(hidden[th.as_tensor(going, device=hidden.device)], deterministic, lengths)
             tokens[going] = chosen.cpu().numpy()
         return Acted(tokens)
 
     # Judge
 
     def judge(self, rollout: Rollout) -> Judged:
-        """Judge what is needed, and take the penalty for leaving the reference from the rewards.
+        """Judge what is needed; take the penalty for leaving the reference from the rewards, unless the loss has it.
 
         Each response is read once, with the final observation that continues it. What acting has computed on the way
         is not kept: a log-probability takes another pass over the vocabulary at each step, and in half precision it is
@@ -94,12 +98,18 @@ class TextEngine(AutogradEngine):
         log_prob = policy.reference_log_prob(rows[:n][chosen], actions[self.asarray(chosen)])
         log_ratio = np.zeros(n, np.float32)
         log_ratio[chosen] = log_probs[chosen] - log_prob
-        coef, kl = float(policy.reference_kl_coef), float(log_ratio[chosen].mean()) * length
-        figures.kl, figures.kl_coef = kl, coef
+        settings, coef = policy.reference_settings, float(policy.reference_kl_coef)
+        penalty: Any = kl_estimate(log_ratio, settings.estimator)[0]
+        figures.kl, figures.kl_coef = float(log_ratio[chosen].mean()) * length, coef
         figures.reference_perplexity = math.exp(min(-float(log_prob.mean()), 700.0))
         if figures.score is not None:
-            figures.penalised_reward = figures.score - coef * kl
-        return judged._replace(rewards=(rewards - coef * log_ratio).reshape(shape), figures=figures.named() | by_name)
+            figures.penalised_reward = figures.score - coef * float(penalty[chosen].mean()) * length
+        judged = judged._replace(figures=figures.named() | by_name)
+        if settings.kl_in == "loss":
+            of_all = np.zeros(n, np.float32)
+            of_all[chosen] = log_prob
+            return judged._replace(reference_log_probs=of_all.reshape(shape))
+        return judged._replace(rewards=(rewards - coef * penalty).reshape(shape))
 
     def _judge_rows(
         self, rollout: Rollout, rows: TokenRows, actions: th.Tensor, going: np.ndarray
@@ -117,11 +127,14 @@ class TextEngine(AutogradEngine):
             wanted[n:] = False
         read = np.flatnonzero(wanted)
         chosen = th.nn.functional.pad(actions, (0, len(rows) - n))[self.asarray(read)]
+        lengths = policy.response_lengths(rows[read])
 
         def numbers(hidden: th.Tensor, members: np.ndarray) -> tuple[th.Tensor, ...]:
             its = self.asarray(members)
-            value = policy.values(hidden).flatten()
-            return value, policy.action_log_prob(hidden, chosen[its]) if needs_log_probs else th.zeros_like(value)
+            value, of_rows = policy.values(hidden).flatten(), None if lengths is None else lengths[its]
+            if not needs_log_probs:
+                return value, th.zeros_like(value)
+            return value, policy.action_log_prob(hidden, chosen[its], of_rows)
 
         if len(read):
             with th.no_grad():
@@ -146,6 +159,9 @@ class TextEngine(AutogradEngine):
         if target is not None and "text/kl" in figures:
             self.policy.reference_kl_coef *= 1.0 + 0.1 * min(max(figures["text/kl"] / target - 1.0, -0.2), 0.2)
 
+    def end_update(self) -> None:
+        self.policy.end_update()
+
     # Step
 
     def asarray(self, x: Any) -> Any:
@@ -153,8 +169,39 @@ class TextEngine(AutogradEngine):
 
     def batch(self, rollout: Rollout, keep: np.ndarray | None = None) -> Batch:
         batch = super().batch(rollout, keep)
-        batch.sequences = rollout.stretches.numbers.ravel()[batch.rows]
+        batch.sequences, policy = rollout.stretches.numbers.ravel()[batch.rows], self.policy
+        if policy.reference_settings.kl_in == "loss" and policy.reference_kl_coef > 0:
+            known = rollout.reference_log_probs
+            log_prob = policy.reference_log_prob(batch.observations, batch.actions) if known is None else known.ravel()
+            batch.reference_log_prob = self.asarray(log_prob if known is None else log_prob[batch.rows])
+        if policy.mask_truncated_completions:
+            ended = ~np.isin(rollout.stretches.numbers.ravel(), self._truncated(rollout))
+            batch.weight = self.asarray(ended[batch.rows].astype(np.float32))
         return batch
+
+    def _truncated(self, rollout: Rollout) -> np.ndarray:
+        """Return the numbers of the stretches that have ended by the greatest length, without an end token."""
+        rows = TokenRows.of(rollout.column("observations"), self.policy.prompt_length)
+        is_last = rollout.dones.ravel() & (np.ravel(rows.length) + 1 == self.policy.longest)
+        has_end = np.isin(rollout.column("actions").ravel(), self.policy.end_tokens)
+        numbers: np.ndarray = rollout.stretches.numbers.ravel()[is_last & ~has_end]
+        return numbers
+
+    def evaluate(self, batch: Batch) -> "TextEvaluation":
+        choose_threads(len(batch) * self._largest_layer)
+        return TextEvaluation(self, batch, *self._evaluated(batch))
+
+    def penalty(self, log_prob: th.Tensor, batch: Batch) -> tuple[Any, Any]:
+        """Return what the reference adds to each sample's loss, and its derivative by the log-probability; else zeros.
+
+        :param log_prob: of the policy, (n,)
+        """
+        if batch.reference_log_prob is None:
+            return 0.0, 0.0
+        policy, log_ratio = self.policy, log_prob - batch.reference_log_prob
+        penalty, derivative = kl_estimate(log_ratio, policy.reference_settings.estimator)
+        coef = float(policy.reference_kl_coef)
+        return coef * penalty, coef * derivative
 
     def thinned(self, batch: Batch, every: int) -> Any:
         """Return the rows of every n-th sequence."""
@@ -179,6 +226,19 @@ class TextEngine(AutogradEngine):
         return [np.sort(piece.members) for piece in rows.pieces(size)]
 
 
+class TextEvaluation(PolicyEvaluation):
+    """A batch as the present parameters see it; the penalty for leaving the reference adds to the loss."""
+
+    _engine: TextEngine
+
+    def backward(
+        self, d_log_prob: Array | None = None, d_entropy: float | None = None, d_value: Array | None = None
+    ) -> None:
+        if d_log_prob is not None:
+            d_log_prob = d_log_prob + self._engine.penalty(self.log_prob, self._batch)[1]
+        super().backward(d_log_prob, d_entropy, d_value)
+
+
 class TextActor(GraphActor):
     """A language model's actor, looked at in pieces whose graphs and logits fit into memory.
 
@@ -195,7 +255,8 @@ class TextActor(GraphActor):
         if any(p.requires_grad for p in head.parameters()):
             head = copy.deepcopy(head)
         hidden, log_prob, entropy = self._seen(lambda hidden, log_prob, entropy, _: (hidden, log_prob, entropy))
-        return hidden, head, Look(log_prob, entropy, th.zeros_like(log_prob))
+        penalty, _ = self._engine.penalty(log_prob, self._batch)
+        return hidden, head, Look(log_prob, entropy, th.zeros_like(log_prob), penalty)
 
     @property
     def old(self) -> Look:
@@ -203,26 +264,42 @@ class TextActor(GraphActor):
 
     def look(self) -> Look:
         before, head, _ = self._before
-        policy = self._engine.policy
+        policy, lengths = self._engine.policy, self._lengths
         size, family = max(1, CHUNK_LOGITS // policy.n_tokens), Categorical([policy.n_tokens])
 
         def with_kl(hidden: th.Tensor, log_prob: th.Tensor, entropy: th.Tensor, members: Any) -> tuple[th.Tensor, ...]:
-            kl = [
-                self._kl((family, (policy.logits(a, head=head),)), (family, (policy.logits(b),)))
-                for a, b in zip(th.split(before[members], size), th.split(hidden, size), strict=True)
-            ]
+            kl = []
+            for some in th.split(th.arange(len(hidden), device=hidden.device), size):
+                its = members[some]
+                old, of_rows = policy.logits(before[its], head=head), None if lengths is None else lengths[its]
+                now = policy.narrowed(policy.logits(hidden[some]), of_rows, None, (before[its], head))
+                kl.append(self._kl((family, (policy.narrowed(old, of_rows),)), (family, (now,))))
             return log_prob, entropy, th.cat(kl)
 
-        return Look(*self._seen(with_kl))
+        log_prob, entropy, kl = self._seen(with_kl, before, head)
+        return Look(log_prob, entropy, kl, self._engine.penalty(log_prob, self._batch)[0])
+
+    @cached_property
+    def _lengths(self) -> th.Tensor | None:
+        return self._engine.policy.response_lengths(self._batch.observations)
 
     @th.no_grad()
-    def _seen(self, of: Callable[..., tuple[th.Tensor, ...]]) -> tuple[th.Tensor, ...]:
-        policy, batch = self._engine.policy, self._batch
+    def _seen(
+        self, of: Callable[..., tuple[th.Tensor, ...]], before: th.Tensor | None = None, head: Any = None
+    ) -> tuple[th.Tensor, ...]:
+        """Return what a function makes of hidden states, log-probabilities and entropies.
+
+        :param before: the old hidden states, with whose head it is decided which tokens may be chosen: of policies that
+            choose from other tokens the KL would be infinite
+        """
+        policy, batch, lengths = self._engine.policy, self._batch, self._lengths
         actions: Any = batch.actions
 
         def numbers(hidden: th.Tensor, members: np.ndarray) -> tuple[th.Tensor, ...]:
             its = th.as_tensor(members, device=hidden.device)
-            return of(hidden, *policy.token_statistics(hidden, actions[its]), its)
+            of_rows = None if lengths is None else lengths[its]
+            deciding = None if before is None else (before[its], head)
+            return of(hidden, *policy.token_statistics(hidden, actions[its], of_rows, deciding), its)
 
         return policy.by_pieces(batch.observations, numbers)
 
@@ -232,15 +309,12 @@ class TextActor(GraphActor):
             pieces = self._engine.pieces(batch)
             if len(pieces) == 1:
                 return of_piece(batch)
-        share = th.as_tensor(batch.scale, device=self._engine.policy.device).expand(len(batch))
 
         def product(vector: Any) -> th.Tensor:
             total: Any = th.zeros_like(vector)
             with twice_differentiable(lm):
                 for piece in pieces:  # made again for each product: only one is in memory at a time
-                    part = batch[piece]
-                    part.weight = share[th.as_tensor(piece, device=share.device)]
-                    total += of_piece(part)(vector)
+                    total += of_piece(batch.part(piece))(vector)
             return total  # type: ignore[no-any-return]
 
         return product

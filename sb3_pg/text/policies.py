@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sb3_pg.common.archive.atomic import filling
 from sb3_pg.common.archive.policy_files import SavedPolicy
-from sb3_pg.common.errors import ArgumentError, check_count, check_number
+from sb3_pg.common.errors import ArgumentError, check_choice, check_count, check_number
 
 try:
     from transformers import (
@@ -34,15 +34,14 @@ except ImportError as error:
 from sb3_pg.text.checks import check_reading, half_precision
 from sb3_pg.text.decoding import Decoder, Memory
 from sb3_pg.text.graphs import checkpointing, enable_checkpointing, graph_bytes, release_memory
+from sb3_pg.text.reference import ReferenceSettings, mix
 from sb3_pg.text.rows import Piece, TokenRows
 from sb3_pg.text.sequences import flush_left, flush_right, last_tokens
 from sb3_pg.text.spaces import EMPTY, Vocabulary, prompt_length_of
+from sb3_pg.text.truncation import IMPOSSIBLE, Truncation
 
 #: Tokens of one forward pass. More in a pass are not faster, and their activations would need more memory at once.
 CHUNK_TOKENS = 1 << 13
-
-#: The logit of a token that the model does not have. Not infinite, so that every formula stays finite.
-IMPOSSIBLE = -1e8
 
 #: Bytes of activations that are kept for a gradient at once, about, if ``micro_batch_tokens`` is None.
 GRAPH_BYTES = 1 << 31
@@ -52,6 +51,9 @@ CHUNK_LOGITS = 1 << 24
 
 #: Hidden states, (n, d), and the numbers of the observations that they are of, to numbers for each, (n, ...).
 OfHidden = Callable[[th.Tensor, np.ndarray], tuple[th.Tensor, ...]]
+
+#: Hidden states, and the head that makes logits of them: of the policy that decides which tokens may be chosen.
+Deciding = tuple[th.Tensor, Any]
 
 #: A model of the size that the built-in tasks need; untrained.
 SMALL_CAUSAL: dict[str, Any] = {
@@ -90,6 +92,11 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
     :param model_kwargs: arguments of ``from_pretrained``, such as ``gguf_file``
     :param temperature: divides the logits wherever probabilities are computed, the reference's too. Higher explores
         more
+    :param top_k: choose among so many of the likeliest tokens only. Fewer are safer and explore less; None takes all.
+        This and the next three hold wherever probabilities are computed, see :mod:`sb3_pg.text.truncation`
+    :param top_p: among the likeliest ones that have this probability together. Lower is safer
+    :param min_p: among those with at least this share of the likeliest one's probability. Higher is safer
+    :param min_new_tokens: a response does not end before it has so many tokens. Higher forces longer ones
     :param lora: arguments of peft's ``LoraConfig``, such as ``{"r": 8}``; then only the adapter and the value head
         are trained, and the reference is the same model without the adapter. A higher rank can change more
     :param frozen_layers: so many of the lowest layers, and the token embeddings, are not trained. More are cheaper
@@ -98,11 +105,21 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
     :param micro_batch_tokens: so many tokens, padding included, are read and differentiated at once, whatever the
         algorithm's ``batch_size``; the gradients are the same. Fewer take less memory, and reading a batch in parts
         takes a third more time. None takes as many as keep about 2 GB for the gradient
-    :param reference_kl_coef: weight of ``log pi - log pi_ref`` that is taken from each token's reward, where pi_ref
-        is the model as it was at the beginning. Higher stays nearer to it, lower earns more reward; 0 only logs the
-        KL, None has no reference, which saves its memory
+    :param mask_truncated_completions: leave responses that have reached the greatest length without their end out of
+        the loss (DAPO's overlong filtering, Yu et al. 2025, section 3.4); they are still compared with others. False
+        learns from them like from any
+    :param reference_kl_coef: weight of the penalty for leaving the reference, which is the model as it was at the
+        beginning, by default of ``log pi - log pi_ref``, taken from each token's reward. Higher stays nearer to it,
+        lower earns more reward; 0 only logs the KL, None has no reference, which saves its memory
     :param reference_kl_target: nats per response; the weight is then adapted after each rollout to keep the KL there
         (Ziegler et al. 2019, section 2.2). None keeps the weight
+    :param reference_kl_in: where the penalty enters: "reward", each token's, or "loss" (GRPO), whose gradient is exact
+        and which the reward's baseline does not see
+    :param reference_kl_estimator: "k1", "k2" or "k3" (:func:`sb3_pg.common.objectives.kl_estimate`). None takes "k1" in
+        the reward and "k3" in the loss, where "k1" is refused. In the loss "k2" has the gradient of KL(pi || pi_ref)
+    :param ref_model_sync_steps: let the reference follow the policy after each so many updates. Fewer let the policy
+        go further. None keeps it; refused with ``lora``
+    :param ref_model_mixup_alpha: by which share of the way it follows, in (0, 1]; 1 copies the policy
     :param optimizer_class: of torch
     :param optimizer_kwargs: its arguments but the learning rate
     :param use_sde: only False, as SB3's algorithms pass it
@@ -114,6 +131,8 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
     #: transformers' class that makes the model
     auto_model: Any
     reference_kl_coef: th.Tensor
+    #: updates since the reference has followed the policy, if it does
+    reference_age: th.Tensor
 
     def __init__(
         self,
@@ -123,12 +142,21 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         model: str | Path | Mapping[str, Any] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        min_new_tokens: int | None = None,
         lora: Mapping[str, Any] | None = None,
         frozen_layers: int = 0,
         gradient_checkpointing: bool = False,
         micro_batch_tokens: int | None = None,
+        mask_truncated_completions: bool = False,
         reference_kl_coef: float | None = 0.05,
         reference_kl_target: float | None = None,
+        reference_kl_in: str = "reward",
+        reference_kl_estimator: str | None = None,
+        ref_model_sync_steps: int | None = None,
+        ref_model_mixup_alpha: float = 0.6,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
         use_sde: bool = False,
@@ -141,14 +169,22 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         check_count("frozen_layers", frozen_layers, low=0)
         if micro_batch_tokens is not None:
             check_count("micro_batch_tokens", micro_batch_tokens)
-        for name, value in (("reference_kl_coef", reference_kl_coef), ("reference_kl_target", reference_kl_target)):
-            if value is not None:
-                check_number(name, value, above_low=name == "reference_kl_target")
+        check_choice("mask_truncated_completions", mask_truncated_completions, (True, False))
+        self.reference_settings = ReferenceSettings(
+            reference_kl_coef,
+            reference_kl_target,
+            reference_kl_in,
+            reference_kl_estimator,
+            ref_model_sync_steps,
+            ref_model_mixup_alpha,
+            is_adapter=lora is not None,
+        )
         if use_sde or not isinstance(action_space, spaces.Discrete):
             raise ArgumentError(f"A language model chooses tokens (Discrete actions, no gSDE), not {action_space}.")
         self.prompt_length = prompt_length_of(observation_space)
         self.n_tokens = int(action_space.n)
         self.temperature = temperature
+        self.mask_truncated_completions = mask_truncated_completions
         self.micro_batch_tokens = micro_batch_tokens
         self.half_type: th.dtype | None = None
         self.graph_costs: dict[tuple[str, int], tuple[float, float]] = {}  # see graph_bytes
@@ -159,18 +195,28 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         self._arguments: dict[str, Any] = {
             "model_kwargs": dict(model_kwargs or {}),
             "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "min_new_tokens": min_new_tokens,
             "lora": None if lora is None else dict(lora),
             "frozen_layers": frozen_layers,
             "gradient_checkpointing": gradient_checkpointing,
             "micro_batch_tokens": micro_batch_tokens,
             "reference_kl_coef": reference_kl_coef,
+            "mask_truncated_completions": mask_truncated_completions,
             "reference_kl_target": reference_kl_target,
+            "reference_kl_in": reference_kl_in,
+            "reference_kl_estimator": reference_kl_estimator,
+            "ref_model_sync_steps": ref_model_sync_steps,
+            "ref_model_mixup_alpha": ref_model_mixup_alpha,
         }
 
         self.has_adapter = False
         self.language_model: Any = self._make_model(model)
         self.half_type = half_precision(self.language_model)
         self._check_fit()
+        self.truncation = self._make_truncation(top_k, top_p, min_p, min_new_tokens)
         check_reading(self)
         if frozen_layers:
             freeze(self.language_model, frozen_layers)
@@ -191,6 +237,8 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         th.nn.init.zeros_(self.value_head.bias)
         self.reference_kl_target = reference_kl_target
         self.register_buffer("reference_kl_coef", th.tensor(reference_kl_coef or 0.0, dtype=th.float64))
+        if ref_model_sync_steps is not None:
+            self.register_buffer("reference_age", th.zeros((), dtype=th.int64))
         trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = optimizer_class(trained, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
         self._decoder = Decoder(self)
@@ -238,9 +286,21 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
             last, length = rows.last, rows.length
         else:
             last, length = last_tokens(rows, self.prompt_length)
-        longest = self.observation_space.shape[0] - self.prompt_length  # type: ignore[index]
-        over: np.ndarray = ((length > 0) & np.isin(last, self.end_tokens)) | (length == longest)
+        over: np.ndarray = ((length > 0) & np.isin(last, self.end_tokens)) | (length == self.longest)
         return over
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a response may have."""
+        return int(self.observation_space.shape[0]) - self.prompt_length  # type: ignore[index]
+
+    def _make_truncation(self, *arguments: Any) -> Truncation | None:
+        """Return what narrows the distribution over tokens; None if nothing does."""
+        if all(x is None for x in arguments):
+            return None
+        truncation = Truncation(tuple(self.end_tokens), *arguments)
+        truncation.check_length(self.longest)
+        return truncation
 
     def _make_model(self, model: Any) -> Any:
         if isinstance(model, th.nn.Module):
@@ -482,30 +542,85 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         values: th.Tensor = self.value_head(hidden.float())
         return values
 
-    @th.no_grad()
-    def action_log_prob(self, hidden: th.Tensor, actions: th.Tensor, lm: Any = None) -> th.Tensor:
-        """Return the log-probability of each action, (n,), chunk by chunk and without gradients."""
+    def response_lengths(self, observations: Any) -> th.Tensor | None:
+        """Return how many tokens each response has, (n,), which decides whether it may end; None if nothing is decided.
+
+        :param observations: as for ``hidden_states``
+        """
+        if self.truncation is None:
+            return None
+        is_short = isinstance(observations, TokenRows)
+        lengths = observations.length if is_short else last_tokens(to_rows(observations), self.prompt_length)[1]
+        return th.as_tensor(lengths, device=self.device)
+
+    def narrowed(
+        self,
+        logits: th.Tensor,
+        lengths: th.Tensor | None,
+        chosen: th.Tensor | None = None,
+        deciding: Deciding | None = None,
+    ) -> th.Tensor:
+        """Return logits that are IMPOSSIBLE for tokens that may not be chosen.
+
+        :param logits: (n, n_tokens)
+        :param lengths: of the responses before the token, (n,); of no use where all tokens may be chosen
+        :param chosen: the token that was, (n,), which is let through
+        :param deciding: whose logits decide; by default these
+        """
+        if self.truncation is None:
+            return logits
+        assert lengths is not None, "which tokens may be chosen depends on the lengths of the responses"
+        its = logits if deciding is None else self.logits(deciding[0], head=deciding[1])
+        return logits.where(self.truncation.kept(its, lengths, chosen), IMPOSSIBLE)
+
+    def _chunks(self, n: int) -> list[slice]:
+        """Return which of so many hidden states to make logits of at a time."""
         size = max(1, CHUNK_LOGITS // self.n_tokens)
+        return [slice(start, start + size) for start in range(0, n, size)]
+
+    @th.no_grad()
+    def action_log_prob(
+        self,
+        hidden: th.Tensor,
+        actions: th.Tensor,
+        lengths: th.Tensor | None = None,
+        lm: Any = None,
+        deciding: Deciding | None = None,
+    ) -> th.Tensor:
+        """Return the log-probability of each action, (n,), chunk by chunk and without gradients.
+
+        :param hidden: states of the model ``lm``, by default the policy's
+        :param lengths: see ``narrowed``, as ``deciding``
+        """
         found = [hidden.new_empty(0, dtype=th.float32)]
-        for some, chosen in zip(th.split(hidden, size), th.split(actions, size), strict=True):
-            logits = self.logits(some, lm)
+        for some in self._chunks(len(hidden)):
+            chosen = actions[some]
+            logits = self.narrowed(self.logits(hidden[some], lm), *_some(some, lengths, chosen, deciding))
             found.append(logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=-1))
         return th.cat(found)
 
-    def token_statistics(self, hidden: th.Tensor, actions: th.Tensor, lm: Any = None) -> tuple[th.Tensor, th.Tensor]:
+    def token_statistics(
+        self,
+        hidden: th.Tensor,
+        actions: th.Tensor,
+        lengths: th.Tensor | None = None,
+        deciding: Deciding | None = None,
+    ) -> tuple[th.Tensor, th.Tensor]:
         """Return log-probability of each action and entropy at each hidden state, (n,) each, chunk by chunk."""
 
-        def statistics(some: th.Tensor, chosen: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-            log_probs = th.log_softmax(self.logits(some, lm), dim=-1)
+        def statistics(some: slice) -> tuple[th.Tensor, th.Tensor]:
+            chosen = actions[some]
+            logits = self.narrowed(self.logits(hidden[some]), *_some(some, lengths, chosen, deciding))
+            log_probs = th.log_softmax(logits, dim=-1)
             entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
             return log_probs.gather(1, chosen[:, None])[:, 0], entropy
 
-        size = max(1, CHUNK_LOGITS // self.n_tokens)
-        if len(hidden) <= size:
-            return statistics(hidden, actions)
+        chunks = self._chunks(len(hidden)) or [slice(0)]
+        if len(chunks) == 1:
+            return statistics(chunks[0])
         pieces = [
-            checkpoint(statistics, h, a, use_reentrant=False) if th.is_grad_enabled() else statistics(h, a)
-            for h, a in zip(th.split(hidden, size), th.split(actions, size), strict=True)
+            checkpoint(statistics, some, use_reentrant=False) if th.is_grad_enabled() else statistics(some)
+            for some in chunks
         ]
         log_probs, entropies = zip(*pieces, strict=True)
         return th.cat(log_probs), th.cat(entropies)
@@ -513,10 +628,12 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
     # ------------------------------------------------------- what SB3 asks for
 
     def evaluate_actions(self, obs: Any, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        chosen = actions.long().flatten()
+        chosen, lengths = actions.long().flatten(), self.response_lengths(obs)
 
         def judged(hidden: th.Tensor, members: np.ndarray) -> tuple[th.Tensor, ...]:
-            return self.values(hidden), *self.token_statistics(hidden, chosen[th.as_tensor(members)])
+            its = th.as_tensor(members)
+            of_rows = None if lengths is None else lengths[its]
+            return self.values(hidden), *self.token_statistics(hidden, chosen[its], of_rows)
 
         values, log_prob, entropy = self.by_pieces(obs, judged)
         return values, log_prob, entropy
@@ -525,20 +642,26 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         return self.by_pieces(obs, lambda hidden, _: (self.values(hidden),))[0]
 
     def get_distribution(self, obs: Any) -> CategoricalDistribution:
-        return CategoricalDistribution(self.n_tokens).proba_distribution(self.logits(self.hidden_states(obs)))
+        logits = self.narrowed(self.logits(self.hidden_states(obs)), self.response_lengths(obs))
+        return CategoricalDistribution(self.n_tokens).proba_distribution(logits)
 
     def forward(self, obs: th.Tensor, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         hidden = self.hidden_states(obs)
-        distribution = CategoricalDistribution(self.n_tokens).proba_distribution(self.logits(hidden))
+        logits = self.narrowed(self.logits(hidden), self.response_lengths(obs))
+        distribution = CategoricalDistribution(self.n_tokens).proba_distribution(logits)
         actions = distribution.get_actions(deterministic=deterministic)
         return actions, self.values(hidden), distribution.log_prob(actions)
 
     def _predict(self, observation: Any, deterministic: bool = False) -> th.Tensor:
-        return self.choose(self._decoder.read(to_rows(observation)), deterministic)
+        rows = to_rows(observation)
+        return self.choose(self._decoder.read(rows), deterministic, self.response_lengths(rows))
 
-    def choose(self, hidden: th.Tensor, deterministic: bool = False) -> th.Tensor:
-        """Return a token for each hidden state, (n,): drawn, or the most likely one."""
-        logits = self.logits(hidden)
+    def choose(self, hidden: th.Tensor, deterministic: bool = False, lengths: th.Tensor | None = None) -> th.Tensor:
+        """Return a token for each hidden state, (n,): drawn, or the most likely one.
+
+        :param lengths: of the responses so far, (n,), from ``response_lengths``
+        """
+        logits = self.narrowed(self.logits(hidden), lengths)
         if deterministic:
             return logits.argmax(dim=-1)
         # The largest of p / e with e exponential is a draw from p; one pass less than torch's multinomial.
@@ -548,23 +671,54 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
 
     @th.no_grad()
     def reference_log_prob(self, observations: Any, actions: Any) -> np.ndarray:
-        """Return log-probability of each action under the reference, float32 (n,)."""
+        """Return log-probability of each action under the reference, float32 (n,).
+
+        Among the tokens that the policy chooses from, where these are not all: a model and its copy are the same then,
+        and what the policy chooses has a finite log-probability.
+        """
         chosen = th.as_tensor(actions, device=self.device).long().flatten()
+        lengths = self.response_lengths(observations)
+        own, head = None, self.lm.get_output_embeddings()
+        if lengths is not None:
+            own = self.hidden_states(observations)
+            if self.has_adapter and any(p.requires_grad for p in head.parameters()):
+                head = copy.deepcopy(head)  # which stays adapted
+
+        def of_hidden(hidden: th.Tensor, members: np.ndarray) -> tuple[th.Tensor, ...]:
+            its = th.as_tensor(members)
+            if own is None or lengths is None:
+                return (self.action_log_prob(hidden, chosen[its], lm=lm),)
+            return (self.action_log_prob(hidden, chosen[its], lengths[its], lm, (own[its], head)),)
+
         with self._the_reference() as lm:
-            (log_prob,) = self.by_pieces(
-                observations,
-                lambda hidden, members: (self.action_log_prob(hidden, chosen[th.as_tensor(members)], lm),),
-                lm,
-            )
+            (log_prob,) = self.by_pieces(observations, of_hidden, lm)
         return log_prob.cpu().numpy()
 
+    def end_update(self) -> None:
+        """Let the reference follow the policy, if it is time to."""
+        settings = self.reference_settings
+        if settings.sync_steps is None:
+            return
+        self.reference_age += 1
+        if int(self.reference_age) >= settings.sync_steps:
+            mix(self.reference, self.language_model, settings.mixup_alpha)
+            self.reference_age.zero_()
+
     # ------------------------------------------------------------- generation
+
+    def generation_settings(self, do_sample: bool) -> dict[str, Any]:
+        """Return the settings with which transformers chooses as acting does."""
+        own = {} if self.truncation is None else self.truncation.settings()
+        if do_sample:
+            return {"temperature": self.temperature, "top_k": 0, **own}  # transformers' own top_k is 50
+        return {name: value for name, value in own.items() if name == "min_new_tokens"}
 
     @th.no_grad()
     def generate(self, observations: np.ndarray, **settings: Any) -> np.ndarray:
         """Complete prompts by the model's own ``generate``, for evaluation.
 
-        By the settings given here alone: what the model's ``generation_config`` has is for other uses.
+        By the settings given here, and those that the policy acts by: what the model's ``generation_config`` has is for
+        other uses.
 
         :param observations: prompts as the environment shows them, (n, prompt_length + response_length)
         :param settings: those of transformers' ``GenerationConfig``. Greedy by default. Sampling:
@@ -585,8 +739,7 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
             "pad_token_id": end,
             **settings,
         }
-        if options["do_sample"]:
-            options = {"temperature": self.temperature, "top_k": 0, **options}  # transformers' own top_k is 50
+        options = {**self.generation_settings(options["do_sample"]), **options}
         n_known = self.lm.get_output_embeddings().out_features
         if n_known > self.n_tokens:
             options["suppress_tokens"] = list(range(self.n_tokens, n_known))
@@ -760,6 +913,14 @@ def _keys(configuration: Any) -> Iterator[str]:
     for key, value in configuration.items() if isinstance(configuration, dict) else ():
         yield str(key)
         yield from _keys(value)
+
+
+def _some(
+    some: slice, lengths: th.Tensor | None, chosen: th.Tensor, deciding: Deciding | None
+) -> tuple[th.Tensor | None, th.Tensor, Deciding | None]:
+    """Return the arguments of ``narrowed`` for some of the hidden states."""
+    its = None if deciding is None else (deciding[0][some], deciding[1])
+    return None if lengths is None else lengths[some], chosen, its
 
 
 def to_rows(observations: Any) -> np.ndarray:

@@ -10,7 +10,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from sb3_pg.common import workers
-from sb3_pg.common.advantages import Baseline, normalized
+from sb3_pg.common.advantages import Baseline
 from sb3_pg.common.arrays import Array, Column
 from sb3_pg.common.batch import Batch, has_own_get, joined, own_samples
 from sb3_pg.common.engines.protocol import Actor, Look
@@ -74,7 +74,13 @@ class TRPO(PolicyGradientAlgorithm):
     :param device: "cpu", "cuda" or "auto"
     :param baseline: what the return is compared with. "value": the value network (GAE). The others compare whole
         episodes and leave the value network alone, see :class:`sb3_pg.REINFORCE`
+    :param scale_rewards: what the differences of baseline="group" are divided by, with TRL's names. "group": their
+        deviation in the group, so that groups count alike. "batch": that of all returns, so that groups whose returns
+        differ more count for more. None: nothing (Dr. GRPO). Refused with other baselines
     :param ema_decay: in [0, 1), of "ema". Higher remembers longer
+    :param loss_average: how the samples of policy and value loss are averaged. "step": all alike. "sequence": over each
+        episode, then over episodes, so that a step of a long one counts for less. A whole number L: the sum over each
+        episode, divided by L, then over episodes; a larger L makes smaller gradients.
     :param n_episodes: None, or learn from rollouts of so many whole episodes, over all environments, rounded up to
         the same number from each, instead of ``n_steps``. A baseline other than "value" without it takes all episodes
         that begin within ``n_steps``
@@ -123,7 +129,9 @@ class TRPO(PolicyGradientAlgorithm):
         *,
         ent_coef: float | Schedule = 0.0,
         baseline: str | Baseline | None = "value",
+        scale_rewards: str | None = "group",
         ema_decay: float = 0.9,
+        loss_average: str | int = "step",
         n_episodes: int | None = None,
         max_episode_steps: int | None = None,
         use_masking: bool = True,
@@ -153,10 +161,10 @@ class TRPO(PolicyGradientAlgorithm):
         rollout, engine = self.rollout, self._refreshed_network()
         self.policy.set_training_mode(False)
         self._update_learning_rate(self.policy.optimizer)
-        batch = engine.batch(rollout, self.horizon.keep(rollout))
+        batch = self._batch(rollout)
         has_own = has_own_get(type(rollout.buffer))
         samples = joined(list(own_samples(rollout, engine, None))) if has_own else batch
-        advantages = normalized(samples.advantages) if self.normalize_advantage else samples.advantages
+        advantages = samples.normalized() if self.normalize_advantage else samples.advantages
         figures = self._improve_policy(samples, advantages)
         if self.baseline == "value":
             losses = Column(batch.returns)
@@ -170,20 +178,20 @@ class TRPO(PolicyGradientAlgorithm):
         actor, ent_coef = self.network.actor(batch), self._coefficient("ent_coef")
 
         def objective(look: Look) -> float:
-            """Return the surrogate ``E[r A]`` plus the entropy bonus."""
+            """Return the surrogate ``E[r A]`` plus the entropy bonus, less the engine's penalty."""
             loss, _ = surrogate(look.log_prob - batch.old_log_prob, advantages)
-            return batch.mean(ent_coef * look.entropy - loss)
+            return batch.mean(ent_coef * look.entropy - loss - look.penalty)
 
         # g: the gradient of the surrogate (and entropy bonus), at ratio one.
         old = actor.old
         _, d_log_prob = surrogate(old.log_prob - batch.old_log_prob, advantages)
-        gradient: Any = -workers.mean(actor.gradient(d_log_prob, -ent_coef), len(batch))
+        gradient: Any = -workers.mean(actor.gradient(d_log_prob, -ent_coef), batch.share)
 
         # x: the natural gradient F^-1 g.
-        fisher = actor.fisher(every=self.sub_sampling_factor)
+        fisher, share = actor.fisher(every=self.sub_sampling_factor), batch.share
 
         def damped(vector: Array) -> Array:
-            curved: Array = workers.mean(fisher(vector), len(batch)) + self.cg_damping * vector
+            curved: Array = workers.mean(fisher(vector), share) + self.cg_damping * vector
             return curved
 
         direction, iterations, residual = conjugate_gradient(damped, gradient, self.cg_max_steps)

@@ -10,7 +10,7 @@ from stable_baselines3.common import buffers as sb3_buffers
 
 from sb3_pg import PPO
 from sb3_pg.common.advantages import normalized
-from sb3_pg.common.batch import Batch, epoch, random_order
+from sb3_pg.common.batch import Batch, epoch, random_order, weighted
 from sb3_pg.common.buffers import RolloutBuffer
 from sb3_pg.common.rollout import Rollout
 
@@ -94,8 +94,8 @@ def test_the_weights_of_a_minibatch_add_up_to_one(size, order, kind):
     weight = np.random.default_rng(0).dirichlet(np.ones(7))
     for piece in numbered(7, kind, weight=kind(weight)).minibatches(size, order):
         its = weight[piece.rows]
-        np.testing.assert_allclose(piece.weight, its / its.sum())
         np.testing.assert_allclose(piece.scale, its / its.sum())
+        assert piece.share == pytest.approx(its.sum())
         x = np.random.default_rng(1).normal(size=len(piece))
         assert piece.mean(kind(x)) == pytest.approx(np.average(x, weights=its))
 
@@ -105,8 +105,84 @@ def test_without_weights_all_count_the_same(kind):
     for piece in numbered(7, kind).minibatches(3):
         assert piece.weight is None
         assert piece.scale == 1 / len(piece)
+        assert piece.share == len(piece)
         x = np.random.default_rng(1).normal(size=len(piece))
         assert piece.mean(kind(x)) == pytest.approx(x.mean())
+
+
+@KINDS
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_part_counts_as_in_the_whole(counted, kind):
+    rng = np.random.default_rng(0)
+    columns = {name: kind(rng.random(7)) for name in ("weight", "count")} if counted else {}
+    batch, x = numbered(7, kind, **columns), rng.normal(size=7)
+    parts = [batch.part(rows) for rows in (slice(0, 3), np.array([5, 3]), np.array([4, 6]))]
+    assert sum(part.mean(kind(x[part.rows])) for part in parts) == pytest.approx(batch.mean(kind(x)))
+    if counted:
+        assert batch.mean(kind(x)) == pytest.approx(float((batch.weight * kind(x)).sum() / batch.count.sum()))
+    assert len(batch.part(slice(0, 3))[:2]) == 2
+    assert batch.part(slice(0, 3))[:2].divisor is None
+
+
+@KINDS
+def test_a_batch_in_which_nothing_counts_has_a_mean(kind):
+    batch = numbered(3, kind, weight=kind(np.zeros(3)))
+    assert batch.mean(kind(np.ones(3))) == 0.0
+    np.testing.assert_array_equal(batch.scale, 0.0)
+
+
+SEQUENCES = pytest.mark.parametrize("sequences", [None, np.array([0, 0, 1, 1, 2, 2, 3])], ids=["samples", "sequences"])
+
+
+@KINDS
+@SEQUENCES
+@pytest.mark.parametrize("size", [3, None])
+def test_samples_without_advantage_are_left_out_and_still_counted(size, sequences, kind):
+    advantages = np.array([0.0, 0.0, 1.0, 0.0, -2.0, 0.0, 0.0])
+    batch = numbered(7, kind, advantages=kind(advantages), sequences=sequences)
+    whole = list(batch.minibatches(size))
+    pieces = list(batch.minibatches(size, only_advantages=True))
+    assert len(pieces) == len(whole)
+    kept = [2, 3, 4, 5] if sequences is not None else [2, 4] if size is None else [2, 4, 6]  # none is left empty
+    assert [x for piece in rows_of(pieces) for x in piece] == kept
+    for piece, all_of_it in zip(pieces, whole, strict=True):
+        assert piece.share == all_of_it.share == len(all_of_it)
+        assert piece.mean(piece.advantages) == pytest.approx(all_of_it.mean(all_of_it.advantages))
+
+
+@KINDS
+def test_samples_without_weight_are_left_out_of_minibatches_and_of_normalising(kind):
+    weight, advantages = np.array([1.0, 0.0, 1.0, 1.0, 0.0]), np.array([3.0, 99.0, 1.0, 2.0, -99.0])
+    batch = numbered(5, kind, weight=kind(weight), advantages=kind(advantages))
+    (piece,) = batch.minibatches(None, normalize=True)
+    assert rows_of([piece]) == [[0, 2, 3]]
+    np.testing.assert_allclose(piece.advantages, [1.0, -1.0, 0.0], atol=1e-7)
+    assert piece.share == 3.0
+    np.testing.assert_allclose(batch.normalized()[[0, 2, 3]], piece.advantages)
+
+
+@pytest.mark.parametrize("average", ["step", "sequence", 10])
+def test_weights_average_over_steps_sequences_or_a_length(average):
+    """Against means of means, whole and in minibatches of whole sequences."""
+    model = recorded(n_steps=14)
+    rollout = model.rollout
+    keep = np.arange(14)[:, None] + np.zeros((1, 3)) < 12
+    batch = model.network.batch(rollout, keep)
+    number = rollout.stretches.numbers.ravel()[batch.rows]
+    x = np.random.default_rng(0).normal(size=len(batch)).astype(np.float32)
+    found = weighted(batch, rollout, model.network.asarray, average)
+    found.sequences = number
+    assert len(set(np.bincount(number).tolist())) > 2  # of several lengths
+    for piece in [found, *found.minibatches(12, random_order(found, rollout))]:
+        its = x[np.searchsorted(batch.rows, piece.rows)]
+        of_sequences = [its[piece.sequences == n] for n in np.unique(piece.sequences)]
+        expected = {
+            "step": its.mean(),
+            "sequence": np.mean([y.mean() for y in of_sequences]),
+            10: np.mean([y.sum() / 10 for y in of_sequences]),
+        }[average]
+        assert piece.mean(its) == pytest.approx(expected, rel=1e-5)
+        assert piece.share == pytest.approx(len(its) if average == "step" else len(of_sequences))
 
 
 def recorded(kind=None, n_steps=6, n_envs=3):

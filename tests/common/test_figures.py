@@ -8,6 +8,7 @@ from conftest import make_envs
 from stable_baselines3.common.logger import KVWriter, Logger
 
 from sb3_pg import PPO, REINFORCE, TRPO
+from sb3_pg.common.advantages import SAME_START
 from sb3_pg.common.figures import SB3_LEGEND, Figures, legend
 from sb3_pg.ppo.figures import PPOFigures
 from sb3_pg.reinforce.figures import REINFORCEFigures
@@ -35,7 +36,16 @@ RUNS = [
     (REINFORCE, REINFORCEFigures, {"n_episodes": 4}),
     (REINFORCE, REINFORCEFigures, SMALL),
     (REINFORCE, REINFORCEFigures, {"n_episodes": 4, "baseline": "ema"}),
+    (PPO, PPOFigures, {**SMALL, "baseline": "group", "scale_rewards": None, "loss_average": 8, "ratio": "sequence"}),
+    (TRPO, TRPOFigures, {**SMALL, "baseline": "group", "scale_rewards": "batch", "loss_average": "sequence"}),
+    (REINFORCE, REINFORCEFigures, {"n_episodes": 8, "baseline": "leave_one_out_same_start"}),
 ]
+
+
+def envs(options, action="box"):
+    """Two environments, whose episodes begin alike now and then where the baseline needs it."""
+    observation = "discrete" if options.get("baseline") in SAME_START else "box"
+    return make_envs(observation, action, n_envs=2)
 
 
 class Seen(KVWriter):
@@ -55,7 +65,7 @@ class Seen(KVWriter):
 @pytest.mark.parametrize("action", ["box", "discrete"])
 @pytest.mark.parametrize(("algorithm", "kind", "options"), RUNS, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_the_legend_explains_all_that_is_logged(algorithm, kind, options, action):
-    model, seen = algorithm("MlpPolicy", make_envs(action=action, n_envs=2), seed=0, **options), Seen()
+    model, seen = algorithm("MlpPolicy", envs(options, action), seed=0, **options), Seen()
     model.set_logger(Logger(None, [seen]))
     model.learn(96)
     assert seen.values.keys() <= {*legend(kind), *SB3_LEGEND}
@@ -82,7 +92,7 @@ def test_every_figure_of_the_legend_can_be_logged():
     """By one run or another of those above."""
     logged = {}
     for algorithm, kind, options in RUNS:
-        model, seen = algorithm("MlpPolicy", make_envs(n_envs=2), seed=0, **options), Seen()
+        model, seen = algorithm("MlpPolicy", envs(options), seed=0, **options), Seen()
         model.set_logger(Logger(None, [seen]))
         model.learn(96)
         logged.setdefault(kind, set()).update(seen.values)

@@ -186,6 +186,12 @@ CASES: dict[str, Any] = {
     "reinforce leave_one_out": lambda: whole_episodes(REINFORCE, "leave_one_out"),
     "reinforce same start": lambda: whole_episodes(REINFORCE, "leave_one_out_same_start"),
     "trpo group": lambda: whole_episodes(TRPO, "group"),
+    "ppo gspo": lambda: whole_episodes(
+        PPO, "group", scale_rewards="batch", loss_average="sequence", ratio="sequence", batch_size=1000, clip_range=0.01
+    ),
+    "reinforce constant": lambda: whole_episodes(REINFORCE, "group", scale_rewards=None, loss_average=9),
+    "trpo sequences": lambda: whole_episodes(TRPO, "group", loss_average="sequence", engine="autograd"),
+    "ppo weighted value": lambda: whole_episodes(PPO, "value", loss_average="sequence", batch_size=1000),
     "ppo ema": lambda: whole_episodes(PPO, "ema", batch_size=1000),
     "recurrent": recurrent,
 }

@@ -186,7 +186,7 @@ def test_chunks_change_nothing(shape, weighted, monkeypatch):
         look = actor.look()
         actor.vector = start
         assert look.kl.mean() > 0.05
-        return [*found, *look]
+        return [*found, *look[:3]]
 
     whole = everything()
     monkeypatch.setattr("sb3_pg.text.policies.CHUNK_TOKENS", 20)

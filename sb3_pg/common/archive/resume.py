@@ -139,6 +139,7 @@ _FIELDS = (
     "memory",
     "replaced",
     "starting_memory",
+    "reference_log_probs",
     "n_known",
     "n_judged",
     "is_paused",

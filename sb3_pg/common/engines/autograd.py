@@ -16,7 +16,7 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtr
 from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_pg.common import workers
-from sb3_pg.common.arrays import Array, length, mapped, namespace, take
+from sb3_pg.common.arrays import Array, length, mapped, take
 from sb3_pg.common.batch import Batch
 from sb3_pg.common.distributions import Family, Gaussian, Parameters, describe, draw, family_of, masked, masking
 from sb3_pg.common.distributions.family import column
@@ -317,12 +317,12 @@ class AutogradEngine(RowEngine):
     def actor(self, batch: Batch) -> "GraphActor":
         return GraphActor(self, batch)
 
-    def step(self, max_grad_norm: float | None, n: int) -> float:
+    def step(self, max_grad_norm: float | None, share: float) -> float:
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         if not parameters:
             return 0.0
         if workers.size() > 1:
-            mean = workers.mean(_flat([p.grad for p in parameters], parameters), n)
+            mean = workers.mean(_flat([p.grad for p in parameters], parameters), share)
             for p, its in zip(parameters, _split(mean, parameters), strict=True):
                 p.grad = its
         norm = th.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -403,12 +403,8 @@ class GraphActor:
 
     def gradient(self, d_log_prob: Array, d_entropy: float) -> Array:
         engine, batch, total = self._engine, self._batch, th.zeros(())
-        scale = batch.scale
         for rows in engine.pieces(batch):
-            piece = batch[rows]
-            if isinstance(scale, float):  # of the whole batch, not of the piece
-                piece.weight = namespace(d_log_prob).full_like(d_log_prob[rows], scale)
-            engine.evaluate(piece).backward(d_log_prob[rows], d_entropy)
+            engine.evaluate(batch.part(rows)).backward(d_log_prob[rows], d_entropy)
             total = total + _flat([p.grad for p in self._parameters], self._parameters)
         engine.policy.optimizer.zero_grad(set_to_none=True)
         return total
@@ -416,7 +412,7 @@ class GraphActor:
     def fisher(self, every: int = 1) -> Fisher:
         if not self._parameters:  # all of the actor is frozen
             return lambda vector: vector
-        return self._fisher(self._batch[self._engine.thinned(self._batch, every)].normalised())
+        return self._fisher(self._batch[self._engine.thinned(self._batch, every)])
 
     def _fisher(self, batch: Batch) -> Fisher:
         engine, scale = self._engine, column(batch.scale)

@@ -258,13 +258,13 @@ class ClosedFormEngine(RowEngine):
                 parameter.grad = gradient if moves else None
 
     @quiet
-    def step(self, max_grad_norm: float | None, n: int) -> float:
+    def step(self, max_grad_norm: float | None, share: float) -> float:
         actor_moves, critic_moves = (offered[0][0].grad is not None for offered in self._offered)
         if not (actor_moves or critic_moves):
             return 0.0
         moving = self.gradient[0 if actor_moves else self.actor_size : None if critic_moves else self.actor_size]
         if workers.size() > 1:
-            moving[...] = workers.mean(moving, n)
+            moving[...] = workers.mean(moving, share)
         norm = math.sqrt(inner(moving, moving))
         if not math.isfinite(norm):
             return norm
@@ -420,7 +420,7 @@ class ClosedFormActor:
         """Return products ``J^T M J v``, averaged, where M is the family's own Fisher matrix of each row."""
         engine, batch, parts = self._engine, self._batch, self._parts
         if every > 1:
-            parts = ClosedFormActor(engine, batch[engine.thinned(batch, every)].normalised())._parts
+            parts = ClosedFormActor(engine, batch[engine.thinned(batch, every)])._parts
         of_family = [engine.family.fisher(part.parameters) for part in parts]
 
         @quiet

@@ -47,6 +47,8 @@ class Judged(NamedTuple):
     rewards: np.ndarray | None = None  #: in place of the environment's, (n_steps, n_envs)
     memory: Memory | None = None  #: after the last step, of each environment
     starting_memory: Memory | None = None  #: with which each of ``Rollout.stretches`` begins
+    #: log-probabilities under a reference that the loss keeps the policy near to, float32 (n_steps, n_envs)
+    reference_log_probs: np.ndarray | None = None
     figures: Mapping[str, float] = {}  #: to be logged
 
 
@@ -70,10 +72,11 @@ class Evaluation(Protocol):
     ) -> None:
         """Write the gradient of the mean loss into the parameters, in place of earlier gradients. Once only.
 
-        Each sample counts with ``batch.weight``, by default 1 / n. Without derivatives by log-probability and
+        Each sample counts with ``batch.scale``, by default 1 / n. Without derivatives by log-probability and
         entropy the critic alone gets a gradient: what the actor depends on too is left alone.
 
-        :param d_log_prob: derivative of each sample's loss by its log-probability, (n,)
+        :param d_log_prob: derivative of each sample's loss by its log-probability, (n,). What the engine itself adds to
+            the loss, as the penalty of a language model's reference, is added here
         :param d_entropy: by its entropy, the same number for all
         :param d_value: by its value, (n,)
         """
@@ -85,6 +88,7 @@ class Look(NamedTuple):
     log_prob: Array  #: (n,)
     entropy: Array  #: nats, (n,)
     kl: Array  #: KL(old || now) in nats, summed over action dimensions, (n,)
+    penalty: Array | float = 0.0  #: what the engine itself adds to each sample's loss, (n,)
 
 
 #: A Fisher information matrix averaged over a batch, as a function on flat vectors.
@@ -146,6 +150,9 @@ class Engine(Protocol):
     def adapt(self, figures: Mapping[str, float]) -> None:
         """Adapt what the policy adapts by itself, once a rollout with these figures has been accepted."""
 
+    def end_update(self) -> None:
+        """Change what the policy changes by itself, once an update has been made."""
+
     def batch(self, rollout: "Rollout", keep: np.ndarray | None = None) -> "Batch":
         """Return a judged rollout as one batch of this engine's arrays, in time order.
 
@@ -167,11 +174,11 @@ class Engine(Protocol):
     def actor(self, batch: "Batch") -> Actor:
         """Return the actor as it is now; what it knows of the batch is computed when it is asked for."""
 
-    def step(self, max_grad_norm: float | None, n: int) -> float:
+    def step(self, max_grad_norm: float | None, share: float) -> float:
         """Scale the gradients to at most ``max_grad_norm`` and let the policy's optimizer move the parameters.
 
         Parameters without a gradient stay. With several workers the gradients are first averaged over them.
 
-        :param n: of so many samples the gradients are the mean
+        :param share: what the gradients count for among those of all workers, see ``Batch.share``
         :return: the norm of the gradients before scaling; if it is not finite, nothing was moved
         """

@@ -46,6 +46,9 @@ class RowEngine(ABC):
     def adapt(self, figures: Mapping[str, float]) -> None:
         return  # the policy adapts nothing by itself
 
+    def end_update(self) -> None:
+        return
+
     def batch(self, rollout: Rollout, keep: np.ndarray | None = None) -> Batch:
         return batch_of(rollout, self._asarrays, self.actions, keep)
 
