@@ -12,6 +12,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_pg.common.arrays import Array
 from sb3_pg.common.batch import Batch
+from sb3_pg.common.distributions.box import deviation
 from sb3_pg.common.engines.protocol import Engine
 from sb3_pg.common.errors import (
     LARGEST,
@@ -81,10 +82,11 @@ def require_sound_parameters(policy: ActorCriticPolicy, after_step: bool = False
     :param after_step: whether steps of the optimizer have just made the parameters
     :raises PolicyError: a parameter, or the deviation that it stands for, is not finite
     """
-    numbers, log_std = _numbers_of(policy), getattr(policy, "log_std", None)
+    numbers = _numbers_of(policy)
     with th.no_grad():
+        std = deviation(policy)
         norms = th._foreach_norm([x for x in numbers if x.is_floating_point()]) if numbers else ()
-        if all(map(math.isfinite, map(float, norms))) and (log_std is None or math.isfinite(log_std.exp().sum())):
+        if all(map(math.isfinite, map(float, norms))) and (std is None or math.isfinite(std.sum())):
             return
     blame = _blame(policy)
     if blame:
@@ -122,10 +124,10 @@ def _blame(policy: ActorCriticPolicy, largest_deviation: float = LARGEST) -> str
     names = [name for name, p in policy.named_parameters() if not p.isfinite().all()]
     if names:
         return f"its parameters {', '.join(names)} are not finite"
-    log_std = dict(policy.named_parameters()).get("log_std")
-    if log_std is not None and not (log_std.exp() <= largest_deviation).all():
+    std = deviation(policy)
+    if std is not None and not (std <= largest_deviation).all():
         verb = "overflows" if largest_deviation == LARGEST else "has grown"
-        return f"its standard deviation, the exponential of log_std (up to {log_std.max().item():g}), {verb}"
+        return f"its standard deviation, the exponential of log_std (up to {std.log().max().item():g}), {verb}"
     return ""
 
 

@@ -38,7 +38,9 @@ class Figures(Logged):
         "share of the returns' variance that the values before the update explain; 1 is all, 0 none, below 0 less than "
         "none"
     )
-    std: float | None = logged("mean standard deviation of the Gaussian policy, before squashing and clipping")
+    std: float | None = logged(
+        "mean standard deviation of the Gaussian policy, before squashing and clipping, if it is the same in all states"
+    )
     n_updates: int | None = logged("gradient updates so far; of PPO epochs", exclude="tensorboard")
 
     def record(self, logger: Logger) -> None:

@@ -44,6 +44,7 @@ from sb3_pg.common.diagnosis import (
     require_sound_policy,
     unsound,
 )
+from sb3_pg.common.distributions.box import deviation
 from sb3_pg.common.engines.choice import make_engine
 from sb3_pg.common.engines.protocol import Acted, Engine, Judged, Seen
 from sb3_pg.common.errors import (
@@ -594,9 +595,8 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         # flat already if SB3's ``get`` was asked
         values, returns = (x.reshape(-1)[: n * self.n_envs] for x in (buffer.values, buffer.returns))
         figures.explained_variance = self.explained_variance(values, returns)
-        log_std = getattr(self.policy, "log_std", None)
-        if log_std is not None:
-            figures.std = th.exp(log_std).mean().item()
+        std = deviation(self.policy)
+        figures.std = None if std is None else std.mean().item()
         figures.n_updates = self._n_updates
         figures.record(self.logger)
 

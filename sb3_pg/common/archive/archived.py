@@ -31,6 +31,7 @@ from sb3_pg.common.archive.peers import (
     without_contrib,
 )
 from sb3_pg.common.archive.resume import generators_kept, state_of, with_new_generators
+from sb3_pg.common.distributions import BoxPolicy
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.rollout import Rollout
 from sb3_pg.common.sequences import Memory
@@ -94,6 +95,8 @@ class Archived(OnPolicyAlgorithm):
         given = self.policy_class, self.policy_kwargs
         if isinstance(self.policy, Portable):
             self.policy_kwargs = self.policy.portable_kwargs(self.policy_kwargs)
+        if isinstance(self.policy, BoxPolicy) and self.policy.box_options.changed:
+            self.policy_class = type(self.policy)  # SB3's takes no such arguments
         if self._is_masked and self.archive_name == "PPO" and not isinstance(self.action_space, spaces.MultiBinary):
             self.policy_class = maskable(self.policy_class)
         try:

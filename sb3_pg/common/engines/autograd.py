@@ -18,7 +18,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 from sb3_pg.common import workers
 from sb3_pg.common.arrays import Array, length, mapped, namespace, take
 from sb3_pg.common.batch import Batch
-from sb3_pg.common.distributions import Family, Gaussian, Parameters, describe, draw, family_of, masked, masking
+from sb3_pg.common.distributions import Family, Parameters, describe, draw, family_of, masked, masking
 from sb3_pg.common.distributions.family import column
 from sb3_pg.common.distributions.recognition import detached
 from sb3_pg.common.engines.blueprint import reason_against
@@ -222,7 +222,7 @@ class AutogradEngine(RowEngine):
 
     def _parameters(self, outputs: th.Tensor, masks: Any = None) -> tuple[th.Tensor, ...]:
         """Turn ``action_net``'s outputs into the distribution's parameters."""
-        if not isinstance(self._family, Gaussian):
+        if self._family is None or not self._family.takes_log_std:
             allowed: Any = masked(outputs, None if masks is None else self.asarray(masks))
             return (allowed,)
         log_std = self.policy.log_std.expand_as(outputs)
