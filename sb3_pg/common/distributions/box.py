@@ -110,7 +110,7 @@ class BoxOptions:
         if self.distribution != "gaussian" and isinstance(space, spaces.Box) and not _is_bounded(space):
             raise ArgumentError(
                 f"policy_kwargs: `distribution={self.distribution!r}` needs actions with finite bounds, not {space}. "
-                "Take 'gaussian', or wrap the environment in gymnasium.wrappers.RescaleAction."
+                "Give the environment's action space its bounds."
             )
 
 
@@ -202,6 +202,8 @@ class BoxPolicy(ActorCriticPolicy):
         deterministic_action: str = BoxOptions.deterministic_action,
         **kwargs: Any,
     ) -> None:
+        if isinstance(log_std_bounds, list):  # of YAML and JSON
+            log_std_bounds = tuple(log_std_bounds)
         # Before SB3's constructor, which builds the policy.
         self.box_options = BoxOptions(distribution, state_dependent_std, log_std_bounds, deterministic_action)
         super().__init__(*args, **kwargs)
@@ -211,6 +213,14 @@ class BoxPolicy(ActorCriticPolicy):
         if own is not None:
             self.action_dist, self._squash_output = own, own.squash is not None
         super()._build(lr_schedule)
+        if own is not None and not own.family.takes_log_std:
+            del self.log_std  # of policies that have one SB3 logs its exponential
+
+    def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> sb3.Distribution:
+        if not isinstance(self.action_dist, BoxDistribution):
+            return super()._get_action_dist_from_latent(latent_pi)
+        log_std = self.log_std if self.action_dist.family.takes_log_std else None
+        return self.action_dist.proba_distribution(self.action_net(latent_pi), log_std)
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """Return actions of the space, from what is recorded of squashed ones: of ours the number before squashing."""

@@ -18,7 +18,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 from sb3_pg.common import workers
 from sb3_pg.common.arrays import Array, length, mapped, namespace, take
 from sb3_pg.common.batch import Batch
-from sb3_pg.common.distributions import Family, Parameters, describe, draw, family_of, masked, masking
+from sb3_pg.common.distributions import BoxPolicy, Family, Parameters, describe, draw, family_of, masked, masking
 from sb3_pg.common.distributions.family import column
 from sb3_pg.common.distributions.recognition import detached
 from sb3_pg.common.engines.blueprint import reason_against
@@ -147,7 +147,8 @@ class AutogradEngine(RowEngine):
 
     def known_family(self) -> Family | None:
         """Return the formulas of the policy's distribution, if they are known and ``action_net`` alone makes it."""
-        is_own = is_replaced(self.policy, ActorCriticPolicy, "_get_action_dist_from_latent")
+        kinds = ActorCriticPolicy, BoxPolicy
+        is_own = all(is_replaced(self.policy, kind, "_get_action_dist_from_latent") for kind in kinds)
         return None if is_own else family_of(self.policy.action_dist)
 
     def _arranged(self, observations: Any) -> Any:
