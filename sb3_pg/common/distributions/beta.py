@@ -31,7 +31,7 @@ class Beta:
 
     def evaluate(self, parameters: Parameters, actions: Array) -> Likelihood:
         like, (alpha, beta) = parameters[0], map(as_float64, parameters)
-        of_alpha, of_beta, of_both = _each(digamma, alpha, beta)
+        log_normaliser, psi = _log_normaliser(alpha, beta), _each(digamma, alpha, beta)
         log_x, log_rest = _logarithms(actions)
 
         def pull(d_log_prob: Array | None, d_entropy: Array | float | None) -> Parameters:
@@ -39,28 +39,32 @@ class Beta:
             d_alpha, d_beta = xp.zeros_like(alpha), xp.zeros_like(beta)
             if d_log_prob is not None:
                 d = d_log_prob[:, None]
-                d_alpha, d_beta = d * (log_x - of_alpha + of_both), d * (log_rest - of_beta + of_both)
+                d_alpha, d_beta = d * (log_x - psi[0] + psi[2]), d * (log_rest - psi[1] + psi[2])
             if d_entropy is not None:
-                t_alpha, t_beta, t_both = _each(trigamma, alpha, beta)
-                both, weight = (alpha + beta - 2.0) * t_both, column(d_entropy)
-                d_alpha = d_alpha + weight * (both - (alpha - 1.0) * t_alpha)
-                d_beta = d_beta + weight * (both - (beta - 1.0) * t_beta)
+                slopes, weight = _each(trigamma, alpha, beta), column(d_entropy)
+                both = (alpha + beta - 2.0) * slopes[2]
+                d_alpha = d_alpha + weight * (both - (alpha - 1.0) * slopes[0])
+                d_beta = d_beta + weight * (both - (beta - 1.0) * slopes[1])
             return in_type_of(d_alpha, like), in_type_of(d_beta, like)
 
-        return Likelihood(self.log_prob(parameters, actions), self.entropy(parameters), pull)
+        log_prob = self._summed((alpha - 1.0) * log_x + (beta - 1.0) * log_rest - log_normaliser, -1.0, like)
+        entropy = self._summed(_entropy(alpha, beta, log_normaliser, psi), 1.0, like)
+        return Likelihood(log_prob, entropy, pull)
+
+    def _summed(self, each: Array, sign: float, like: Array) -> Array:
+        """Return what x has of a quantity of each dimension, summed, plus or minus what ``2 x - 1`` has more."""
+        return in_type_of(row_sums(each) + sign * self.n_dims * math.log(2.0), like)
 
     def log_prob(self, parameters: Parameters, actions: Array) -> Array:
         alpha, beta = map(as_float64, parameters)
         log_x, log_rest = _logarithms(actions)
         each = (alpha - 1.0) * log_x + (beta - 1.0) * log_rest - _log_normaliser(alpha, beta)
-        return in_type_of(row_sums(each) - self.n_dims * math.log(2.0), parameters[0])
+        return self._summed(each, -1.0, parameters[0])
 
     def entropy(self, parameters: Parameters) -> Array:
         alpha, beta = map(as_float64, parameters)
-        of_alpha, of_beta, of_both = _each(digamma, alpha, beta)
-        each = _log_normaliser(alpha, beta) - (alpha - 1.0) * of_alpha - (beta - 1.0) * of_beta
-        each = each + (alpha + beta - 2.0) * of_both
-        return in_type_of(row_sums(each) + self.n_dims * math.log(2.0), parameters[0])
+        each = _entropy(alpha, beta, _log_normaliser(alpha, beta), _each(digamma, alpha, beta))
+        return self._summed(each, 1.0, parameters[0])
 
     def kl(self, old: Parameters, new: Parameters) -> Array:
         (a, b), (alpha, beta) = map(as_float64, old), map(as_float64, new)
@@ -81,8 +85,10 @@ class Beta:
 
     def sample(self, parameters: Parameters) -> Array:
         # x = g / (g + h) of two gamma-distributed numbers, so that 2 u = log g - log h.
-        gammas = [np.log(th._standard_gamma(th.from_numpy(np.asarray(x, np.float64))).numpy()) for x in parameters]
-        return in_type_of(0.5 * (gammas[0] - gammas[1]), parameters[0])
+        shapes = th.from_numpy(np.concatenate(parameters, axis=-1, dtype=np.float64))
+        logarithms: np.ndarray = np.log(th._standard_gamma(shapes).numpy())
+        k = logarithms.shape[1] // 2
+        return in_type_of(0.5 * (logarithms[:, :k] - logarithms[:, k:]), parameters[0])
 
     def mode(self, parameters: Parameters) -> Array:
         alpha, beta = parameters
@@ -95,7 +101,16 @@ class Beta:
 def _logarithms(u: Array) -> tuple[Array, Array]:
     """Return log(x) and log(1 - x)."""
     doubled = 2.0 * as_float64(u)
-    return -softplus(-doubled), -softplus(doubled)
+    log_x = -softplus(-doubled)
+    return log_x, log_x - doubled
+
+
+def _entropy(alpha: Array, beta: Array, log_normaliser: Array, psi: tuple[Array, Array, Array]) -> Array:
+    """Return the entropy of each x.
+
+    :param psi: digamma of alpha, of beta and of their sum
+    """
+    return log_normaliser - (alpha - 1.0) * psi[0] - (beta - 1.0) * psi[1] + (alpha + beta - 2.0) * psi[2]
 
 
 def _each(function: Callable[[Array], Array], alpha: Array, beta: Array) -> tuple[Array, Array, Array]:

@@ -164,7 +164,7 @@ class BoxDistribution(sb3.DiagGaussianDistribution):
 
     def deviation(self, log_std: th.Tensor) -> th.Tensor:
         """Return the deviation of each dimension, (k,), that the policy's ``log_std`` stands for."""
-        return (log_std if self.bounded is None else th.as_tensor(self.bounded(log_std)[0])).exp()
+        return (log_std if self.bounded is None else th.as_tensor(self.bounded(log_std))).exp()
 
     def log_prob(self, actions: th.Tensor) -> th.Tensor:
         """Return the log-probability of what was recorded of actions, (n,)."""

@@ -11,7 +11,8 @@ from sb3_pg.common.arrays import Array, namespace
 def softplus(x: Array) -> Array:
     """Return log(1 + exp(x)) without overflow."""
     xp = namespace(x)
-    return xp.log1p(xp.exp(-xp.abs(x))) + xp.where(x > 0, x, xp.zeros_like(x))
+    size = xp.abs(x)
+    return xp.log1p(xp.exp(-size)) + 0.5 * (x + size)
 
 
 def sigmoid(x: Array) -> Array:

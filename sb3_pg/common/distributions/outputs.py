@@ -13,8 +13,11 @@ from sb3_pg.common.distributions.functions import sigmoid, softplus
 class Link(Protocol):
     """A function of each number that makes one of a family's parameters."""
 
-    def __call__(self, x: Array) -> tuple[Array, Array]:
-        """Return the parameter, and its derivative by x."""
+    def __call__(self, x: Array) -> Array:
+        """Return the parameter."""
+
+    def slope(self, x: Array) -> Array:
+        """Return its derivative by x."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,17 @@ class Bounded:
     def _middle_and_radius(self) -> tuple[float, float]:
         return 0.5 * (self.high + self.low), 0.5 * (self.high - self.low)
 
-    def __call__(self, x: Array) -> tuple[Array, Array]:
+    def _tanh(self, x: Array) -> Array:
         middle, radius = self._middle_and_radius
-        t = namespace(x).tanh((x + (self.start - middle)) / radius)
-        return middle + radius * t, 1.0 - t * t
+        return namespace(x).tanh((x + (self.start - middle)) / radius)
+
+    def __call__(self, x: Array) -> Array:
+        middle, radius = self._middle_and_radius
+        return middle + radius * self._tanh(x)
+
+    def slope(self, x: Array) -> Array:
+        t = self._tanh(x)
+        return 1.0 - t * t
 
     def inverse(self, y: float) -> float:
         """Return the x that becomes a number inside of the bounds."""
@@ -48,8 +58,11 @@ class Bounded:
 class AboveOne:
     """``1 + log(1 + exp(x))``, for alpha and beta of a beta distribution with one mode."""
 
-    def __call__(self, x: Array) -> tuple[Array, Array]:
-        return 1.0 + softplus(x), sigmoid(x)
+    def __call__(self, x: Array) -> Array:
+        return 1.0 + softplus(x)
+
+    def slope(self, x: Array) -> Array:
+        return sigmoid(x)
 
 
 class OfOutputs:
@@ -66,15 +79,13 @@ class OfOutputs:
 
     def parameters(self, outputs: Parameters) -> Parameters:
         """Return the inner family's parameters."""
-        return self._linked(outputs)[0]
+        numbers = zip(self._split(outputs), self.links, strict=True)
+        return tuple(x if link is None else link(x) for x, link in numbers)
 
-    def _linked(self, outputs: Parameters) -> tuple[Parameters, tuple[Array | None, ...]]:
-        """Return the inner family's parameters, and the derivative of each by its number; None is 1."""
-        pairs = [
-            (x, None) if link is None else link(x) for x, link in zip(self._split(outputs), self.links, strict=True)
-        ]
-        parameters, slopes = zip(*pairs, strict=True)
-        return parameters, slopes
+    def _slopes(self, outputs: Parameters) -> tuple[Array | None, ...]:
+        """Return the derivative of each of the inner family's parameters by its number; None is 1."""
+        numbers = zip(self._split(outputs), self.links, strict=True)
+        return tuple(None if link is None else link.slope(x) for x, link in numbers)
 
     def _split(self, outputs: Parameters) -> Parameters:
         if self.takes_log_std:
@@ -86,11 +97,10 @@ class OfOutputs:
         return parts if self.takes_log_std else (namespace(parts[0]).concat(list(parts), axis=-1),)
 
     def evaluate(self, outputs: Parameters, actions: Array) -> Likelihood:
-        parameters, slopes = self._linked(outputs)
-        log_prob, entropy, inner_pull = self.inner.evaluate(parameters, actions)
+        log_prob, entropy, inner_pull = self.inner.evaluate(self.parameters(outputs), actions)
 
         def pull(d_log_prob: Array | None, d_entropy: Array | float | None) -> Parameters:
-            return self._joined(_times(inner_pull(d_log_prob, d_entropy), slopes))
+            return self._joined(_times(inner_pull(d_log_prob, d_entropy), self._slopes(outputs)))
 
         return Likelihood(log_prob, entropy, pull)
 
@@ -104,8 +114,7 @@ class OfOutputs:
         return self.inner.kl(self.parameters(old), self.parameters(new))
 
     def fisher(self, outputs: Parameters) -> Callable[[Parameters], Parameters]:
-        parameters, slopes = self._linked(outputs)
-        of_inner = self.inner.fisher(parameters)
+        slopes, of_inner = self._slopes(outputs), self.inner.fisher(self.parameters(outputs))
 
         def product(tangent: Parameters) -> Parameters:
             return self._joined(_times(of_inner(_times(self._split(tangent), slopes)), slopes))

@@ -7,7 +7,6 @@ import torch as th
 
 from sb3_pg.common.arrays import Array, namespace
 from sb3_pg.common.distributions.family import Likelihood, Parameters, column
-from sb3_pg.common.distributions.functions import softplus
 from sb3_pg.common.distributions.gaussian import Gaussian
 from sb3_pg.common.products import row_sums
 
@@ -68,7 +67,9 @@ class SquashedGaussian(Gaussian):
 
 def _log_slope(u: Array) -> Array:
     """Return log(1 - tanh(u)^2), also where tanh(u) rounds to 1."""
-    return 2.0 * (math.log(2.0) - u - softplus(-2.0 * u))
+    xp = namespace(u)
+    size = xp.abs(u)
+    return 2.0 * math.log(2.0) - 2.0 * (size + xp.log1p(xp.exp(-2.0 * size)))
 
 
 def _nodes(parameters: Parameters) -> tuple[Array, Array, Array]:
@@ -90,5 +91,5 @@ def _mean(f: Array) -> Array:
 def _in_place_of(like: Array, x: np.ndarray) -> Array:
     """Return constants in the kind, precision and place of other numbers."""
     if isinstance(like, np.ndarray):
-        return x.astype(like.dtype)
+        return x.astype(like.dtype, copy=False)
     return th.as_tensor(x, dtype=like.dtype, device=like.device)
