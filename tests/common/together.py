@@ -187,6 +187,12 @@ CASES: dict[str, Any] = {
     "reinforce same start": lambda: whole_episodes(REINFORCE, "leave_one_out_same_start"),
     "trpo group": lambda: whole_episodes(TRPO, "group"),
     "ppo ema": lambda: whole_episodes(PPO, "ema", batch_size=1000),
+    "ppo parts": lambda: trained(
+        PPO, n_steps=16, batch_size=own(48), max_grad_norm=(0.05, 0.2), critic_learning_rate=1e-3
+    ),
+    "ppo parts autograd": lambda: trained(
+        PPO, n_steps=16, batch_size=own(48), max_grad_norm=(0.05, 0.2), critic_learning_rate=1e-3, engine="autograd"
+    ),
     "recurrent": recurrent,
 }
 

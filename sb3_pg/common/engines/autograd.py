@@ -25,6 +25,7 @@ from sb3_pg.common.engines.blueprint import reason_against
 from sb3_pg.common.engines.optimizer import use_fused_adam
 from sb3_pg.common.engines.protocol import Acted, Fisher, Look, Seen
 from sb3_pg.common.engines.rows import RowEngine
+from sb3_pg.common.groups import MaxGradNorm, critic_parameters
 from sb3_pg.common.interrupts import uninterrupted
 from sb3_pg.common.threads import choose_threads
 
@@ -137,6 +138,7 @@ class AutogradEngine(RowEngine):
         self._heads_are_cheap = policy.share_features_extractor and extractors != {FlattenExtractor}
         self._likes_channels_last = extractors <= {NatureCNN, CombinedExtractor}
         self._actor_parameters: list[th.nn.Parameter] | None = None  # until they are asked for
+        self._of_critic = {id(p) for p in critic_parameters(policy)}
         self._largest_layer = largest_layer(policy)
         self._family = None if self._forward_acts else self.known_family()
         return policy.device == self._device and not (self._is_stopgap and self.reason_against() != self._why)
@@ -318,7 +320,7 @@ class AutogradEngine(RowEngine):
     def actor(self, batch: Batch) -> "GraphActor":
         return GraphActor(self, batch)
 
-    def step(self, max_grad_norm: float | None, n: int) -> float:
+    def step(self, max_grad_norm: MaxGradNorm, n: int) -> float:
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         if not parameters:
             return 0.0
@@ -330,7 +332,12 @@ class AutogradEngine(RowEngine):
         size = float(norm)
         if not np.isfinite(size):
             return size
-        if max_grad_norm is not None:
+        if isinstance(max_grad_norm, tuple):
+            of_critic = self._of_critic
+            for is_its, limit in zip((False, True), max_grad_norm, strict=True):
+                if limit is not None:
+                    th.nn.utils.clip_grad_norm_([p for p in parameters if (id(p) in of_critic) == is_its], limit)
+        elif max_grad_norm is not None:
             th.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
         with uninterrupted():
             self.policy.optimizer.step()
