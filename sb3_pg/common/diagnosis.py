@@ -22,6 +22,7 @@ from sb3_pg.common.errors import (
     PolicyError,
     first_not_finite,
 )
+from sb3_pg.common.groups import has_critic_group
 from sb3_pg.common.interrupts import uninterrupted
 from sb3_pg.common.rollout import Rollout
 
@@ -94,8 +95,10 @@ def require_sound_parameters(policy: ActorCriticPolicy, after_step: bool = False
 
 
 def _after_step(policy: ActorCriticPolicy, blame: str) -> str:
-    rate = policy.optimizer.param_groups[0]["lr"]
-    return f"After a step of the optimizer {blame}. Lower `learning_rate` (now {rate:g})."
+    names = ["learning_rate", "critic_learning_rate"] if has_critic_group(policy.optimizer) else ["learning_rate"]
+    groups = zip(names, policy.optimizer.param_groups, strict=False)
+    advice = " or ".join(f"`{name}` (now {group['lr']:g})" for name, group in groups)
+    return f"After a step of the optimizer {blame}. Lower {advice}."
 
 
 def explained(error: Exception, policy: ActorCriticPolicy) -> Exception:

@@ -253,6 +253,24 @@ def test_recurrent_policies(name, policy, tmp_path):
     np.testing.assert_array_equal(*(its.predict(x, deterministic=True)[0] for its in (model, loaded)))
 
 
+class WithForward(QuickMlpPolicy):
+    """Acts and judges by its own methods, so that nothing is known of its distribution before it is made."""
+
+    def forward(self, obs, deterministic=False):
+        return super().forward(obs, deterministic)
+
+
+@pytest.mark.parametrize("name", BOX_OPTIONS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_policies_with_their_own_forward_learn_the_same(name, algorithm):
+    found = []
+    for policy in (WithForward, "MlpPolicy"):
+        kwargs = options_of(name, net_arch=[8])
+        model = tiny(algorithm, FakeEnv(), policy, policy_kwargs=kwargs, ent_coef=0.01, engine="autograd").learn(32)
+        found.append(weights(model))
+    np.testing.assert_allclose(*found, rtol=1e-3, atol=2e-5)
+
+
 def test_recorded_actions_have_the_log_probability_of_acting():
     """At the bounds too, where the action given to the environment has lost its digits."""
     policy = QuickMlpPolicy(OBSERVATIONS, ACTION_SPACES["box"], lambda _: 0.01, distribution="squashed_gaussian")

@@ -13,7 +13,7 @@ from tiny_models import tiny, weights
 from sb3_pg import PPO, REINFORCE
 from sb3_pg.common.batch import Batch
 from sb3_pg.common.engines.choice import make_engine
-from sb3_pg.common.errors import ArgumentError
+from sb3_pg.common.errors import ArgumentError, PolicyError
 from sb3_pg.common.groups import critic_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
@@ -247,6 +247,15 @@ def test_recurrent_critics(kwargs, modules, engine):
 def test_what_cannot_work_is_refused_by_name(algorithm, options, message):
     with pytest.raises(ArgumentError, match=message):
         tiny(algorithm, FakeEnv(), **options)
+
+
+def test_a_critic_that_diverges_is_told_with_its_rate():
+    model = tiny(PPO, FakeEnv(), critic_learning_rate=1e38, max_grad_norm=None)
+    with pytest.raises(
+        PolicyError, match=r"Lower `learning_rate` \(now 0.0003\) or `critic_learning_rate` \(now 1e\+38\)"
+    ):
+        model.learn(64)
+    assert np.isfinite(weights(model)).all()
 
 
 class Grouped(th.optim.Adam):

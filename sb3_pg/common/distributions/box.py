@@ -158,8 +158,8 @@ class BoxDistribution(sb3.DiagGaussianDistribution):
         )
 
     def proba_distribution(self, mean_actions: th.Tensor, log_std: th.Tensor | None) -> "BoxDistribution":
-        """Take on the parameters of a batch; they stay in the graph."""
-        self.parameters = (mean_actions,) if log_std is None else (mean_actions, log_std)
+        """Take on the parameters of a batch, row by row; they stay in the graph."""
+        self.parameters = (mean_actions,) if log_std is None else (mean_actions, log_std + 0.0 * mean_actions)
         return self
 
     def deviation(self, log_std: th.Tensor) -> th.Tensor:
