@@ -14,6 +14,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
 from sb3_pg.common.archive.policy_files import SavedPolicy
+from sb3_pg.common.distributions import BoxPolicy
 from sb3_pg.common.engines.prediction import Predictor
 from sb3_pg.common.engines.recurrent import RecurrentBlueprint
 from sb3_pg.common.engines.recurrent_prediction import RecurrentPredictor
@@ -89,7 +90,7 @@ class Gru(nn.GRU):
         return outputs, (hidden, cell)
 
 
-class MlpGruPolicy(SavedPolicy, _WithMemory, RecurrentActorCriticPolicy):
+class MlpGruPolicy(SavedPolicy, _WithMemory, BoxPolicy, RecurrentActorCriticPolicy):
     """sb3-contrib's MlpLstmPolicy with a GRU in place of each LSTM, a quarter fewer numbers to learn.
 
     Arguments are the same, ``lstm_hidden_size`` and the others that name the LSTM included.

@@ -18,6 +18,20 @@ OPTIONS: dict[Any, dict[str, Any]] = {
     REINFORCE: {"n_episodes": 4, "n_critic_updates": 1},
 }
 
+#: Arguments of policies that choose the distribution of Box actions.
+BOX_OPTIONS: dict[str, dict[str, Any]] = {
+    "squashed": {"distribution": "squashed_gaussian"},
+    "beta": {"distribution": "beta", "deterministic_action": "mean"},
+    "state_dependent": {"state_dependent_std": True},
+    "bounded": {"log_std_bounds": (-1.0, 1.0)},
+    "squashed_state_dependent": {
+        "distribution": "squashed_gaussian",
+        "state_dependent_std": True,
+        "log_std_bounds": (-3, 1),
+        "deterministic_action": "mean",
+    },
+}
+
 
 def tiny(algorithm: Any, env: Any, policy: Any = "MlpPolicy", **options: Any) -> Any:
     """A model that learns in milliseconds."""

@@ -12,6 +12,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_pg.common.arrays import Array
 from sb3_pg.common.batch import Batch
+from sb3_pg.common.distributions.box import deviation
 from sb3_pg.common.engines.protocol import Engine
 from sb3_pg.common.errors import (
     LARGEST,
@@ -21,6 +22,7 @@ from sb3_pg.common.errors import (
     PolicyError,
     first_not_finite,
 )
+from sb3_pg.common.groups import has_critic_group
 from sb3_pg.common.interrupts import uninterrupted
 from sb3_pg.common.rollout import Rollout
 
@@ -81,10 +83,11 @@ def require_sound_parameters(policy: ActorCriticPolicy, after_step: bool = False
     :param after_step: whether steps of the optimizer have just made the parameters
     :raises PolicyError: a parameter, or the deviation that it stands for, is not finite
     """
-    numbers, log_std = _numbers_of(policy), getattr(policy, "log_std", None)
+    numbers = _numbers_of(policy)
     with th.no_grad():
+        std = deviation(policy)
         norms = th._foreach_norm([x for x in numbers if x.is_floating_point()]) if numbers else ()
-        if all(map(math.isfinite, map(float, norms))) and (log_std is None or math.isfinite(log_std.exp().sum())):
+        if all(map(math.isfinite, map(float, norms))) and (std is None or math.isfinite(std.sum())):
             return
     blame = _blame(policy)
     if blame:
@@ -92,8 +95,10 @@ def require_sound_parameters(policy: ActorCriticPolicy, after_step: bool = False
 
 
 def _after_step(policy: ActorCriticPolicy, blame: str) -> str:
-    rate = policy.optimizer.param_groups[0]["lr"]
-    return f"After a step of the optimizer {blame}. Lower `learning_rate` (now {rate:g})."
+    names = ["learning_rate", "critic_learning_rate"] if has_critic_group(policy.optimizer) else ["learning_rate"]
+    groups = zip(names, policy.optimizer.param_groups, strict=False)
+    advice = " or ".join(f"`{name}` (now {group['lr']:g})" for name, group in groups)
+    return f"After a step of the optimizer {blame}. Lower {advice}."
 
 
 def explained(error: Exception, policy: ActorCriticPolicy) -> Exception:
@@ -122,10 +127,10 @@ def _blame(policy: ActorCriticPolicy, largest_deviation: float = LARGEST) -> str
     names = [name for name, p in policy.named_parameters() if not p.isfinite().all()]
     if names:
         return f"its parameters {', '.join(names)} are not finite"
-    log_std = dict(policy.named_parameters()).get("log_std")
-    if log_std is not None and not (log_std.exp() <= largest_deviation).all():
+    std = deviation(policy)
+    if std is not None and not (std <= largest_deviation).all():
         verb = "overflows" if largest_deviation == LARGEST else "has grown"
-        return f"its standard deviation, the exponential of log_std (up to {log_std.max().item():g}), {verb}"
+        return f"its standard deviation, the exponential of log_std (up to {std.log().max().item():g}), {verb}"
     return ""
 
 

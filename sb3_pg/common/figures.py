@@ -42,7 +42,10 @@ class Figures(Logged):
         "share of the episodes that teach nothing, since all that began alike earned the same; with the baselines "
         "'group' and 'leave_one_out_same_start'"
     )
-    std: float | None = logged("mean standard deviation of the Gaussian policy, before squashing and clipping")
+    std: float | None = logged(
+        "mean standard deviation of the Gaussian policy, before squashing and clipping, if it is the same in all states"
+    )
+    critic_learning_rate: float | None = logged("the present learning rate of the critic, if it has its own")
     n_updates: int | None = logged("gradient updates so far; of PPO epochs", exclude="tensorboard")
 
     def record(self, logger: Logger) -> None:

@@ -35,8 +35,8 @@ def check_common(model: "PolicyGradientAlgorithm") -> None:
     evaluate_schedule("learning_rate", model.learning_rate, 1.0)
     check_number("gamma", model.gamma, high=1.0)
     check_number("gae_lambda", model.gae_lambda, high=1.0)
-    if model.max_grad_norm is not None:
-        check_number("max_grad_norm", model.max_grad_norm)
+    _check_max_grad_norm(model.max_grad_norm)
+    _check_critic(model)
     if model.sequence_length is not None:
         check_count("sequence_length", model.sequence_length)
         if not has_memory(model.policy_class):
@@ -50,6 +50,33 @@ def check_common(model: "PolicyGradientAlgorithm") -> None:
     _check_average(model)
     if model._learns_from_episodes:
         _check_buffer_of_episodes(model.rollout_buffer_class)
+
+
+def _check_max_grad_norm(max_grad_norm: Any) -> None:
+    is_pair = isinstance(max_grad_norm, tuple | list)
+    if is_pair and len(max_grad_norm) != 2:
+        raise ArgumentError(
+            f"`max_grad_norm` must be a number, None, or a pair of them, for the actor and for the critic, not "
+            f"{max_grad_norm!r}."
+        )
+    for limit in max_grad_norm if is_pair else [max_grad_norm]:
+        if limit is not None:
+            check_number("max_grad_norm", limit)
+
+
+def _check_critic(model: "PolicyGradientAlgorithm") -> None:
+    """Check what the critic has of its own in the optimizer."""
+    rate, kwargs = model.critic_learning_rate, model.critic_optimizer_kwargs
+    if not isinstance(kwargs, dict | None):
+        raise ArgumentError(f"`critic_optimizer_kwargs` must be a dictionary or None, not {kwargs!r}.")
+    if rate is not None:
+        check_number("critic_learning_rate", rate, or_schedule=True)
+        evaluate_schedule("critic_learning_rate", rate, 1.0)
+    for name, value in {"critic_learning_rate": rate, "critic_optimizer_kwargs": kwargs}.items():
+        if value is not None and model.baseline != "value":
+            raise ArgumentError(
+                f"`{name}={value!r}` needs the value network, but baseline={model.baseline!r} has none. Leave it out."
+            )
 
 
 def check_learning(total_timesteps: Any, log_interval: Any) -> None:

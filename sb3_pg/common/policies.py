@@ -1,6 +1,8 @@
 """SB3's policies under their names, with a faster ``predict``, and checks of what they are given."""
 
 import inspect
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,7 +17,7 @@ from stable_baselines3.common.policies import (
 from stable_baselines3.common.preprocessing import is_image_space
 
 from sb3_pg.common.archive.policy_files import SavedPolicy
-from sb3_pg.common.distributions import masking
+from sb3_pg.common.distributions import BoxOptions, BoxPolicy, masking
 from sb3_pg.common.distributions.recognition import detached
 from sb3_pg.common.engines.blueprint import PLAIN
 from sb3_pg.common.engines.prediction import Predictor
@@ -34,10 +36,11 @@ POLICIES: dict[str, type[BasePolicy]] = {
 _ASKED_EVERY = 1000
 
 
-class QuickMlpPolicy(SavedPolicy, ActorCriticPolicy):
+class QuickMlpPolicy(SavedPolicy, BoxPolicy, ActorCriticPolicy):
     """SB3's MlpPolicy whose ``predict`` takes the closed form where that computes the same.
 
-    Models are made with it in place of SB3's class.
+    Models are made with it in place of SB3's class. It takes the arguments of
+    :class:`~sb3_pg.common.distributions.box.BoxOptions` too.
     """
 
     predictor_class: ClassVar[type[Predictor]] = Predictor
@@ -78,12 +81,12 @@ class QuickMlpPolicy(SavedPolicy, ActorCriticPolicy):
         return {**self.__dict__, "_predictor": None}
 
 
-class SavedCnnPolicy(SavedPolicy, ActorCriticCnnPolicy):
-    """SB3's CnnPolicy with our files."""
+class SavedCnnPolicy(SavedPolicy, BoxPolicy, ActorCriticCnnPolicy):
+    """SB3's CnnPolicy with our files and distributions."""
 
 
-class SavedMultiInputPolicy(SavedPolicy, MultiInputActorCriticPolicy):
-    """SB3's MultiInputPolicy with our files."""
+class SavedMultiInputPolicy(SavedPolicy, BoxPolicy, MultiInputActorCriticPolicy):
+    """SB3's MultiInputPolicy with our files and distributions."""
 
 
 PLAIN.add(QuickMlpPolicy)
@@ -176,8 +179,7 @@ def check_policy(policy: Any, observation_space: spaces.Space[Any] | None, polic
     if not isinstance(policy_kwargs, dict | None):
         raise ArgumentError(f"`policy_kwargs` must be a dictionary or None, not {policy_kwargs!r}.")
     kwargs = policy_kwargs or {}
-    added = inspect.signature(own_class(kind)).parameters
-    _check_names("policy_kwargs", kind, {name: value for name, value in kwargs.items() if name not in added})
+    _check_names("policy_kwargs", kind, kwargs, _added_by(own_class(kind)))
     _check_values(kwargs)
     defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
     for part in ("optimizer", "features_extractor"):
@@ -187,16 +189,22 @@ def check_policy(policy: Any, observation_space: spaces.Space[Any] | None, polic
         _check_observations(kind, observation_space, kwargs)
 
 
-def _check_names(where: str, function: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse arguments that a function has no parameters for; None is not known yet."""
+def _added_by(own: type) -> list[str]:
+    """Return the arguments that our class in place of another takes and that one does not."""
+    of_box = [its.name for its in fields(BoxOptions)] if issubclass(own, BoxPolicy) else []
+    return [*inspect.signature(own).parameters, *of_box]
+
+
+def _check_names(where: str, function: Any, kwargs: dict[str, Any], added: Sequence[str] = ()) -> None:
+    """Refuse arguments that a function has no parameters for, and that are not added; None is not known yet."""
     if function is None or not kwargs:
         return
     parameters = inspect.signature(function).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
     for name in kwargs:
-        if name not in parameters:
-            hint = did_you_mean(name, parameters)
+        if name not in parameters and name not in added:
+            hint = did_you_mean(name, [*parameters, *added])
             raise ArgumentError(f"`{where}` has {name!r}, which {function.__name__} does not take.{hint}")
 
 

@@ -21,7 +21,7 @@ from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.patch_gym import _patch_env
 
@@ -44,6 +44,7 @@ from sb3_pg.common.diagnosis import (
     require_sound_policy,
     unsound,
 )
+from sb3_pg.common.distributions.box import deviation
 from sb3_pg.common.engines.choice import make_engine
 from sb3_pg.common.engines.protocol import Acted, Engine, Judged, Seen
 from sb3_pg.common.errors import (
@@ -59,6 +60,7 @@ from sb3_pg.common.errors import (
 )
 from sb3_pg.common.estimation import estimate_by_comparison, estimate_by_values, share_without_signal
 from sb3_pg.common.figures import Figures
+from sb3_pg.common.groups import MaxGradNorm, give_critic_a_group, has_critic_group
 from sb3_pg.common.masks import masks_of, masks_of_caller
 from sb3_pg.common.objectives import squared_error
 from sb3_pg.common.options import check_common, check_learning
@@ -118,6 +120,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
     _needs_log_probs: ClassVar[bool] = True
 
     rollout_buffer_class: type[sb3_buffers.RolloutBuffer] | None
+    max_grad_norm: MaxGradNorm  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -134,6 +137,8 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         use_masking: bool,
         sequence_length: int | None,
         engine: str,
+        critic_learning_rate: float | Schedule | None = None,
+        critic_optimizer_kwargs: dict[str, Any] | None = None,
         **arguments: Any,
     ) -> None:
         workers.join()
@@ -153,6 +158,8 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         self.use_masking = use_masking
         self.sequence_length = sequence_length
         self.engine = engine
+        self.critic_learning_rate = critic_learning_rate
+        self.critic_optimizer_kwargs = critic_optimizer_kwargs
         self._is_masked = False  # in the last rollout
         self._return_ema: float | None = None  # of baseline="ema"; saved and restored like any attribute
         self._network: Engine | None = None
@@ -199,6 +206,8 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
                 f"torch's default type is {th.get_default_dtype()}, in which no policy can be initialised: call "
                 "torch.set_default_dtype(torch.float32)."
             )
+        if isinstance(self.max_grad_norm, list):  # of YAML and JSON
+            self.max_grad_norm = tuple(self.max_grad_norm)
         self._check_arguments()
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
@@ -209,12 +218,22 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
             self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
         )
         self.policy = self.policy.to(self.device)
+        self._group_parameters()
         detach_distribution(self.policy)
         self._maybe_recommend_cpu()
         self._applied = {name: getattr(self, name) for name in ("learning_rate", "gamma", "gae_lambda", "engine")}
         self._network = self._rollout = self._last_memory = None
         if self.verbose >= 1:
             print(f"Using the {self.network.description} network")
+
+    def _group_parameters(self) -> None:
+        """Give the critic's parameters a group of their own, if it has a learning rate or options of its own."""
+        if self.critic_learning_rate is None and self.critic_optimizer_kwargs is None:
+            return
+        if not has_critic_group(self.policy.optimizer):
+            give_critic_a_group(self.policy, self.critic_optimizer_kwargs or {})
+        if self.critic_learning_rate is not None:
+            self.policy.optimizer.param_groups[1]["lr"] = self._coefficient("critic_learning_rate")
 
     def _apply_changes(self) -> None:
         """Pass on what has been set since ``_setup_model``. What was set on the schedule or buffer itself stays."""
@@ -301,6 +320,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         evaluate_schedule("learning_rate", self.lr_schedule, self._current_progress_remaining)
         super()._update_learning_rate(optimizers)
+        self._group_parameters()
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # The last rollout may run past total_timesteps; a linear schedule must not go below its end then.
@@ -578,7 +598,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         losses: Column,
         n_epochs: int,
         batch_size: int | None,
-        max_grad_norm: float | None,
+        max_grad_norm: MaxGradNorm,
         *,
         even: bool = False,
     ) -> None:
@@ -596,13 +616,14 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
                 self._take_step(minibatch, max_grad_norm)
                 losses.add(loss)
 
-    def _take_step(self, batch: Batch, max_grad_norm: float | None) -> None:
+    def _take_step(self, batch: Batch, max_grad_norm: MaxGradNorm) -> None:
         """Let the optimizer move the parameters by the gradients just made.
 
         :raises NonFiniteError: a gradient is not finite, or its square is not, which optimizers remember
         """
         norm = self.network.step(max_grad_norm, batch.share)
-        if not (math.isfinite(norm) and min(norm, max_grad_norm or math.inf) < LARGEST_GRADIENT):
+        limits = max_grad_norm if isinstance(max_grad_norm, tuple) else (max_grad_norm,)
+        if not (math.isfinite(norm) and min(norm, sum(its or math.inf for its in limits)) < LARGEST_GRADIENT):
             raise explain_bad_gradient(self.network, self.rollout, batch, norm)
 
     def _end_update(self, rollout: Rollout, figures: Figures) -> None:
@@ -614,12 +635,13 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         # flat already if SB3's ``get`` was asked
         values, returns = (x.reshape(-1)[: n * self.n_envs] for x in (buffer.values, buffer.returns))
         figures.explained_variance = self.explained_variance(values, returns)
-        log_std = getattr(self.policy, "log_std", None)
-        if log_std is not None:
-            figures.std = th.exp(log_std).mean().item()
+        std = deviation(self.policy)
+        figures.std = None if std is None else std.mean().item()
         if self.baseline in SAME_START:
             figures.frac_reward_zero_std = share_without_signal(rollout, self.horizon.keep(rollout))
         figures.n_updates = self._n_updates
+        if self.critic_learning_rate is not None:
+            figures.critic_learning_rate = self.policy.optimizer.param_groups[1]["lr"]
         figures.record(self.logger)
 
     # ------------------------------------------------------------------ learn

@@ -13,6 +13,7 @@ from stable_baselines3.common.utils import FloatSchedule
 from sb3_pg.common.advantages import Baseline
 from sb3_pg.common.arrays import Array
 from sb3_pg.common.batch import Batch, episode_parts, epoch
+from sb3_pg.common.groups import MaxGradNorm
 from sb3_pg.common.objectives import clipped_squared_error, squared_error
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm, shared
 from sb3_pg.ppo.figures import Means
@@ -47,7 +48,8 @@ class PPO(PolicyGradientAlgorithm):
     :param ent_coef: weight of the entropy bonus, a number or schedule. Higher explores more
     :param vf_coef: weight of the value loss, a number or schedule. Matters where features are shared, and by
         way of ``max_grad_norm``
-    :param max_grad_norm: gradients are scaled down to this norm; None does not clip. Lower is steadier and slower
+    :param max_grad_norm: gradients are scaled down to this norm; None does not clip. A pair is for the actor's and the
+        critic's gradients apart. Lower is steadier and slower
     :param use_sde: generalised state-dependent exploration (Box actions only)
     :param sde_sample_freq: new gSDE noise every so many steps; -1 only at the start of a rollout
     :param rollout_buffer_class: a subclass of SB3's; None chooses
@@ -95,6 +97,10 @@ class PPO(PolicyGradientAlgorithm):
     :param sequence_length: a recurrent policy learns from stretches of episodes of at most so many steps, each from the
         memory that it began with. None learns from whole ones. Shorter is faster and forgets how older steps
         matter. Refused for policies without a memory
+    :param critic_learning_rate: of the critic alone, a number or schedule; what it shares with the actor learns with
+        ``learning_rate``. None takes that for both. Higher fits the values faster
+    :param critic_optimizer_kwargs: options of the optimizer for the critic in place of ``optimizer_kwargs``, such as
+        {"weight_decay": 1e-3}; None has none
     :param engine: "auto" takes the fastest engine that computes the same; "autograd" always takes torch's
     :raises ArgumentError: an argument that cannot work, or two that contradict each other
     """
@@ -117,7 +123,7 @@ class PPO(PolicyGradientAlgorithm):
         normalize_advantage: bool | str = True,
         ent_coef: float | Schedule = 0.0,
         vf_coef: float | Schedule = 0.5,
-        max_grad_norm: float | None = 0.5,
+        max_grad_norm: MaxGradNorm = 0.5,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         rollout_buffer_class: type[RolloutBuffer] | None = None,
@@ -148,6 +154,8 @@ class PPO(PolicyGradientAlgorithm):
         use_masking: bool = True,
         sequence_length: int | None = None,
         engine: str = "auto",
+        critic_learning_rate: float | Schedule | None = None,
+        critic_optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(**shared(locals()))
         self.batch_size = batch_size

@@ -12,6 +12,7 @@ from sb3_pg.common import workers
 from sb3_pg.common.advantages import Baseline, normalized
 from sb3_pg.common.arrays import Column
 from sb3_pg.common.batch import Batch, has_own_get, own_samples, random_order
+from sb3_pg.common.groups import MaxGradNorm
 from sb3_pg.common.objectives import policy_gradient, squared_error
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm, shared
 from sb3_pg.reinforce.figures import REINFORCEFigures
@@ -47,7 +48,8 @@ class REINFORCE(PolicyGradientAlgorithm):
     :param gae_lambda: 1 is REINFORCE. Lower trusts the value network for what comes later: less variance, more bias
     :param ent_coef: weight of the entropy bonus, a number or schedule. Higher explores more
     :param vf_coef: weight of the value loss in the joint step, a number or schedule
-    :param max_grad_norm: gradients are scaled down to this norm; None does not clip. Lower is steadier and slower
+    :param max_grad_norm: gradients are scaled down to this norm; None does not clip. A pair is for the actor's and the
+        critic's gradients apart. Lower is steadier and slower
     :param rms_prop_eps: RMSprop's epsilon, if ``use_rms_prop``. Higher makes smaller steps
     :param use_rms_prop: A2C's optimizer instead of the policy's (Adam)
     :param use_sde: generalised state-dependent exploration (Box actions only)
@@ -87,6 +89,10 @@ class REINFORCE(PolicyGradientAlgorithm):
     :param sequence_length: a recurrent policy learns from stretches of episodes of at most so many steps, each from the
         memory that it began with. None learns from whole ones. Shorter is faster and forgets how older steps
         matter. Refused for policies without a memory
+    :param critic_learning_rate: of the critic alone, a number or schedule; what it shares with the actor learns with
+        ``learning_rate``. None takes that for both. Higher fits the values faster
+    :param critic_optimizer_kwargs: options of the optimizer for the critic in place of ``optimizer_kwargs``, such as
+        {"weight_decay": 1e-3}; None has none
     :param engine: "auto" takes the fastest engine that computes the same; "autograd" always takes torch's
     :raises ArgumentError: an argument that cannot work, or two that contradict each other
     """
@@ -107,7 +113,7 @@ class REINFORCE(PolicyGradientAlgorithm):
         gae_lambda: float = 1.0,
         ent_coef: float | Schedule = 0.0,
         vf_coef: float | Schedule = 0.5,
-        max_grad_norm: float | None = 0.5,
+        max_grad_norm: MaxGradNorm = 0.5,
         rms_prop_eps: float = 1e-5,
         use_rms_prop: bool = False,
         use_sde: bool = False,
@@ -134,6 +140,8 @@ class REINFORCE(PolicyGradientAlgorithm):
         use_masking: bool = True,
         sequence_length: int | None = None,
         engine: str = "auto",
+        critic_learning_rate: float | Schedule | None = None,
+        critic_optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(**shared(locals()))
         self.batch_size = batch_size

@@ -193,6 +193,12 @@ CASES: dict[str, Any] = {
     "trpo sequences": lambda: whole_episodes(TRPO, "group", loss_average="sequence", engine="autograd"),
     "ppo weighted value": lambda: whole_episodes(PPO, "value", loss_average="sequence", batch_size=1000),
     "ppo ema": lambda: whole_episodes(PPO, "ema", batch_size=1000),
+    "ppo parts": lambda: trained(
+        PPO, n_steps=16, batch_size=own(48), max_grad_norm=(0.05, 0.2), critic_learning_rate=1e-3
+    ),
+    "ppo parts autograd": lambda: trained(
+        PPO, n_steps=16, batch_size=own(48), max_grad_norm=(0.05, 0.2), critic_learning_rate=1e-3, engine="autograd"
+    ),
     "recurrent": recurrent,
 }
 

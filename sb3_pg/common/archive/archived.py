@@ -31,7 +31,9 @@ from sb3_pg.common.archive.peers import (
     without_contrib,
 )
 from sb3_pg.common.archive.resume import generators_kept, state_of, with_new_generators
+from sb3_pg.common.distributions import BoxPolicy
 from sb3_pg.common.errors import ArgumentError
+from sb3_pg.common.groups import has_critic_group, with_one_group, with_two_groups
 from sb3_pg.common.rollout import Rollout
 from sb3_pg.common.sequences import Memory
 
@@ -94,12 +96,21 @@ class Archived(OnPolicyAlgorithm):
         given = self.policy_class, self.policy_kwargs
         if isinstance(self.policy, Portable):
             self.policy_kwargs = self.policy.portable_kwargs(self.policy_kwargs)
+        if isinstance(self.policy, BoxPolicy) and self.policy.box_options.changed:
+            self.policy_class = type(self.policy)  # SB3's takes no such arguments
         if self._is_masked and self.archive_name == "PPO" and not isinstance(self.action_space, spaces.MultiBinary):
             self.policy_class = maskable(self.policy_class)
         try:
             yield
         finally:
             self.policy_class, self.policy_kwargs = given
+
+    def get_parameters(self) -> dict[str, dict[str, Any]]:
+        """SB3's, with the state of an optimizer in which the critic has a group of its own as SB3 has it, with one."""
+        found = super().get_parameters()
+        if has_critic_group(self.policy.optimizer) and "policy.optimizer" in found:
+            found["policy.optimizer"] = with_one_group(self.policy, found["policy.optimizer"])
+        return found
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
@@ -120,6 +131,9 @@ class Archived(OnPolicyAlgorithm):
         parameters = with_own_extractors(self.policy, parameters)
         if isinstance(self.action_space, spaces.MultiBinary):
             parameters = with_one_output(self.policy, parameters, get_action_dim(self.action_space))
+        state = parameters.get("policy.optimizer")
+        if has_critic_group(self.policy.optimizer) and isinstance(state, dict):
+            parameters = {**parameters, "policy.optimizer": with_two_groups(self.policy, state)}
         if file is not None:
             check_parameters(file, self, parameters, exact_match)
         super().set_parameters(parameters, exact_match)

@@ -54,7 +54,11 @@ CLASSES: frozenset[Name] = frozenset(
             "RecurrentActorCriticPolicy RecurrentActorCriticCnnPolicy RecurrentMultiInputActorCriticPolicy",
         ),
         *_names("sb3_contrib.common.recurrent.buffers", "RecurrentRolloutBuffer RecurrentDictRolloutBuffer"),
-        *_names("sb3_pg.common.policies", "QuickMlpPolicy"),
+        *_names("sb3_pg.common.policies", "QuickMlpPolicy SavedCnnPolicy SavedMultiInputPolicy"),
+        *_names(
+            "sb3_pg.recurrent",
+            "QuickActorCriticLstmPolicy QuickActorCriticCnnLstmPolicy QuickMultiInputActorCriticLstmPolicy",
+        ),
         *_names("sb3_pg.common.buffers", "RolloutBuffer"),
         *_names(
             "torch.nn.modules.activation",

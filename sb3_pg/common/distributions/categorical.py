@@ -27,6 +27,8 @@ class Categorical:
     :param sizes: number of options of each choice; actions are (n, len(sizes)) integers, or (n,) for one choice
     """
 
+    takes_log_std = False
+
     def __init__(self, sizes: list[int]) -> None:
         ends = np.cumsum(sizes)
         self.blocks = [slice(int(end - size), int(end)) for end, size in zip(ends, sizes, strict=True)]
@@ -92,6 +94,7 @@ class Categorical:
         return product
 
     def noise(self, n_rows: int) -> np.ndarray:
+        """Return logarithms of exponential numbers, one for each logit."""
         drawn = []
         for block in self.blocks:
             numbers, view = noise_buffers.of_shape(n_rows, block.stop - block.start)
@@ -99,10 +102,11 @@ class Categorical:
             drawn.append(np.log(view))
         return drawn[0] if len(drawn) == 1 else np.concatenate(drawn, axis=-1)
 
-    def sample(self, parameters: Parameters, noise: Array) -> Array:
+    def sample(self, parameters: Parameters) -> Array:
         # Minus the logarithm of an exponential number is Gumbel's, and the largest logit perturbed by Gumbel numbers
         # is distributed as the softmax. torch divides the probabilities by the exponential numbers instead.
-        return self.mode((parameters[0] - noise,))
+        (logits,) = parameters
+        return self.mode((logits - self.noise(len(logits)),))
 
     def mode(self, parameters: Parameters) -> Array:
         (logits,) = parameters

@@ -2,8 +2,9 @@
 
 A *family* turns the outputs of a network into numbers, on NumPy arrays and torch tensors alike. Its parameters
 are a tuple of arrays with one row per sample: ``(mean, log_std)`` for the Gaussian (``log_std`` may also be one
-row for all), ``(logits,)`` for the others. Quantities are summed over action dimensions, which are independent:
-the joint distribution is what a trust region is about.
+row for all), ``(logits,)`` for choices, ``(alpha, beta)`` for the beta distribution. Where a network puts out other
+numbers than these, a family is made of it by :class:`sb3_pg.common.distributions.outputs.OfOutputs`. Quantities are
+summed over action dimensions, which are independent: the joint distribution is what a trust region is about.
 """
 
 import threading
@@ -32,6 +33,9 @@ class Likelihood(NamedTuple):
 class Family(Protocol):
     """The formulas of one kind of action distribution."""
 
+    #: whether the parameters are a network's outputs and a ``log_std`` for all rows, not outputs alone
+    takes_log_std: bool
+
     def evaluate(self, parameters: Parameters, actions: Array) -> Likelihood:
         """Return log-probability and entropy of each row with their derivatives."""
 
@@ -47,18 +51,15 @@ class Family(Protocol):
     def fisher(self, parameters: Parameters) -> Callable[[Parameters], Parameters]:
         """Return the product of each row's Fisher matrix (with respect to its parameters) with a tangent vector."""
 
-    def noise(self, n_rows: int) -> np.ndarray:
-        """Return random numbers with which ``sample`` draws ``n_rows`` actions, (n_rows, k).
+    def sample(self, parameters: Parameters) -> Array:
+        """Return one action for each row, drawn at random; parameters and actions are NumPy's.
 
-        From torch's generator, in the amounts that torch's distributions take: the same seed gives the same actions
-        as SB3's policy, whichever engine acts.
+        With torch's generator, and where SB3 has the distribution in the amounts that torch's takes: the same seed
+        gives the same actions as SB3's policy, whichever engine acts.
         """
 
-    def sample(self, parameters: Parameters, noise: Array) -> Array:
-        """Return one action for each row, drawn with the given noise."""
-
     def mode(self, parameters: Parameters) -> Array:
-        """Return the most likely action of each row."""
+        """Return the action of each row that is taken without chance, the most likely one unless said otherwise."""
 
 
 def column(d: Array | float) -> Array | float:
@@ -68,9 +69,7 @@ def column(d: Array | float) -> Array | float:
 
 def draw(family: Family, parameters: Parameters, deterministic: bool) -> Any:
     """Return the most likely action of each row, or one drawn at random; parameters and actions are NumPy's."""
-    if deterministic:
-        return family.mode(parameters)
-    return family.sample(parameters, family.noise(len(parameters[0])))
+    return family.mode(parameters) if deterministic else family.sample(parameters)
 
 
 def _allocate(n_rows: int, n_columns: int) -> tuple[th.Tensor, np.ndarray]:

@@ -13,6 +13,8 @@ from sb3_pg.common.products import row_sums
 class Gaussian:
     """Independent normal actions: parameters (mean, log_std), (n, k) each, or (k,) for log_std."""
 
+    takes_log_std = True
+
     def __init__(self, n_dims: int) -> None:
         self.n_dims = n_dims
         self.constant = 0.5 * n_dims * math.log(2.0 * math.pi)
@@ -60,13 +62,14 @@ class Gaussian:
         return lambda tangent: (tangent[0] * precision, 2.0 * tangent[1])
 
     def noise(self, n_rows: int) -> np.ndarray:
+        """Return standard normal numbers, (n_rows, k), until this thread next asks for as many."""
         numbers, view = noise_buffers.of_shape(n_rows, self.n_dims)
         numbers.normal_()
         return view
 
-    def sample(self, parameters: Parameters, noise: Array) -> Array:
+    def sample(self, parameters: Parameters) -> Array:
         mean, log_std = parameters
-        return mean + namespace(mean).exp(log_std) * noise
+        return mean + namespace(mean).exp(log_std) * self.noise(len(mean))
 
     def mode(self, parameters: Parameters) -> Array:
         return parameters[0]

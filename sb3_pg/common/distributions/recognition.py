@@ -8,17 +8,20 @@ from stable_baselines3.common import distributions as sb3
 from torch import distributions as td
 
 from sb3_pg.common.distributions.bernoulli import Bernoulli
+from sb3_pg.common.distributions.box import BoxDistribution
 from sb3_pg.common.distributions.categorical import Categorical
 from sb3_pg.common.distributions.family import Family, Parameters
 from sb3_pg.common.distributions.gaussian import Gaussian
 
 
 def family_of(distribution: sb3.Distribution) -> Family | None:
-    """Return the formulas of one of SB3's four plain distributions by its class, which also a policy's template has.
+    """Return the formulas of our distribution, or of SB3's four plain ones by the class, which a template has too.
 
     None for any other, such as gSDE's, a squashed one, or a subclass with ideas of its own.
     """
     kind = type(distribution)
+    if isinstance(distribution, BoxDistribution):
+        return distribution.family
     if kind is sb3.DiagGaussianDistribution:
         return Gaussian(distribution.action_dim)  # type: ignore[attr-defined]
     if kind is sb3.CategoricalDistribution:
@@ -33,6 +36,8 @@ def describe(distribution: sb3.Distribution) -> tuple[Family, Parameters] | None
 
     A squashed Gaussian is described before squashing: KL and Fisher matrix do not change under a bijection.
     """
+    if isinstance(distribution, BoxDistribution):
+        return distribution.family, distribution.parameters
     inner = distribution.distribution
     if isinstance(inner, td.Normal):
         return Gaussian(inner.loc.shape[-1]), (inner.loc, inner.scale.log())

@@ -18,13 +18,14 @@ from stable_baselines3.common.utils import obs_as_tensor
 from sb3_pg.common import workers
 from sb3_pg.common.arrays import Array, length, mapped, take
 from sb3_pg.common.batch import Batch
-from sb3_pg.common.distributions import Family, Gaussian, Parameters, describe, draw, family_of, masked, masking
+from sb3_pg.common.distributions import BoxPolicy, Family, Parameters, describe, draw, family_of, masked, masking
 from sb3_pg.common.distributions.family import column
 from sb3_pg.common.distributions.recognition import detached
 from sb3_pg.common.engines.blueprint import reason_against
 from sb3_pg.common.engines.optimizer import use_fused_adam
 from sb3_pg.common.engines.protocol import Acted, Fisher, Look, Seen
 from sb3_pg.common.engines.rows import RowEngine
+from sb3_pg.common.groups import MaxGradNorm, critic_parameters
 from sb3_pg.common.interrupts import uninterrupted
 from sb3_pg.common.threads import choose_threads
 
@@ -137,6 +138,7 @@ class AutogradEngine(RowEngine):
         self._heads_are_cheap = policy.share_features_extractor and extractors != {FlattenExtractor}
         self._likes_channels_last = extractors <= {NatureCNN, CombinedExtractor}
         self._actor_parameters: list[th.nn.Parameter] | None = None  # until they are asked for
+        self._of_critic = {id(p) for p in critic_parameters(policy)}
         self._largest_layer = largest_layer(policy)
         self._family = None if self._forward_acts else self.known_family()
         return policy.device == self._device and not (self._is_stopgap and self.reason_against() != self._why)
@@ -147,7 +149,8 @@ class AutogradEngine(RowEngine):
 
     def known_family(self) -> Family | None:
         """Return the formulas of the policy's distribution, if they are known and ``action_net`` alone makes it."""
-        is_own = is_replaced(self.policy, ActorCriticPolicy, "_get_action_dist_from_latent")
+        kinds = ActorCriticPolicy, BoxPolicy
+        is_own = all(is_replaced(self.policy, kind, "_get_action_dist_from_latent") for kind in kinds)
         return None if is_own else family_of(self.policy.action_dist)
 
     def _arranged(self, observations: Any) -> Any:
@@ -222,7 +225,7 @@ class AutogradEngine(RowEngine):
 
     def _parameters(self, outputs: th.Tensor, masks: Any = None) -> tuple[th.Tensor, ...]:
         """Turn ``action_net``'s outputs into the distribution's parameters."""
-        if not isinstance(self._family, Gaussian):
+        if self._family is None or not self._family.takes_log_std:
             allowed: Any = masked(outputs, None if masks is None else self.asarray(masks))
             return (allowed,)
         log_std = self.policy.log_std.expand_as(outputs)
@@ -317,7 +320,7 @@ class AutogradEngine(RowEngine):
     def actor(self, batch: Batch) -> "GraphActor":
         return GraphActor(self, batch)
 
-    def step(self, max_grad_norm: float | None, share: float) -> float:
+    def step(self, max_grad_norm: MaxGradNorm, share: float) -> float:
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         if not parameters:
             return 0.0
@@ -329,7 +332,12 @@ class AutogradEngine(RowEngine):
         size = float(norm)
         if not np.isfinite(size):
             return size
-        if max_grad_norm is not None:
+        if isinstance(max_grad_norm, tuple):
+            of_critic = self._of_critic
+            for is_its, limit in zip((False, True), max_grad_norm, strict=True):
+                if limit is not None:
+                    th.nn.utils.clip_grad_norm_([p for p in parameters if (id(p) in of_critic) == is_its], limit)
+        elif max_grad_norm is not None:
             th.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
         with uninterrupted():
             self.policy.optimizer.step()

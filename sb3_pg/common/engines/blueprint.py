@@ -11,7 +11,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
 from torch.nn.modules import module as global_hooks
 
-from sb3_pg.common.distributions import Family, Gaussian, family_of
+from sb3_pg.common.distributions import Family, family_of
 from sb3_pg.common.engines.mlp import ACTIVATIONS
 from sb3_pg.common.spaces import PLAIN_SPACES, start_of
 
@@ -52,7 +52,7 @@ class Blueprint:
         if family is None:
             raise Unsuitable(f"the action distribution is {type(policy.action_dist).__name__}")
         self.family: Family = family
-        self.log_std: nn.Parameter | None = policy.log_std if isinstance(self.family, Gaussian) else None
+        self.log_std: nn.Parameter | None = policy.log_std if family.takes_log_std else None
         first = [] if self.log_std is None else [self.log_std]
         self.actor_parameters: list[th.Tensor] = [*first, *self.before_actor(policy), *_of_layers(self.actor)]
         self.critic_parameters: list[th.Tensor] = [*self.before_critic(policy), *_of_layers(self.critic)]

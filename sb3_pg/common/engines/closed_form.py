@@ -27,10 +27,11 @@ from sb3_pg.common.distributions import Categorical, Likelihood, Parameters, dra
 from sb3_pg.common.distributions.family import column
 from sb3_pg.common.engines.blueprint import DTYPES, Blueprint, Layers, Unsuitable
 from sb3_pg.common.engines.mlp import ACTIVATIONS, Mlp, Pieces, Trace, row_of_ones
-from sb3_pg.common.engines.optimizer import QuickAdam, is_plain_adam, use_fused_adam
+from sb3_pg.common.engines.optimizer import QuickOptimizer, is_quick, use_fused_adam
 from sb3_pg.common.engines.protocol import Acted, Fisher, Look, Seen
 from sb3_pg.common.engines.rows import RowEngine
 from sb3_pg.common.errors import ArgumentError
+from sb3_pg.common.groups import MaxGradNorm
 from sb3_pg.common.products import blas_has_one_thread, inner, product
 from sb3_pg.common.threads import choose_threads
 
@@ -95,7 +96,7 @@ class ClosedFormEngine(RowEngine):
         self.description = "closed-form"
         use_fused_adam(policy.optimizer)
         self._errors_raise = True
-        self._adam: QuickAdam | None = None  # until ``refresh``
+        self._quick: QuickOptimizer | None = None  # until ``refresh``
         self._build(self.blueprint())
 
     def blueprint(self) -> Blueprint:
@@ -151,7 +152,7 @@ class ClosedFormEngine(RowEngine):
             self._build(blueprint)
         self.actor_net.blas_has_one_thread = self.critic_net.blas_has_one_thread = blas_has_one_thread()
         optimizer = self.policy.optimizer
-        self._adam = QuickAdam(optimizer) if is_plain_adam(optimizer) else None
+        self._quick = QuickOptimizer(optimizer) if is_quick(optimizer) else None
         return True
 
     def is_current(self) -> bool:
@@ -258,7 +259,7 @@ class ClosedFormEngine(RowEngine):
                 parameter.grad = gradient if moves else None
 
     @quiet
-    def step(self, max_grad_norm: float | None, share: float) -> float:
+    def step(self, max_grad_norm: MaxGradNorm, share: float) -> float:
         actor_moves, critic_moves = (offered[0][0].grad is not None for offered in self._offered)
         if not (actor_moves or critic_moves):
             return 0.0
@@ -268,10 +269,15 @@ class ClosedFormEngine(RowEngine):
         norm = math.sqrt(inner(moving, moving))
         if not math.isfinite(norm):
             return norm
-        if max_grad_norm is not None and norm + 1e-6 > max_grad_norm:
-            moving *= max_grad_norm / (norm + 1e-6)
-        if self._adam is not None:
-            self._adam.step((actor_moves, critic_moves))
+        if isinstance(max_grad_norm, tuple):
+            halves = self.gradient[: self.actor_size], self.gradient[self.actor_size :]
+            for half, moves, limit in zip(halves, (actor_moves, critic_moves), max_grad_norm, strict=True):
+                if moves:
+                    _scale_down(half, math.sqrt(inner(half, half)), limit)
+        else:
+            _scale_down(moving, norm, max_grad_norm)
+        if self._quick is not None:
+            self._quick.step((actor_moves, critic_moves))
             return norm
         self.policy.optimizer.step()
         if not self.is_current():  # not torch's own, but some replace ``p.data``
@@ -436,6 +442,12 @@ class ClosedFormActor:
             return self._pulled_back((part, weighted(part, f)) for part, f in zip(parts, of_family, strict=True))
 
         return times
+
+
+def _scale_down(gradient: np.ndarray, norm: float, limit: float | None) -> None:
+    """Scale a gradient of a norm to at most another one, as torch does."""
+    if limit is not None and norm + 1e-6 > limit:
+        gradient *= limit / (norm + 1e-6)
 
 
 def _joined(looks: Iterable[tuple[Any, Any, Any]]) -> Look:

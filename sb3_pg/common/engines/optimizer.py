@@ -1,5 +1,6 @@
-"""Adam by one kernel, and without what torch does around it, which on a small network takes ten times as long."""
+"""Optimizers without what torch does around them, which on a small network takes ten times as long as the step."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,71 +22,122 @@ def use_fused_adam(optimizer: th.optim.Optimizer) -> None:
             group["fused"] = True
 
 
-def is_plain_adam(optimizer: Any) -> bool:
-    """Return whether ``QuickAdam`` makes the same step: Adam or AdamW of one group, no variants, hooks, schedulers."""
-    if type(optimizer) not in (th.optim.Adam, th.optim.AdamW) or len(optimizer.param_groups) != 1:
-        return False
-    group = optimizer.param_groups[0]
-    variants = any(group.get(name) for name in ("amsgrad", "maximize", "capturable", "differentiable"))
-    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    return not (variants or hooks or "step" in optimizer.__dict__ or isinstance(group["lr"], th.Tensor))
-
-
 class _Ready(NamedTuple):
-    """What the kernel takes for some of the parameters."""
+    """What a kernel takes for those parameters of a group that have a gradient."""
 
-    tensors: list[list[th.Tensor]]  # parameters, gradients, both moments, nothing, counts of steps
-    steps: np.ndarray  # the memory of those counts
+    group: dict[str, Any]
+    parameters: list[th.Tensor]
+    gradients: list[th.Tensor]
+    averages: list[list[th.Tensor]]  # by the optimizer's names for them
+    steps: list[th.Tensor]  # counts
 
 
-class QuickAdam:
-    """Makes an optimizer's steps by calling the kernel that its own ``fused=True`` calls, on its own state.
+def _adam(kernel: Any, its: _Ready) -> None:
+    group = its.group
+    beta1, beta2 = group["betas"]
+    kernel(
+        its.parameters,
+        its.gradients,
+        *its.averages,
+        [],
+        its.steps,
+        lr=group["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+@th.no_grad()
+def _rmsprop(its: _Ready) -> None:
+    """Step by the gradient over the root of its mean square, all parameters together (Hinton 2012, lecture 6)."""
+    group, (squares,) = its.group, its.averages
+    gradients: Any = its.gradients
+    if group["weight_decay"]:
+        gradients = th._foreach_add(gradients, its.parameters, alpha=group["weight_decay"])
+    th._foreach_mul_(squares, group["alpha"])
+    th._foreach_addcmul_(squares, gradients, gradients, value=1 - group["alpha"])
+    roots = th._foreach_sqrt(squares)
+    th._foreach_add_(roots, group["eps"])
+    th._foreach_addcdiv_(its.parameters, gradients, roots, value=-group["lr"])
+
+
+class _Rule(NamedTuple):
+    """How one class of torch's optimizers steps."""
+
+    averages: tuple[str, ...]  # names of its state beside the count of steps
+    variants: tuple[str, ...]  # options of a group with which it steps otherwise
+    step: Callable[[_Ready], None]
+
+
+_VARIANTS = ("amsgrad", "maximize", "capturable", "differentiable")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_RULES: dict[type[th.optim.Optimizer], _Rule] = {
+    th.optim.Adam: _Rule(_MOMENTS, _VARIANTS, lambda its: _adam(th._fused_adam_, its)),
+    th.optim.AdamW: _Rule(_MOMENTS, _VARIANTS, lambda its: _adam(th._fused_adamw_, its)),
+    th.optim.RMSprop: _Rule(("square_avg",), (*_VARIANTS, "momentum", "centered"), _rmsprop),
+}
+
+
+def is_quick(optimizer: Any) -> bool:
+    """Return whether ``QuickOptimizer`` makes the same step.
+
+    That is Adam, AdamW and RMSprop without variants, hooks and schedulers of torch.
+    """
+    rule = _RULES.get(type(optimizer))
+    if rule is None or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return False
+    groups = optimizer.param_groups
+    variants = any(group.get(name) for group in groups for name in rule.variants)
+    return not (variants or "step" in optimizer.__dict__ or any(isinstance(g["lr"], th.Tensor) for g in groups))
+
+
+class QuickOptimizer:
+    """Makes an optimizer's steps by few calls of torch's kernels, on its own state.
 
     The first step goes through the optimizer, which then makes its state. What this class remembers are only
     references; whoever replaces the state, the parameters or their gradients makes a new one.
 
-    :param optimizer: a torch optimizer that ``is_plain_adam``
+    :param optimizer: a torch optimizer that ``is_quick``
     """
 
     def __init__(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
-        is_adamw = type(optimizer) is th.optim.AdamW
-        self._kernel: Any = th._fused_adamw_ if is_adamw else th._fused_adam_
-        self._ready: dict[Any, _Ready] = {}
+        self._optimizer, self._rule = optimizer, _RULES[type(optimizer)]
+        self._ready: dict[Any, tuple[np.ndarray, list[_Ready]]] = {}
 
     def step(self, which: Any) -> None:
         """Move the parameters that have a gradient.
 
         :param which: names the set of these parameters; the same name always means the same set
         """
-        ready = self._ready.get(which)
-        if ready is None:
+        found = self._ready.get(which)
+        if found is None:
             self._optimizer.step()
             self._ready[which] = self._get_ready()
             return
-        group = self._optimizer.param_groups[0]
-        beta1, beta2 = group["betas"]
-        np.add(ready.steps, 1.0, out=ready.steps)
-        self._kernel(
-            *ready.tensors,
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
-        )
+        steps, ready = found
+        np.add(steps, 1.0, out=steps)
+        for its in ready:
+            self._rule.step(its)
 
-    def _get_ready(self) -> _Ready:
-        group, state = self._optimizer.param_groups[0], self._optimizer.state
-        parameters = [p for p in group["params"] if p.grad is not None]
-        states = [state[p] for p in parameters]
+    def _get_ready(self) -> tuple[np.ndarray, list[_Ready]]:
+        """Return the memory of the counts of steps, and what the kernel takes for each group."""
+        groups, state = self._optimizer.param_groups, self._optimizer.state
+        moving = [[p for p in group["params"] if p.grad is not None] for group in groups]
+        states = [state[p] for parameters in moving for p in parameters]
         # Counted together in NumPy: torch takes twice as long to count as to move.
         steps = np.array([float(s["step"]) for s in states], np.float32)
         for its, view in zip(states, th.from_numpy(steps).unbind(), strict=True):
             its["step"] = view
         self._ready.clear()  # it counts elsewhere
-        moments = [[s[name] for s in states] for name in ("exp_avg", "exp_avg_sq")]
-        tensors = [parameters, [p.grad for p in parameters], *moments, [], [s["step"] for s in states]]
-        return _Ready(tensors, steps)
+        ready = []
+        for group, parameters in zip(groups, moving, strict=True):
+            its = [state[p] for p in parameters]
+            averages = [[s[name] for s in its] for name in self._rule.averages]
+            gradients, counts = [p.grad for p in parameters], [s["step"] for s in its]
+            if parameters:
+                ready.append(_Ready(group, parameters, gradients, averages, counts))
+        return steps, ready

@@ -10,7 +10,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from torch import nn
 from torch.nn.modules import module as global_hooks
 
-from sb3_pg.common.distributions import Parameters, draw, masked
+from sb3_pg.common.distributions import BoxDistribution, Parameters, draw, masked
 from sb3_pg.common.engines.blueprint import DTYPES, Blueprint, Unsuitable
 from sb3_pg.common.engines.closed_form import Encoder, mlp_of, view
 from sb3_pg.common.products import inner
@@ -35,7 +35,9 @@ class Predictor:
         blueprint = self._blueprint(policy)
         if is_image_space(policy.observation_space):
             raise Unsuitable("images, whose channels SB3 looks for")
-        if policy.squash_output:
+        distribution: Any = policy.action_dist
+        self._squash = distribution.squash if isinstance(distribution, BoxDistribution) else None
+        if policy.squash_output and self._squash is None:
             raise Unsuitable("SB3 scales the actions to the space")
         self._family, self._mlp = blueprint.family, mlp_of(blueprint.actor)
         self._log_std = None if blueprint.log_std is None else view(blueprint.log_std)
@@ -129,7 +131,9 @@ class Predictor:
         actions = draw(self._family, parameters, deterministic)
         if actions.shape[1:] != self._action_shape:
             actions = actions.reshape(-1, *self._action_shape)
-        if self._bounds is not None:
+        if self._squash is not None:
+            actions = self._squash(actions)
+        elif self._bounds is not None:
             low, high = self._bounds
             actions = np.minimum(np.maximum(actions, low), high)
         found: np.ndarray = actions

@@ -12,6 +12,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_pg.common.arrays import Array, Observations
+from sb3_pg.common.groups import MaxGradNorm
 from sb3_pg.common.sequences import Memory
 
 if TYPE_CHECKING:
@@ -174,11 +175,12 @@ class Engine(Protocol):
     def actor(self, batch: "Batch") -> Actor:
         """Return the actor as it is now; what it knows of the batch is computed when it is asked for."""
 
-    def step(self, max_grad_norm: float | None, share: float) -> float:
+    def step(self, max_grad_norm: MaxGradNorm, share: float) -> float:
         """Scale the gradients to at most ``max_grad_norm`` and let the policy's optimizer move the parameters.
 
         Parameters without a gradient stay. With several workers the gradients are first averaged over them.
 
+        :param max_grad_norm: of all gradients together; a pair is of the actor's and of the critic's alone
         :param share: what the gradients count for among those of all workers, see ``Batch.share``
         :return: the norm of the gradients before scaling; if it is not finite, nothing was moved
         """

@@ -4,12 +4,12 @@ import numpy as np
 import torch as th
 from conftest import ACTION_SPACES, OBSERVATION_SPACES
 from gymnasium import spaces
-from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_pg.common.batch import Batch
 from sb3_pg.common.engines.autograd import AutogradEngine
 from sb3_pg.common.engines.choice import make_engine
 from sb3_pg.common.engines.closed_form import ClosedFormEngine
+from sb3_pg.common.policies import QuickMlpPolicy
 
 N = 9  # rows
 
@@ -18,7 +18,7 @@ def make_policy(action="box", observation="box", **kwargs):
     """A policy whose outputs are far from zero, so that nothing agrees by accident."""
     space = OBSERVATION_SPACES[observation] if isinstance(observation, str) else observation
     action_space = ACTION_SPACES[action] if isinstance(action, str) else action
-    policy = ActorCriticPolicy(space, action_space, lambda _: 1e-2, **{"net_arch": [8, 8], **kwargs})
+    policy = QuickMlpPolicy(space, action_space, lambda _: 1e-2, **{"net_arch": [8, 8], **kwargs})
     with th.no_grad():
         for p in policy.parameters():
             p.copy_(0.5 * th.randn_like(p))

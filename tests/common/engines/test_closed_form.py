@@ -21,6 +21,7 @@ from engine_cases import (
     outputs_and_gradients,
 )
 from gymnasium import spaces
+from tiny_models import BOX_OPTIONS
 from torch import nn
 
 from sb3_pg import PPO, REINFORCE, TRPO
@@ -59,6 +60,12 @@ def test_agrees_with_autograd(action, activation, architecture, double):
     kwargs = {"activation_fn": ACTIVATIONS[activation], "net_arch": ARCHITECTURES[architecture]}
     policy = double(make_policy(action, **kwargs))
     assert_same(*both(policy), *draw(policy))
+
+
+@pytest.mark.parametrize("options", BOX_OPTIONS)
+def test_agrees_on_every_distribution_of_box_actions(options, double):
+    policy = double(make_policy("box", **BOX_OPTIONS[options]))
+    assert_same(*both(policy), *draw(policy), tolerance=1e-8)
 
 
 OBSERVATIONS = [
@@ -265,6 +272,12 @@ def test_one_update_is_the_same(algorithm, action):
     assert_same_update(ALGORITHMS[algorithm], action)
 
 
+@pytest.mark.parametrize("options", BOX_OPTIONS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_one_update_is_the_same_of_every_distribution(algorithm, options):
+    assert_same_update(ALGORITHMS[algorithm], "box", **BOX_OPTIONS[options])
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_works(optimizer):
     assert_same_update(ALGORITHMS["ppo"], "box", **OPTIMIZERS[optimizer])
@@ -336,10 +349,10 @@ def test_the_same_seed_gives_the_same_run():
         assert th.equal(x, y)
 
 
-@pytest.mark.parametrize("action", ACTION_SPACES)
+@pytest.mark.parametrize("action", [*ACTION_SPACES, *BOX_OPTIONS])
 @pytest.mark.parametrize("n_rows", [1, 3, 20])
 def test_the_same_seed_gives_the_actions_of_sb3s_policy(action, n_rows):
-    policy = make_policy(action=action)
+    policy = make_policy("box", **BOX_OPTIONS[action]) if action in BOX_OPTIONS else make_policy(action)
     engine = make_engine(policy)
     for _ in range(5):
         observations = draw(policy, n_rows)[0]
