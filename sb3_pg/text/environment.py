@@ -85,7 +85,8 @@ class TextTask:
         self.observation_space = text_space(width, self.response_length, len(self.tokenizer))
         more = [self._end_token(end) for end in self.end_tokens]
         own = self.tokenizer.eos_token_id
-        self.action_space = Vocabulary(len(self.tokenizer), own, [end for end in dict.fromkeys(more) if end != own])
+        others = [end for end in dict.fromkeys(more) if end != own]
+        self.action_space = Vocabulary(len(self.tokenizer), own, others, self.tokenizer)
 
     def _end_token(self, end: int | str) -> int:
         number = self.tokenizer.convert_tokens_to_ids(end) if isinstance(end, str) else end

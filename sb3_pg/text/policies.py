@@ -2,10 +2,10 @@
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch as th
@@ -26,14 +26,17 @@ try:
         AutoModelForSeq2SeqLM,
         DynamicCache,
         EncoderDecoderCache,
-        GenerationConfig,
     )
 except ImportError as error:
     raise ImportError("Language models need the extra `text`: pip install 'sb3_pg[text]'") from error
 
 from sb3_pg.text.checks import check_reading, half_precision
+from sb3_pg.text.coding import Messages, are_texts
 from sb3_pg.text.decoding import Decoder, Memory
+from sb3_pg.text.environment import check_tokenizer
+from sb3_pg.text.generation import answers, generated, settings_to_save
 from sb3_pg.text.graphs import checkpointing, enable_checkpointing, graph_bytes, release_memory
+from sb3_pg.text.kept import KeptTokenizer
 from sb3_pg.text.rows import Piece, TokenRows
 from sb3_pg.text.sequences import flush_left, flush_right, last_tokens
 from sb3_pg.text.spaces import EMPTY, Vocabulary, prompt_length_of
@@ -225,6 +228,30 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         return list(dict.fromkeys(int(end) for end in own))
 
     @property
+    def response_length(self) -> int:
+        """The most tokens of a response in the environment."""
+        return int(self.observation_space.shape[0]) - self.prompt_length  # type: ignore[index]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers that texts are read and written with: the environment's; None if it has none.
+
+        It can be set, where the environment has actions of a :class:`sb3_pg.text.spaces.Vocabulary`.
+
+        :raises ArgumentError: it is set to one that has another number of tokens, or there is no Vocabulary
+        """
+        return self.action_space.tokenizer if isinstance(self.action_space, Vocabulary) else None
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        check_tokenizer(tokenizer)
+        if not isinstance(self.action_space, Vocabulary):
+            raise ArgumentError(f"A tokenizer belongs to actions of a Vocabulary, not {self.action_space}.")
+        if len(tokenizer) != self.n_tokens:
+            raise ArgumentError(f"`tokenizer` has {len(tokenizer)} tokens, but the policy {self.n_tokens}.")
+        self.action_space.kept_tokenizer = KeptTokenizer(tokenizer)
+
+    @property
     def hidden_size(self) -> int:
         """Numbers in a hidden state."""
         return int(self.value_head.in_features)
@@ -238,8 +265,7 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
             last, length = rows.last, rows.length
         else:
             last, length = last_tokens(rows, self.prompt_length)
-        longest = self.observation_space.shape[0] - self.prompt_length  # type: ignore[index]
-        over: np.ndarray = ((length > 0) & np.isin(last, self.end_tokens)) | (length == longest)
+        over: np.ndarray = ((length > 0) & np.isin(last, self.end_tokens)) | (length == self.response_length)
         return over
 
     def _make_model(self, model: Any) -> Any:
@@ -365,14 +391,18 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         }
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model as transformers does; of a LoRA policy, the adapter alone.
+        """Write model, tokenizer and how to generate as transformers does; of a LoRA policy the adapter alone.
 
-        Each file of the folder is replaced when it is whole.
+        ``AutoModelForCausalLM.from_pretrained(folder)`` reads it, an adapter with the base model that it names. Each
+        file of the folder is replaced when it is whole.
 
         :raises OSError: naming ``folder``
         """
         with filling(folder) as beside:
             self.language_model.save_pretrained(beside)
+            settings_to_save(self).save_pretrained(beside)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(beside)
 
     def train(self, mode: bool = True) -> "LanguageModelPolicy":
         """Set the mode of everything but the language models, whose dropout stays off."""
@@ -533,6 +563,21 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         actions = distribution.get_actions(deterministic=deterministic)
         return actions, self.values(hidden), distribution.log_prob(actions)
 
+    def predict(
+        self,
+        observation: Any,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Return the next token of each row, as SB3's ``predict``.
+
+        :raises ArgumentError: these are texts, which :meth:`generate` completes
+        """
+        if isinstance(observation, str) or are_texts(observation):
+            raise ArgumentError("`predict` chooses one token for rows of tokens. Texts are for policy.generate(texts).")
+        return super().predict(observation, state, episode_start, deterministic)
+
     def _predict(self, observation: Any, deterministic: bool = False) -> th.Tensor:
         return self.choose(self._decoder.read(to_rows(observation)), deterministic)
 
@@ -560,46 +605,40 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
 
     # ------------------------------------------------------------- generation
 
+    @overload
+    def generate(self, prompts: np.ndarray | th.Tensor, **settings: Any) -> np.ndarray: ...
+
+    @overload
+    def generate(self, prompts: Sequence[str | Messages], **settings: Any) -> list[str]: ...
+
     @th.no_grad()
-    def generate(self, observations: np.ndarray, **settings: Any) -> np.ndarray:
-        """Complete prompts by the model's own ``generate``, for evaluation.
+    def generate(self, prompts: Any, **settings: Any) -> Any:
+        """Complete prompts by the model's own ``generate``: texts by texts, rows of tokens by rows of tokens.
 
         By the settings given here alone: what the model's ``generation_config`` has is for other uses.
 
-        :param observations: prompts as the environment shows them, (n, prompt_length + response_length)
+        :param prompts: a list of texts, or of conversations (lists of messages) for the tokenizer's chat template, each
+            as long as the model's window allows; or prompts as the environment shows them, (n, prompt_length +
+            response_length)
         :param settings: those of transformers' ``GenerationConfig``. Greedy by default. Sampling:
             ``do_sample=True``, narrowed by ``top_k``, ``top_p``, ``min_p``; beam search: ``num_beams=4``; against
             repetition: ``repetition_penalty``, ``no_repeat_ngram_size``; several responses for each prompt, which
-            then follow one another: ``num_return_sequences``
-        :return: response tokens, empty columns -1, (n * num_return_sequences, response_length)
+            then follow one another: ``num_return_sequences``; of texts also longer responses: ``max_new_tokens``
+        :return: n * num_return_sequences texts without their end, or as many rows of response tokens, empty columns
+            -1, (n * num_return_sequences, response_length)
+        :raises ArgumentError: there are texts but no tokenizer, or a text cannot be read
         """
         self.set_training_mode(False)
-        rows = to_rows(observations)[:, : self.prompt_length]
-        end, longest = self.end_token, self.observation_space.shape[0] - self.prompt_length  # type: ignore[index]
-        tokens, lengths = flush_right(rows, end)
-        mask = np.arange(tokens.shape[1]) >= tokens.shape[1] - lengths[:, None]
-        options: dict[str, Any] = {
-            "do_sample": False,
-            "max_new_tokens": longest,
-            "eos_token_id": self.end_tokens,
-            "pad_token_id": end,
-            **settings,
-        }
-        if options["do_sample"]:
-            options = {"temperature": self.temperature, "top_k": 0, **options}  # transformers' own top_k is 50
-        n_known = self.lm.get_output_embeddings().out_features
-        if n_known > self.n_tokens:
-            options["suppress_tokens"] = list(range(self.n_tokens, n_known))
-        with self.precision(), plain_generation(self.lm):
-            out = self.lm.generate(
-                input_ids=th.as_tensor(tokens, device=self.device).long(),
-                attention_mask=th.as_tensor(mask, device=self.device).long(),
-                **options,
-            )
-        return self._responses(out.cpu().numpy(), tokens.shape[1], longest)
+        if are_texts(prompts):
+            return answers(self, prompts, settings)
+        return generated(self, to_rows(prompts)[:, : self.prompt_length], self.response_length, settings)
 
-    def _responses(self, out: np.ndarray, n_prompt: int, longest: int) -> np.ndarray:
-        """Return the new tokens up to the first end token, in rows of the environment's width."""
+    def responses(self, out: np.ndarray, n_prompt: int, longest: int) -> np.ndarray:
+        """Return the new tokens up to the first end token, in rows of ``longest`` columns.
+
+        :param out: what the model's ``generate`` has returned
+        :param n_prompt: columns of the prompts that it was given
+        """
         new = out[:, self._skipped(n_prompt) :][:, :longest]
         is_end = np.isin(new, self.end_tokens)
         ended = np.cumsum(is_end, axis=1) - is_end > 0
@@ -779,17 +818,6 @@ def to_rows(observations: Any) -> np.ndarray:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".") + "."
-
-
-@contextmanager
-def plain_generation(lm: Any) -> Iterator[None]:
-    """Let the model generate in the block without settings of its own."""
-    own, start = lm.generation_config, getattr(lm.config, "decoder_start_token_id", None)
-    lm.generation_config = GenerationConfig(decoder_start_token_id=start)  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        lm.generation_config = own
 
 
 def freeze(lm: Any, n_layers: int) -> None:
