@@ -9,6 +9,7 @@ from sb3_pg.common.registry import (
     MEMORY_PLACES,
     OWN_PLACES,
     POLICY_PLACES,
+    PRESET_PLACES,
 )
 from sb3_pg.ppo import PPO
 from sb3_pg.reinforce import REINFORCE
@@ -22,6 +23,7 @@ for _name in ("CausalLMPolicy", "Seq2SeqLMPolicy"):
 MAKER_PLACES["sb3_pg.text.spaces:Vocabulary"] = "sb3_pg.text.spaces:vocabulary_of"
 MAKER_PLACES["sb3_pg.text.kept:KeptTokenizer"] = "sb3_pg.text.kept:kept_tokenizer_of"
 ENGINE_PLACES["sb3_pg.text.policies:LanguageModelPolicy"] = "sb3_pg.text.engine:TextEngine"
+PRESET_PLACES["sb3_pg.text.policies:LanguageModelPolicy"] = "sb3_pg.text.presets:preset_of"
 BUFFER_PLACES["sb3_pg.text.policies:LanguageModelPolicy"] = "sb3_pg.text.rows:TextRolloutBuffer"
 for _name in ("MlpLstmPolicy", "CnnLstmPolicy", "MultiInputLstmPolicy"):
     POLICY_PLACES[_name] = f"sb3_contrib.ppo_recurrent.policies:{_name}"

@@ -34,6 +34,10 @@ STEPPERS: set[str] = set()
 #: Where the rollout buffer of a policy is, by where the policy is: a subclass of ours in ``sb3_pg.common.buffers``.
 BUFFER_PLACES: dict[str, str] = {}
 
+#: Where the default arguments for a policy are, by where the policy is; for its subclasses, too. A function from the
+#: algorithm's name and the policy's arguments to a :class:`sb3_pg.common.presets.Preset`.
+PRESET_PLACES: dict[str, str] = {}
+
 
 def entered_for(policy: type, entered: dict[str, str]) -> Any:
     """Return the class entered for a policy class or its bases, None if there is none."""
