@@ -2,8 +2,9 @@
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, overload
 
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sb3_pg.common.archive.atomic import filling
 from sb3_pg.common.archive.policy_files import SavedPolicy
-from sb3_pg.common.errors import ArgumentError, check_count, check_number
+from sb3_pg.common.errors import ArgumentError, check_choice, check_count, check_number
 
 try:
     from transformers import (
@@ -30,6 +31,7 @@ try:
 except ImportError as error:
     raise ImportError("Language models need the extra `text`: pip install 'sb3_pg[text]'") from error
 
+from sb3_pg.text.base import Base, can_be_named, fingerprint, n_bytes, name_of, read_base, require_same
 from sb3_pg.text.checks import check_reading, half_precision
 from sb3_pg.text.coding import Messages, are_texts
 from sb3_pg.text.decoding import Decoder, Memory
@@ -106,6 +108,10 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         KL, None has no reference, which saves its memory
     :param reference_kl_target: nats per response; the weight is then adapted after each rollout to keep the KL there
         (Ziegler et al. 2019, section 2.2). None keeps the weight
+    :param save_base: True has archives hold the pretrained weights that do not change: those under the adapter, or
+        the reference's. False has them name folder or Hub name instead, where they must be when the archive is loaded
+        (an adapter's) or goes on learning (a reference). Models that are neither are always held
+    :param base: of archives: name and fingerprint of the pretrained model, see :mod:`sb3_pg.text.base`
     :param optimizer_class: of torch
     :param optimizer_kwargs: its arguments but the learning rate
     :param use_sde: only False, as SB3's algorithms pass it
@@ -132,6 +138,8 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         micro_batch_tokens: int | None = None,
         reference_kl_coef: float | None = 0.05,
         reference_kl_target: float | None = None,
+        save_base: bool = False,
+        base: Mapping[str, str] | None = None,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
         use_sde: bool = False,
@@ -147,6 +155,7 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         for name, value in (("reference_kl_coef", reference_kl_coef), ("reference_kl_target", reference_kl_target)):
             if value is not None:
                 check_number(name, value, above_low=name == "reference_kl_target")
+        check_choice("save_base", save_base, (True, False))
         if use_sde or not isinstance(action_space, spaces.Discrete):
             raise ArgumentError(f"A language model chooses tokens (Discrete actions, no gSDE), not {action_space}.")
         self.prompt_length = prompt_length_of(observation_space)
@@ -168,10 +177,12 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
             "micro_batch_tokens": micro_batch_tokens,
             "reference_kl_coef": reference_kl_coef,
             "reference_kl_target": reference_kl_target,
+            "save_base": save_base,
         }
 
         self.has_adapter = False
-        self.language_model: Any = self._make_model(model)
+        self.base = None if base is None else Base(**base)
+        self.language_model: Any = self._make_model(model, self.base if lora is not None else None)
         self.half_type = half_precision(self.language_model)
         self._check_fit()
         check_reading(self)
@@ -182,8 +193,9 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         if lora is not None:
             self.language_model = with_adapter(self.language_model, lora)
             self.has_adapter = True
-        elif self.has_reference:
+        elif self.has_reference and self.base is None:  # the base's is read when it is needed
             self.reference = copy.deepcopy(self.language_model).requires_grad_(False)
+        self.base = self._known_base(model)
         if self.half_type is not None:  # steps of the optimizer are too small for it
             for p in self.language_model.parameters():
                 p.data = p.data.float() if p.requires_grad else p.data
@@ -268,7 +280,7 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         over: np.ndarray = ((length > 0) & np.isin(last, self.end_tokens)) | (length == self.response_length)
         return over
 
-    def _make_model(self, model: Any) -> Any:
+    def _make_model(self, model: Any, base: Base | None = None) -> Any:
         if isinstance(model, th.nn.Module):
             raise ArgumentError(
                 f"`model` must be a folder, a name or a configuration (dictionary), not a live {type(model).__name__}, "
@@ -292,13 +304,15 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
                 model["max_position_embeddings"] = width
         if not isinstance(model, Mapping) or "model_type" not in model:
             raise ArgumentError(f"`model` as a dictionary needs a 'model_type', such as 'gpt2' or 't5'; got {model!r}.")
-        # `env.action_space.n` is a NumPy number, which transformers refuses.
-        numbers = {name: value.item() if isinstance(value, np.generic) else value for name, value in model.items()}
-        dtype = numbers.get("dtype") or th.float32
         try:
+            config = _config_of(model)
+            if base is not None:
+                return read_base(self.auto_model, config, base)
             return self.auto_model.from_config(
-                AutoConfig.for_model(**numbers), **{"dtype": dtype, **self._arguments["model_kwargs"]}
+                config, **{"dtype": config.dtype or th.float32, **self._arguments["model_kwargs"]}
             )
+        except ArgumentError:
+            raise
         except Exception as error:
             raise ArgumentError(
                 f"`model` of type {model['model_type']!r} cannot be made of its configuration: {_first_line(error)}"
@@ -362,23 +376,84 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
             )
 
     def portable_kwargs(self, policy_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the policy's arguments with the model's configuration in place of its folder."""
+        """Return the policy's arguments with the model's configuration in place of its folder, and the base's name.
+
+        A base that has been changed in memory is no longer what its name stands for: from then on archives hold it.
+        """
         config = self.lm.config.to_dict()
         for name in ("quantization_config", "_name_or_path"):
             config.pop(name, None)
         config["dtype"] = str(self.half_type or th.float32).removeprefix("torch.")
-        return {**policy_kwargs, "model": config, "model_kwargs": None}
+        pretrained = self._pretrained()
+        if self.base is not None and pretrained and fingerprint(pretrained) != self.base.fingerprint:
+            self.base = None
+        base = None if self.base is None else asdict(self.base)
+        return {**policy_kwargs, "model": config, "model_kwargs": None, "base": base}
 
     @staticmethod
     def not_portable(policy_kwargs: dict[str, Any]) -> str | None:
-        """Return which of the arguments would load a model, or code, from elsewhere; None if none would."""
+        """Return which of the arguments would load a model, or code, from elsewhere; None if none would.
+
+        A base is only read if it is here already, and only its weights, see :mod:`sb3_pg.text.base`.
+        """
         model, lora = policy_kwargs.get("model"), policy_kwargs.get("lora") or {}
         if policy_kwargs.get("model_kwargs") or not isinstance(model, dict | None):
             return f"the model would be loaded from elsewhere ({model!r}, {policy_kwargs.get('model_kwargs')!r})"
+        base = policy_kwargs.get("base") or {"name": "", "fingerprint": ""}
+        if not isinstance(base, dict) or {name: type(x) for name, x in base.items()} != _OF_BASE:
+            return f"its base model would be {base!r}"
         for name in [*_keys(model), *_keys(lora)]:
             if any(part in name for part in _FROM_ELSEWHERE):
                 return f"the model's configuration has {name!r}, which may run code from elsewhere"
         return None
+
+    @staticmethod
+    def n_elsewhere(policy_kwargs: dict[str, Any]) -> int:
+        """Return how many numbers at most the constructor reads from elsewhere."""
+        base = policy_kwargs.get("base")
+        return n_bytes(base["name"]) if base and policy_kwargs.get("lora") else 0
+
+    def _known_base(self, model: Any) -> Base | None:
+        """Return what archives name in place of the pretrained weights, None if they hold them.
+
+        :raises ArgumentError: the weights are not those of the base that an archive has named
+        """
+        pretrained, arguments = self._pretrained(), self._arguments
+        if self.base is not None and pretrained:
+            require_same(self.base, pretrained)
+        is_held = arguments["save_base"] or not can_be_named(model, arguments["model_kwargs"], arguments["lora"])
+        if self.base is not None or is_held or not pretrained:
+            return self.base
+        return Base(name_of(model), fingerprint(pretrained))
+
+    def _pretrained(self) -> list[tuple[str, th.nn.Parameter]]:
+        """Return the weights that never change: those under the adapter, or the reference's if they are there."""
+        if self.has_adapter:
+            return [(name, p) for name, p in self.lm.named_parameters() if not p.requires_grad]
+        return [] if self.reference is None else list(self.reference.named_parameters())
+
+    def _of_base(self, names: Iterable[str]) -> list[str]:
+        """Return those names of the state that the base has, so that archives need not."""
+        if self.base is None:
+            return []
+        if not self.has_adapter:
+            return [name for name in names if name.startswith("reference.")]
+        parameters = self.language_model.named_parameters(prefix="language_model", remove_duplicate=False)
+        fixed = {name for name, p in parameters if not p.requires_grad}
+        return [name for name in names if name in fixed]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return torch's, without the weights of a base that archives name."""
+        state = super().state_dict(*args, **kwargs)
+        for name in self._of_base(list(state)):
+            del state[name]
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take a state as :meth:`state_dict` returns it; what it does not have of the base stays."""
+        whole = super().state_dict()
+        own = {name: whole[name] for name in self._of_base(whole)}
+        return super().load_state_dict({**own, **state_dict}, strict, assign)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {
@@ -414,11 +489,22 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
 
     @contextmanager
     def _the_reference(self) -> Iterator[Any]:
-        if self.reference is not None:
+        if not self.has_adapter:
+            if self.reference is None:
+                self.reference = self._read_reference()
             yield self.reference
         else:
             with self.language_model.disable_adapter():
                 yield self.lm
+
+    def _read_reference(self) -> Any:
+        """Return the base of a loaded policy, which is read when something is first compared with it."""
+        assert self.base is not None
+        config = copy.deepcopy(self.lm.config)
+        config.dtype = self.half_type or th.float32
+        reference = read_base(self.auto_model, config, self.base).requires_grad_(False).eval()
+        require_same(self.base, reference.named_parameters())
+        return reference.to(self.device)
 
     # ---------------------------------------------------------------- reading
 
@@ -792,6 +878,16 @@ class Seq2SeqLMPolicy(LanguageModelPolicy):
 
 #: In names of configurations: of code that transformers and peft would import or download.
 _FROM_ELSEWHERE = ("auto_map", "implementation", "kernel", "megatron", "quantization", "remote")
+
+
+#: What an archive says of a base.
+_OF_BASE = {"name": str, "fingerprint": str}
+
+
+def _config_of(model: Mapping[str, Any]) -> Any:
+    """Return transformers' configuration of a dictionary."""
+    # `env.action_space.n` is a NumPy number, which transformers refuses.
+    return AutoConfig.for_model(**{name: x.item() if isinstance(x, np.generic) else x for name, x in model.items()})
 
 
 def _keys(configuration: Any) -> Iterator[str]:
