@@ -563,7 +563,8 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         in_parts, found, members = th.is_grad_enabled() and size < rows.n_tokens, [], []
         for piece in rows.pieces(min(size, CHUNK_TOKENS)):
             again = in_parts and len(piece.members) < len(rows)
-            made: Any = checkpoint(read, piece, use_reentrant=False, preserve_rng_state=False) if again else read(piece)
+            kept = {"use_reentrant": False, "preserve_rng_state": lm.training}  # for dropout
+            made: Any = checkpoint(read, piece, **kept) if again else read(piece)
             found.append(made)
             members.append(piece.members)
         back = th.as_tensor(np.argsort(np.concatenate(members)), device=self.device)
