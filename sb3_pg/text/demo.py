@@ -54,6 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "gae_lambda": 1.0,
         "target_kl": 0.02,
         "sub_sampling_factor": 4,
+        "cg_max_steps": 15,
         "n_critic_updates": 5,
     },
     "ppo": {

@@ -17,8 +17,8 @@ RATES = {"a new model": 3e-4, "a pretrained model": 1e-5, "a pretrained model wi
 _COMPARED: dict[str, Any] = {"n_episodes": 64, "baseline": "leave_one_out", "gamma": 1.0}
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "REINFORCE": {**_COMPARED, "max_grad_norm": 1.0},
-    "PPO": {**_COMPARED, "batch_size": 1024, "n_epochs": 2, "max_grad_norm": 1.0},
+    "REINFORCE": _COMPARED,
+    "PPO": {**_COMPARED, "batch_size": 1024, "n_epochs": 2},
     "TRPO": {**_COMPARED, "batch_size": 1024, "cg_max_steps": 10, "sub_sampling_factor": 4},
 }
 
