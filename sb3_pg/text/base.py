@@ -47,7 +47,7 @@ def fingerprint(parameters: Iterable[tuple[str, th.Tensor]]) -> str:
     found = hashlib.blake2b(digest_size=16)
     for name, p in sorted(parameters, key=lambda pair: pair[0]):
         found.update(f"{name}{p.dtype}{tuple(p.shape)}".encode())
-        found.update(p.detach().cpu().contiguous().view(th.uint8).numpy().data)
+        found.update(p.detach().cpu().contiguous().reshape(-1).view(th.uint8).numpy().data)
     return found.hexdigest()
 
 

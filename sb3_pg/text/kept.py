@@ -64,8 +64,12 @@ def _packed(tokenizer: Any) -> bytes | None:
     if not tokenizer.is_fast:
         return None
     parts = {name: getattr(tokenizer, name) for name in _ATTRIBUTES}
-    parts["special_tokens"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    parts["special_tokens"] = {name: _plain(token) for name, token in tokenizer.special_tokens_map.items()}
     return zlib.compress(json.dumps({"tokenizer": tokenizer.backend_tokenizer.to_str(), **parts}).encode(), 1)
+
+
+def _plain(token: Any) -> Any:
+    return [str(its) for its in token] if isinstance(token, list | tuple) else str(token)
 
 
 def _made_of(packed: bytes) -> Any:
@@ -81,7 +85,7 @@ def _made_of(packed: bytes) -> Any:
         kind: Any = PreTrainedTokenizerFast
         return kind(
             tokenizer_object=Tokenizer.from_str(parts["tokenizer"]),
-            **{name: str(token) for name, token in parts["special_tokens"].items()},
+            **{name: _plain(token) for name, token in parts["special_tokens"].items()},
             **{name: parts[name] for name in _ATTRIBUTES},
         )
     except Exception as error:  # tokenizers raises plain exceptions

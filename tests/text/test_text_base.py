@@ -169,7 +169,9 @@ def test_fingerprints():
     assert fingerprint(parts) == fingerprint(parts[::-1])
     others = [[("a", th.ones(3, 2)), parts[1]], [("a", th.ones(2, 3).double()), parts[1]], parts[:1]]
     assert len({fingerprint(some) for some in [parts, *others]}) == 4
-    assert fingerprint([("a", th.zeros(3, dtype=th.bfloat16))])
+    transposed = [("a", th.arange(6.0).reshape(2, 3).T)]
+    assert fingerprint(transposed) == fingerprint([("a", transposed[0][1].contiguous())])
+    assert fingerprint([("a", th.zeros((), dtype=th.bfloat16))]) != fingerprint([("a", th.zeros(()))])
 
 
 # ---------------------------------------------------------------------- trust

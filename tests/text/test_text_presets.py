@@ -72,6 +72,17 @@ def test_a_pretrained_model_moves_less(folder):
     assert set(rates.values()) < set(RATES.values())
 
 
+@pytest.mark.parametrize("algorithm", [PPO, REINFORCE])
+def test_a_pretrained_model_is_not_ruined(algorithm, folder):
+    """It stays near the start, in nats per response, where the constructors' own learning rates do not."""
+    kl = {}
+    for name, options in {"preset": {}, "own": {"learning_rate": 5e-3}}.items():
+        model = lm(algorithm, policy_kwargs={"model": folder, "reference_kl_coef": 0.0}, **options)
+        model.learn(1500)
+        kl[name] = model.logger.name_to_value["text/kl"]
+    assert 0 <= kl["preset"] < 0.01 < 0.2 < kl["own"]
+
+
 def test_it_survives_saving_and_outlives_a_change_of_the_preset(tmp_path, monkeypatch, capsys):
     model = lm(PPO, verbose=1, n_epochs=3)
     model.save(tmp_path / "model")
