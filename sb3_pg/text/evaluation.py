@@ -123,7 +123,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 class TextEvalCallback(EventCallback):
     """Evaluate on held-out prompts every so many steps, and log figures and sample texts.
 
-    Figures are logged as ``eval/<name>``, a table of texts as ``eval/texts`` where the log takes text (TensorBoard).
+    Figures are logged as ``eval/<metric>``, a table of texts as ``eval/texts`` where the log takes text (TensorBoard).
     Watch a metric that is not the reward: a model that learns to fool the reward shows there.
 
     :param task: with prompts that are not trained on
@@ -139,6 +139,7 @@ class TextEvalCallback(EventCallback):
     :param callback_after_eval: called after each evaluation, such as SB3's StopTrainingOnNoModelImprovement: early
         stopping
     :param verbose: 1 prints figures and texts
+    :param log_name: in place of "eval" in the log, to tell several evaluations apart
     :raises ArgumentError: ``best_by`` is not among the metrics
     """
 
@@ -156,6 +157,7 @@ class TextEvalCallback(EventCallback):
         callback_on_new_best: BaseCallback | None = None,
         callback_after_eval: BaseCallback | None = None,
         verbose: int = 0,
+        log_name: str = "eval",
     ) -> None:
         super().__init__(callback_after_eval, verbose=verbose)
         check_count("eval_freq", eval_freq)
@@ -171,6 +173,7 @@ class TextEvalCallback(EventCallback):
         self.log_path = None if log_path is None else Path(log_path)
         self.best_model_save_path = None if best_model_save_path is None else Path(best_model_save_path)
         self.best_by = best_by
+        self.log_name = log_name
         self.best_mean_reward = -np.inf
         self.history: list[dict[str, float]] = []
         self.goes_on = True  # until a callback of the first evaluation, which is before the first step, wants to stop
@@ -199,8 +202,8 @@ class TextEvalCallback(EventCallback):
         self.history.append({"timesteps": self.num_timesteps, **figures})
         texts = table(records[: self.n_texts])
         for name, value in figures.items():
-            self.logger.record(f"eval/{name}", value)
-        self.logger.record("eval/texts", texts, exclude=("stdout", "log", "json", "csv"))
+            self.logger.record(f"{self.log_name}/{name}", value)
+        self.logger.record(f"{self.log_name}/texts", texts, exclude=("stdout", "log", "json", "csv"))
         if self.log_path is not None:
             self.log_path.mkdir(parents=True, exist_ok=True)
             with (self.log_path / "evaluations.jsonl").open("a", encoding="utf-8") as file:

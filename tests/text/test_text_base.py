@@ -62,6 +62,20 @@ def test_what_does_not_change_is_named(shape, lora, tmp_path):
 
 
 @KINDS
+def test_in_half_precision(lora, folder, tmp_path):
+    model = tuned(folder, lora, model_kwargs={"dtype": th.bfloat16})
+    rows = model.env.task.observations()
+    expected = model.policy.reference_log_prob(rows, np.full(len(rows), 3))
+    model.save(tmp_path / "model")
+    loaded = PPO.load(tmp_path / "model", device="cpu")
+    assert loaded.policy.base == model.policy.base is not None
+    np.testing.assert_array_equal(loaded.policy.reference_log_prob(rows, np.full(len(rows), 3)), expected)
+    assert loaded.policy.generate(["a b", "c"]) == model.policy.generate(["a b", "c"])
+    types = {(name, p.dtype) for name, p in model.policy.named_parameters()}
+    assert {(name, p.dtype) for name, p in loaded.policy.named_parameters()} == types
+
+
+@KINDS
 def test_learning_goes_on_exactly(lora, folder, tmp_path):
     model = tuned(folder, lora)
     model.save(tmp_path / "model")

@@ -17,6 +17,7 @@ from stable_baselines3.common.callbacks import (
     StopTrainingOnNoModelImprovement,
     StopTrainingOnRewardThreshold,
 )
+from stable_baselines3.common.logger import KVWriter, Logger
 from text_models import count_a, letters_task, make
 
 from sb3_pg.common.errors import ArgumentError, NonFiniteError
@@ -245,15 +246,31 @@ class Count(BaseCallback):
         return True
 
 
+class Keys(KVWriter):
+    def __init__(self):
+        self.seen = set()
+
+    def write(self, key_values, key_excluded, step=0):
+        self.seen.update(key_values)
+
+    def close(self):
+        pass
+
+
 def test_it_evaluates_among_sb3s_callbacks(tmp_path):
     task = letters_task()
     model = make("gpt2", task=task)
     texts = TextEvalCallback(task, eval_freq=13, n_prompts=4, log_path=tmp_path)
-    greedy = TextEvalCallback(task, eval_freq=26, n_prompts=2, settings={"do_sample": False})
+    options = {"settings": {"do_sample": False}, "log_name": "greedy"}
+    greedy = TextEvalCallback(task, eval_freq=26, n_prompts=2, names=[share_of_a], **options)
+    keys = Keys()
+    model.set_logger(Logger(None, [keys]))
     usual = EvalCallback(TextVecEnv(task, 2, seed=9), eval_freq=13, n_eval_episodes=4, best_model_save_path=tmp_path)
     saving = CheckpointCallback(save_freq=26, save_path=tmp_path / "checkpoints")
     model.learn(208, callback=CallbackList([texts, usual, saving, greedy]))
     assert [h["timesteps"] for h in texts.history] == [0, 52, 104, 156, 208]
+    assert {"eval/score", "eval/distinct_1", "eval/mean_reward", "greedy/score", "greedy/share_of_a"} <= keys.seen
+    assert "eval/share_of_a" not in keys.seen
     assert [h["timesteps"] for h in greedy.history] == [0, 104, 208]
     assert np.isfinite(usual.last_mean_reward) and (tmp_path / "best_model.zip").exists()
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
