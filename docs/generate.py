@@ -7,6 +7,7 @@ from sb3_pg.common.figures import SB3_LEGEND, Figures, legend
 from sb3_pg.ppo.figures import PPOFigures
 from sb3_pg.reinforce.figures import REINFORCEFigures
 from sb3_pg.text.figures import TextFigures
+from sb3_pg.text.presets import ARGUMENTS, RATES
 from sb3_pg.trpo.figures import TRPOFigures
 
 #: The tables of benchmarks/: by the name of their page, the file and what makes it.
@@ -41,6 +42,17 @@ def legends() -> dict[str, dict[str, str]]:
     return parts | {"text": legend(TextFigures)}
 
 
+def presets() -> str:
+    """Return the default arguments for language models as a Markdown table."""
+    names = list(ARGUMENTS)
+    rows = [["argument", *names], ["---"] * (1 + len(names))]
+    for argument in dict.fromkeys(argument for its in ARGUMENTS.values() for argument in its):
+        rows.append([f"`{argument}`", *(repr(its[argument]) if argument in its else "" for its in ARGUMENTS.values())])
+    for kind, rate in RATES.items():
+        rows.append([f"`learning_rate`, {kind}", *("" if name == "TRPO" else f"{rate:g}" for name in names)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
 def measured(text: str) -> str:
     """Return a table without its links to files that lie beside it."""
     return re.sub(r"(?<!!)\[([^]]+)\]\((?!https?:|#)[^)]*\)", r"\1", text)
@@ -55,6 +67,7 @@ def generate(root: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for name, part in legends().items():
         (folder / f"legend_{name}.md").write_text(table(part), encoding="utf-8")
+    (folder / "presets.md").write_text(presets(), encoding="utf-8")
     for name, (file, maker) in TABLES.items():
         source = root / "benchmarks" / file
         missing = f"# {name.capitalize()}\n\nNot measured in this checkout. It is made by `{maker}`.\n"

@@ -5,10 +5,11 @@ from sb3_pg.common.registry import (
     AUTOGRAD_PLACES,
     BUFFER_PLACES,
     ENGINE_PLACES,
+    MAKER_PLACES,
     MEMORY_PLACES,
     OWN_PLACES,
     POLICY_PLACES,
-    SPACE_PLACES,
+    PRESET_PLACES,
 )
 from sb3_pg.ppo import PPO
 from sb3_pg.reinforce import REINFORCE
@@ -19,8 +20,10 @@ __all__ = ["PPO", "REINFORCE", "TRPO", "__version__", "text"]
 
 for _name in ("CausalLMPolicy", "Seq2SeqLMPolicy"):
     POLICY_PLACES[_name] = f"sb3_pg.text.policies:{_name}"
-SPACE_PLACES["sb3_pg.text.spaces:Vocabulary"] = ("n", "end_token", "more_end_tokens")
+MAKER_PLACES["sb3_pg.text.spaces:Vocabulary"] = "sb3_pg.text.spaces:vocabulary_of"
+MAKER_PLACES["sb3_pg.text.kept:KeptTokenizer"] = "sb3_pg.text.kept:kept_tokenizer_of"
 ENGINE_PLACES["sb3_pg.text.policies:LanguageModelPolicy"] = "sb3_pg.text.engine:TextEngine"
+PRESET_PLACES["sb3_pg.text.policies:LanguageModelPolicy"] = "sb3_pg.text.presets:preset_of"
 BUFFER_PLACES["sb3_pg.text.policies:LanguageModelPolicy"] = "sb3_pg.text.rows:TextRolloutBuffer"
 for _name in ("MlpLstmPolicy", "CnnLstmPolicy", "MultiInputLstmPolicy"):
     POLICY_PLACES[_name] = f"sb3_contrib.ppo_recurrent.policies:{_name}"

@@ -15,9 +15,10 @@ OWN_PLACES: dict[str, str] = {}
 
 #: Where policies are that remember what they have seen; subclasses of theirs do too.
 MEMORY_PLACES: set[str] = set()
-#: Spaces that archives may hold beside gymnasium's, by where they are: the whole numbers, or tuples of them, that their
-#: constructors take, which must be attributes too.
-SPACE_PLACES: dict[str, tuple[str, ...]] = {}
+
+#: Objects that archives may hold beside those of common/archive/unpickling.py, by where their classes are: where the
+#: function is that makes one of its attributes, which come from the file.
+MAKER_PLACES: dict[str, str] = {}
 
 #: Where the engine of a policy is, by where the policy is; subclasses of the policy have it too. It is a class whose
 #: constructor takes the policy, see :class:`sb3_pg.common.engines.protocol.Engine`, or a function that makes one.
@@ -32,6 +33,10 @@ STEPPERS: set[str] = set()
 
 #: Where the rollout buffer of a policy is, by where the policy is: a subclass of ours in ``sb3_pg.common.buffers``.
 BUFFER_PLACES: dict[str, str] = {}
+
+#: Where the default arguments for a policy are, by where the policy is; for its subclasses, too. A function from the
+#: algorithm's name and the policy's arguments to a :class:`sb3_pg.common.presets.Preset`.
+PRESET_PLACES: dict[str, str] = {}
 
 
 def entered_for(policy: type, entered: dict[str, str]) -> Any:

@@ -16,6 +16,7 @@ from sb3_pg.common.batch import Batch, episode_parts, epoch
 from sb3_pg.common.groups import MaxGradNorm
 from sb3_pg.common.objectives import clipped_squared_error, squared_error
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm, shared
+from sb3_pg.common.presets import takes_preset
 from sb3_pg.ppo.figures import Means
 from sb3_pg.ppo.options import Objective, check_arguments, learns_from_advantages_alone, make_objective
 from sb3_pg.ppo.stopping import EarlyStopping, adapted_kl_coef, adapted_learning_rate
@@ -108,6 +109,7 @@ class PPO(PolicyGradientAlgorithm):
     archive_name: ClassVar[str] = "PPO"
     _changed_by_updates: ClassVar[tuple[str, ...]] = (*PolicyGradientAlgorithm._changed_by_updates, "kl_coef")
 
+    @takes_preset
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],

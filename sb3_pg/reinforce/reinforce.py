@@ -15,6 +15,7 @@ from sb3_pg.common.batch import Batch, has_own_get, own_samples, random_order
 from sb3_pg.common.groups import MaxGradNorm
 from sb3_pg.common.objectives import policy_gradient, squared_error
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm, shared
+from sb3_pg.common.presets import takes_preset
 from sb3_pg.reinforce.figures import REINFORCEFigures
 from sb3_pg.reinforce.options import check_arguments
 
@@ -102,6 +103,7 @@ class REINFORCE(PolicyGradientAlgorithm):
     _without_episodes: ClassVar[str] = "pass `n_steps` to learn from rollouts of that length"
     n_steps: int | None  # type: ignore[assignment]
 
+    @takes_preset
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],

@@ -18,6 +18,7 @@ _HOMES = {
     "TextEvalCallback": "evaluation",
     "TextTask": "environment",
     "TextVecEnv": "environment",
+    "best_of_n": "evaluation",
     "evaluate_texts": "evaluation",
     "word_tokenizer": "tokenizers",
 }
@@ -32,6 +33,7 @@ __all__ = [  # found by __getattr__
     "TextEvalCallback",
     "TextTask",
     "TextVecEnv",
+    "best_of_n",
     "evaluate_texts",
     "word_tokenizer",
 ]

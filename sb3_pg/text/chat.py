@@ -8,6 +8,9 @@ from sb3_pg.common.errors import ArgumentError
 #: {"role": ..., "content": ...}, as chat templates read it
 Message: TypeAlias = Mapping[str, str]
 
+#: A conversation
+Messages: TypeAlias = Sequence[Message]
+
 #: Stands for what the model writes, where only the template's own text around it is wanted.
 _MARK = "@@the-model@@"
 
@@ -48,7 +51,7 @@ def check_template(what: str, tokenizer: Any) -> None:
         )
 
 
-def rendered(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+def rendered(tokenizer: Any, messages: Messages, add_generation_prompt: bool = True) -> str:
     """Return a conversation as the template writes it, by default up to where the model begins to write.
 
     :raises ArgumentError: the template does not take it
@@ -72,7 +75,7 @@ def tokens_of(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def after_turn(tokenizer: Any, messages: Sequence[Message] = ()) -> list[int]:
+def after_turn(tokenizer: Any, messages: Messages = ()) -> list[int]:
     """Return the tokens with which a template ends a turn of the model, and goes on if there are more messages.
 
     :param messages: that answer the model; with the beginning of its next turn behind them
@@ -88,7 +91,7 @@ def turn_end(tokenizer: Any) -> int | None:
     return tokens[0] if tokens and tokens[0] in tokenizer.added_tokens_decoder else None
 
 
-def continuation(tokenizer: Any, messages: Sequence[Message], last: int) -> list[int]:
+def continuation(tokenizer: Any, messages: Messages, last: int) -> list[int]:
     """Return the tokens between a turn of the model and its next one.
 
     The model's own tokens stay as it has written them: a template may write them differently, or leave out a part.

@@ -8,15 +8,18 @@ import argparse
 import importlib.util
 import io
 import os
+import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch as th
 
 from sb3_pg import PPO, REINFORCE, TRPO
-from sb3_pg.common.interrupts import Interrupted, saved_when_interrupted
+from sb3_pg.common.interrupts import Interrupted, interrupts_raised, saved_when_interrupted
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
 from sb3_pg.demo import DemoError, Parser, whole
 from sb3_pg.text.environment import TextTask, TextVecEnv
@@ -51,6 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "gae_lambda": 1.0,
         "target_kl": 0.02,
         "sub_sampling_factor": 4,
+        "cg_max_steps": 15,
         "n_critic_updates": 5,
     },
     "ppo": {
@@ -71,10 +75,14 @@ def make_model(algo: str, task: TextTask, folder: Path, seed: int, **changes: An
 
     :param changes: of the settings
     """
-    env = TextVecEnv(task, N_ENVS, COMPLETIONS_PER_PROMPT[algo], seed=seed)
     kwargs = {"model": str(folder), "reference_kl_coef": REFERENCE_KL_COEF}
-    settings = {**SETTINGS[algo], **changes}
-    return ALGORITHMS[algo]("CausalLMPolicy", env, gamma=1.0, seed=seed, device="cpu", policy_kwargs=kwargs, **settings)
+    settings: dict[str, Any] = {"gamma": 1.0, "seed": seed, "device": "cpu", **SETTINGS[algo], **changes}
+    return ALGORITHMS[algo]("CausalLMPolicy", environments(algo, task, seed), policy_kwargs=kwargs, **settings)
+
+
+def environments(algo: str, task: TextTask, seed: int) -> TextVecEnv:
+    """Return those that the algorithm is tuned in."""
+    return TextVecEnv(task, N_ENVS, COMPLETIONS_PER_PROMPT[algo], seed=seed)
 
 
 def show(when: str, model: Any, task: TextTask, metric: str) -> dict[str, float]:
@@ -91,33 +99,56 @@ def show(when: str, model: Any, task: TextTask, metric: str) -> dict[str, float]
 
 def run(options: argparse.Namespace) -> None:
     """Run the whole demonstration."""
-    built_in = TASKS[options.task]
+    built_in, path = TASKS[options.task], options.out / "model.zip"
     task, held_out = built_in.make("train"), built_in.make("test")
-    folder = options.out / "supervised"
-    start = time.perf_counter()
+    timesteps = TIMESTEPS[options.algo] if options.timesteps is None else options.timesteps
+    with told_when_interrupted("there is nothing new to save"):
+        model = load_again(options, task, path) if options.resume else set_up(options, task)
+        before = show("Before going on" if options.resume else "Before tuning", model, held_out, built_in.metric)
+    start, n_before = time.perf_counter(), model.num_timesteps
+    with saved_when_interrupted(lambda: save_for_later(model, path, options)):
+        model.learn(max(0, timesteps - n_before), reset_num_timesteps=not options.resume, progress_bar=options.progress)
+    model.save(path)
+    seconds, n_tokens = time.perf_counter() - start, model.num_timesteps - n_before
+    with told_when_interrupted(f"the model is saved as {path}"):
+        when = f"After {n_tokens:,} {'more ' if n_before else ''}tokens of {type(model).__name__} in {seconds:.0f} s"
+        after = show(when, model, held_out, built_in.metric)
+        metric = built_in.metric if built_in.metric in after else "score"
+        print(
+            f"\n{metric} on held-out prompts: {before[metric]:.3g} before, {after[metric]:.3g} after. Saved as {path}"
+        )
+        print(how_to_ask(model, held_out, path, options.out / "tuned"))
+
+
+def set_up(options: argparse.Namespace, task: TextTask) -> PolicyGradientAlgorithm:
+    """Return a model that has been taught the task, to be tuned."""
+    folder, start = options.out / "supervised", time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)  # where nothing can be written that is known at once
     steps = PRETRAIN_STEPS[options.task] if options.pretrain_steps is None else options.pretrain_steps
-    print(f"{options.task}: {len(task.prompts):,} prompts to train on, {len(held_out.prompts):,} held out")
+    print(f"{options.task}: {len(task.prompts):,} prompts to train on")
     pretrain(task, folder, n_steps=steps, seed=options.seed, report=report_every_hundredth)
     print(f"Supervised start: {steps} steps in {time.perf_counter() - start:.0f} s, saved in {folder}")
+    return make_model(options.algo, task, folder, options.seed)
 
-    model = make_model(options.algo, task, folder, options.seed)
-    before = show("Before tuning", model, held_out, built_in.metric)
-    start, path = time.perf_counter(), options.out / "model.zip"
-    with saved_when_interrupted(lambda: save_for_later(model, path)):
-        timesteps = TIMESTEPS[options.algo] if options.timesteps is None else options.timesteps
-        model.learn(timesteps, progress_bar=options.progress)
-    seconds = time.perf_counter() - start
-    after = show(
-        f"After {model.num_timesteps:,} tokens of {type(model).__name__} in {seconds:.0f} s",
-        model,
-        held_out,
-        built_in.metric,
-    )
-    model.save(path)
-    metric = built_in.metric if built_in.metric in after else "score"
-    print(f"\n{metric} on held-out prompts: {before[metric]:.3g} before, {after[metric]:.3g} after. Saved as {path}")
-    print(how_to_ask(model, held_out, options.out / "tuned"))
+
+def load_again(options: argparse.Namespace, task: TextTask, path: Path) -> PolicyGradientAlgorithm:
+    """Return the model of an interrupted run."""
+    if not path.exists():
+        raise DemoError(f"there is no {path} to go on with: leave out --resume")
+    model = ALGORITHMS[options.algo].load(path, env=environments(options.algo, task, options.seed), device="cpu")
+    print(f"Going on with {path} after {model.num_timesteps:,} tokens")
+    return model
+
+
+@contextmanager
+def told_when_interrupted(what: str) -> Iterator[None]:
+    """Say in one line what there is when ctrl-C or SIGTERM ends the block."""
+    try:
+        with interrupts_raised():
+            yield
+    except Interrupted:
+        print(f"{PROGRAM}: interrupted; {what}", file=sys.stderr)
+        raise
 
 
 def report_every_hundredth(step: int, loss: float) -> None:
@@ -126,25 +157,25 @@ def report_every_hundredth(step: int, loss: float) -> None:
         print(f"  step {step + 1}: {loss:.3f} nats per token")
 
 
-def how_to_ask(model: Any, task: TextTask, folder: Path) -> str:
-    """Write model and tokenizer as transformers reads them; return the lines that ask the model something."""
+def how_to_ask(model: Any, task: TextTask, path: Path, folder: Path) -> str:
+    """Write a folder for transformers; return the lines that load the model and ask it something."""
     model.policy.save_pretrained(folder)
-    task.tokenizer.save_pretrained(folder)
-    settings = f"max_new_tokens={task.response_length}, return_full_text=False"
+    name = type(model).__name__
     return (
-        "Ask it something in Python, wherever transformers is installed:\n"
-        "  from transformers import pipeline\n"
-        f"  print(pipeline('text-generation', {str(folder)!r})({task.prompts[0]!r}, {settings}))"
+        f"{folder} is for other programs: model and tokenizer as transformers reads them. "
+        "Ask the tuned model something in Python:\n"
+        f"  from sb3_pg import {name}\n"
+        f"  model = {name}.load({str(path)!r})\n"
+        f"  print(model.policy.generate([{task.prompts[0]!r}]))"
     )
 
 
-def save_for_later(model: PolicyGradientAlgorithm, path: Path) -> str:
+def save_for_later(model: PolicyGradientAlgorithm, path: Path, options: argparse.Namespace) -> str:
     """Save an interrupted run; return where, and how to go on."""
     model.save(path)
-    return (
-        f"{path} after {model.num_timesteps:,} tokens; go on with {type(model).__name__}.load({str(path)!r}, env) and "
-        "learn(tokens, reset_num_timesteps=False)"
-    )
+    go_on = f"{PROGRAM} --resume --task {options.task} --algo {options.algo} --out {shlex.quote(str(options.out))}"
+    timesteps = "" if options.timesteps is None else f" --timesteps {options.timesteps}"
+    return f"{path} after {model.num_timesteps:,} tokens; go on with {go_on}{timesteps}"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -155,6 +186,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timesteps", type=whole, metavar="N", help="tokens acted while tuning")
     parser.add_argument("--pretrain-steps", type=whole, metavar="N", help="supervised gradient steps")
     parser.add_argument("--seed", type=whole, default=0, metavar="S", help="default: 0")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, up to --timesteps")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/text-TASK-ALGO-SEED")
     has_bar = all(importlib.util.find_spec(name) for name in ("tqdm", "rich"))
     bar = argparse.BooleanOptionalAction

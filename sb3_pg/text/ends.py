@@ -49,7 +49,7 @@ class Ends:
     @property
     def vocabulary(self) -> Vocabulary:
         """The space of actions."""
-        return Vocabulary(len(self.tokenizer), self.tokens[0], self.tokens[1:])
+        return Vocabulary(len(self.tokenizer), self.tokens[0], self.tokens[1:], self.tokenizer)
 
     def is_end(self, tokens: Any) -> np.ndarray:
         """Return which tokens end a response."""
@@ -76,10 +76,7 @@ class Ends:
 
         Other special tokens, and stop strings, are shown: the model has written them.
         """
-        tokens = [row[row != EMPTY].tolist() for row in responses]
-        tokens = [ids[:-1] if ids and ids[-1] in self.tokens else ids for ids in tokens]
-        texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=False)
-        return texts
+        return texts_of(self.tokenizer, responses, self.tokens)
 
     def cut(self, responses: np.ndarray) -> np.ndarray:
         """Return responses, (n, response_length), without what follows their first stop string."""
@@ -92,6 +89,17 @@ class Ends:
                 stops = np.flatnonzero(self.have_ended(prefixes))
                 row[stops[0] + 1 if len(stops) else len(row) :] = EMPTY
         return out
+
+
+def texts_of(tokenizer: Any, responses: np.ndarray, end_tokens: Sequence[int]) -> list[str]:
+    """Return the texts of responses, (n, length) with -1 in empty columns, without the tokens that end them.
+
+    Other special tokens are shown: the model has written them.
+    """
+    tokens = [row[row != EMPTY].tolist() for row in responses]
+    tokens = [ids[:-1] if ids and ids[-1] in end_tokens else ids for ids in tokens]
+    texts: list[str] = tokenizer.batch_decode(tokens, skip_special_tokens=False)
+    return texts
 
 
 def _number_of(tokenizer: Any, end: int | str) -> int:

@@ -182,7 +182,7 @@ class TextEngine(AutogradEngine):
     def _truncated(self, rollout: Rollout) -> np.ndarray:
         """Return the numbers of the stretches that have ended by the greatest length, without an end token."""
         rows = TokenRows.of(rollout.column("observations"), self.policy.prompt_length)
-        is_last = rollout.dones.ravel() & (np.ravel(rows.length) + 1 == self.policy.longest)
+        is_last = rollout.dones.ravel() & (np.ravel(rows.length) + 1 == self.policy.response_length)
         has_end = np.isin(rollout.column("actions").ravel(), self.policy.end_tokens)
         numbers: np.ndarray = rollout.stretches.numbers.ravel()[is_last & ~has_end]
         return numbers

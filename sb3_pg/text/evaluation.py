@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.callbacks import EventCallback
+from stable_baselines3.common.callbacks import BaseCallback, EventCallback
 
 from sb3_pg.common.errors import ArgumentError, check_count
 from sb3_pg.text import metrics
 from sb3_pg.text.chat import is_chat
 from sb3_pg.text.environment import TextTask
 from sb3_pg.text.policies import LanguageModelPolicy
-from sb3_pg.text.prompts import shown
+from sb3_pg.text.prompts import Prompt, shown
+from sb3_pg.text.rewards import TOKEN_IDS, RewardFunction, as_rewards, scored
 
 #: Prompts completed at once.
 BATCH = 64
@@ -32,7 +33,7 @@ def evaluate_texts(
     policy: LanguageModelPolicy,
     task: TextTask,
     n_prompts: int | None = None,
-    names: Sequence[str] | None = None,
+    names: Sequence[str | metrics.Metric] | None = None,
     **settings: Any,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Complete the first prompts of a task and measure the answers.
@@ -40,11 +41,14 @@ def evaluate_texts(
     :param policy: a language model policy
     :param task: with prompts to complete, such as the held-out ones
     :param n_prompts: how many; None takes all
-    :param names: metrics of :mod:`sb3_pg.text.metrics`; None takes all that the task allows
+    :param names: metrics of :mod:`sb3_pg.text.metrics`, and functions of your own; None takes all usual ones that the
+        task allows
     :param settings: of ``policy.generate``; by default it samples as in training. ``do_sample=False`` is greedy
     :return: figures, among them "score" (the task's reward) and "length" in tokens, and a record of each answer
     """
     settings = {"do_sample": True, **settings}
+    if n_prompts is not None:
+        check_count("n_prompts", n_prompts)
     count = min(n_prompts or len(task.prompts), len(task.prompts))
     numbers = [number for number in range(count) for _ in range(settings.get("num_return_sequences", 1))]
     responses = complete(policy, task, range(count), **settings)
@@ -62,6 +66,42 @@ def evaluate_texts(
         for i, (number, text) in enumerate(zip(numbers, texts, strict=True))
     ]
     return figures, records
+
+
+def best_of_n(
+    policy: LanguageModelPolicy,
+    prompts: Sequence[Prompt],
+    reward: RewardFunction | Sequence[RewardFunction],
+    n: int = 4,
+    references: Sequence[Any] | None = None,
+    **settings: Any,
+) -> tuple[list[str], np.ndarray]:
+    """Sample several responses to each prompt and keep the one with the highest reward.
+
+    :param policy: a language model policy with a tokenizer
+    :param prompts: texts or conversations
+    :param reward: as that of a TextTask, or several, which are added
+    :param n: responses for each prompt. More cost more, and find what the reward likes, its faults too
+    :param references: for the reward, one for each prompt
+    :param settings: of ``policy.generate``; by default it samples as in training
+    :return: the texts, one for each prompt, and their rewards, float64 (n_prompts,)
+    :raises ArgumentError: the reward returns something else than a number for each
+    :raises NonFiniteError: it returns one that is not finite
+    """
+    check_count("n", n)
+    rewards = as_rewards(reward, None, [])
+    if not len(prompts):
+        return [], np.zeros(0)
+    texts = policy.generate(prompts, **{"do_sample": True, **settings, "num_return_sequences": n})
+    given = {
+        "prompts": [prompt for prompt in prompts for _ in range(n)],
+        "completions": texts,
+        "references": [reference for reference in references or [None] * len(prompts) for _ in range(n)],
+        TOKEN_IDS: policy.tokenizer(texts, add_special_tokens=False)["input_ids"],
+    }
+    scores = scored(rewards, given).totals
+    best = scores.reshape(-1, n).argmax(axis=1) + np.arange(0, len(texts), n)
+    return [texts[i] for i in best], scores[best]
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
@@ -83,20 +123,23 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 class TextEvalCallback(EventCallback):
     """Evaluate on held-out prompts every so many steps, and log figures and sample texts.
 
-    Figures are logged as ``eval/<name>``, a table of texts as ``eval/texts`` where the log takes text (TensorBoard).
+    Figures are logged as ``eval/<metric>``, a table of texts as ``eval/texts`` where the log takes text (TensorBoard).
     Watch a metric that is not the reward: a model that learns to fool the reward shows there.
 
     :param task: with prompts that are not trained on
     :param eval_freq: calls of the environment between two evaluations; the first is before training
     :param n_prompts: how many prompts
     :param n_texts: texts in the table
-    :param names: metrics; None takes all that the task allows
+    :param names: metrics, and functions of your own; None takes all usual ones that the task allows
     :param settings: of ``policy.generate``; by default it samples
     :param log_path: folder for ``evaluations.jsonl`` (figures) and ``texts.md``; None writes none
     :param best_model_save_path: folder for the model with the best ``best_by`` so far; None writes none
-    :param best_by: a metric, higher being better
-    :param callback_on_new_best: called then
+    :param best_by: a metric, higher being better. The best so far is ``best_mean_reward``, for SB3's callbacks
+    :param callback_on_new_best: called then, such as SB3's StopTrainingOnRewardThreshold
+    :param callback_after_eval: called after each evaluation, such as SB3's StopTrainingOnNoModelImprovement: early
+        stopping
     :param verbose: 1 prints figures and texts
+    :param log_name: in place of "eval" in the log, to tell several evaluations apart
     :raises ArgumentError: ``best_by`` is not among the metrics
     """
 
@@ -106,16 +149,21 @@ class TextEvalCallback(EventCallback):
         eval_freq: int = 1000,
         n_prompts: int | None = 128,
         n_texts: int = 5,
-        names: Sequence[str] | None = None,
+        names: Sequence[str | metrics.Metric] | None = None,
         settings: dict[str, Any] | None = None,
         log_path: str | Path | None = None,
         best_model_save_path: str | Path | None = None,
         best_by: str = "score",
-        callback_on_new_best: Any = None,
+        callback_on_new_best: BaseCallback | None = None,
+        callback_after_eval: BaseCallback | None = None,
         verbose: int = 0,
+        log_name: str = "eval",
     ) -> None:
-        super().__init__(callback_on_new_best, verbose=verbose)
+        super().__init__(callback_after_eval, verbose=verbose)
         check_count("eval_freq", eval_freq)
+        self.callback_on_new_best = callback_on_new_best
+        if callback_on_new_best is not None:
+            callback_on_new_best.parent = self
         self.task = task
         self.eval_freq = eval_freq
         self.n_prompts = n_prompts
@@ -125,25 +173,37 @@ class TextEvalCallback(EventCallback):
         self.log_path = None if log_path is None else Path(log_path)
         self.best_model_save_path = None if best_model_save_path is None else Path(best_model_save_path)
         self.best_by = best_by
-        self.best = -np.inf
+        self.log_name = log_name
+        self.best_mean_reward = -np.inf
         self.history: list[dict[str, float]] = []
+        self.goes_on = True  # until a callback of the first evaluation, which is before the first step, wants to stop
+
+    def _init_callback(self) -> None:
+        super()._init_callback()
+        if self.callback_on_new_best is not None:
+            self.callback_on_new_best.init_callback(self.model)
 
     def _on_training_start(self) -> None:
-        if not self.history:
-            self.evaluate()
+        self.goes_on = True if self.history else self.evaluate()
 
     def _on_step(self) -> bool:
-        return self.evaluate() if self.n_calls % self.eval_freq == 0 else True
+        return self.goes_on and (self.evaluate() if self.n_calls % self.eval_freq == 0 else True)
+
+    def update_child_locals(self, locals_: dict[str, Any]) -> None:
+        """Show the callbacks what this one is shown."""
+        super().update_child_locals(locals_)
+        if self.callback_on_new_best is not None:
+            self.callback_on_new_best.update_locals(locals_)
 
     def evaluate(self) -> bool:
-        """Evaluate now; False if ``callback_on_new_best`` wants to stop."""
+        """Evaluate now; False if one of the two callbacks wants to stop."""
         assert isinstance(self.model.policy, LanguageModelPolicy)
         figures, records = evaluate_texts(self.model.policy, self.task, self.n_prompts, self.names, **self.settings)
         self.history.append({"timesteps": self.num_timesteps, **figures})
         texts = table(records[: self.n_texts])
         for name, value in figures.items():
-            self.logger.record(f"eval/{name}", value)
-        self.logger.record("eval/texts", texts, exclude=("stdout", "log", "json", "csv"))
+            self.logger.record(f"{self.log_name}/{name}", value)
+        self.logger.record(f"{self.log_name}/texts", texts, exclude=("stdout", "log", "json", "csv"))
         if self.log_path is not None:
             self.log_path.mkdir(parents=True, exist_ok=True)
             with (self.log_path / "evaluations.jsonl").open("a", encoding="utf-8") as file:
@@ -153,15 +213,16 @@ class TextEvalCallback(EventCallback):
         if self.verbose:
             print(f"After {self.num_timesteps} steps: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
             print(texts)
-        return self._note_best(figures)
+        goes_on = self._note_best(figures)
+        return self._on_event() and goes_on
 
     def _note_best(self, figures: dict[str, float]) -> bool:
         if self.best_by not in figures:
             raise ArgumentError(f"`best_by` must be one of {', '.join(figures)}, not {self.best_by!r}.")
-        if figures[self.best_by] <= self.best:
+        if figures[self.best_by] <= self.best_mean_reward:
             return True
-        self.best = figures[self.best_by]
+        self.best_mean_reward = figures[self.best_by]
         if self.best_model_save_path is not None:
             self.best_model_save_path.mkdir(parents=True, exist_ok=True)
             self.model.save(self.best_model_save_path / "best_model")
-        return self._on_event() if self.callback is not None else True
+        return self.callback_on_new_best.on_step() if self.callback_on_new_best is not None else True

@@ -1,7 +1,7 @@
 """How good and how varied texts are, by the field's own libraries where there are some.
 
-All take lists of texts and return one number. References are one text for each completion, or a list of texts of
-which the best match counts.
+All take lists of texts and return one number, or several by name. References are one text for each completion, or a
+list of texts of which the best match counts.
 """
 
 import re
@@ -12,8 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from sb3_pg.common.errors import ArgumentError, check_count, did_you_mean
+
 Texts = Sequence[str]
 References = Sequence[Any]
+
+#: A metric of the user's own: from completions and references (None if there are none) to a number, or several.
+Metric = Callable[[Texts, Any], float | dict[str, float]]
 
 
 def _lists(references: References) -> list[list[str]]:
@@ -138,6 +143,57 @@ def self_bleu(completions: Texts) -> float:
     return float(np.mean(scores))
 
 
+def classification(completions: Texts, references: References, labels: Sequence[str] | None = None) -> dict[str, float]:
+    """Return how well completions name labels: accuracy, and precision, recall and F1 of each label and their means.
+
+    They are compared by :func:`normalized`. A completion that is no label is wrong and counts for no label's precision.
+    What would be divided by zero is 0, as in scikit-learn with ``zero_division=0``: the precision of a label that is
+    never given, the recall of one that is never right, both F1.
+
+    :param labels: those to report; None takes all that are references
+    :return: "accuracy", "macro_precision", "macro_recall", "macro_f1" (plain means over labels), and "precision/LABEL",
+        "recall/LABEL", "f1/LABEL" with the label as it is written first, all 0 to 1
+    """
+    given, written = [normalized(text) for text in completions], dict[str, str]()
+    right = []
+    for text, some in zip(given, _lists(references), strict=True):
+        plain = [normalized(r) for r in some]
+        right.append(text if text in plain else plain[0])
+        written.setdefault(right[-1], some[plain.index(right[-1])])
+    if labels is not None:
+        written = {normalized(label): label for label in labels}
+    found = {"accuracy": float(np.mean([a == b for a, b in zip(given, right, strict=True)]))}
+    scores = {label: _label_scores(label, given, right) for label in sorted(written)}
+    for which, name in enumerate(("precision", "recall", "f1")):
+        found[f"macro_{name}"] = float(np.mean([its[which] for its in scores.values()]))
+        found.update({f"{name}/{written[label]}": its[which] for label, its in scores.items()})
+    return found
+
+
+def _label_scores(label: str, given: list[str], right: list[str]) -> tuple[float, float, float]:
+    """Return precision, recall and F1 of one label."""
+    n_given, n_right = given.count(label), right.count(label)
+    n_both = sum(a == b == label for a, b in zip(given, right, strict=True))
+    return n_both / max(n_given, 1), n_both / max(n_right, 1), 2 * n_both / max(n_given + n_right, 1)
+
+
+def pass_at_k(right: Any, k: int) -> float:
+    """Return the chance that one of k samples is right, unbiased, as a mean over prompts (Chen et al. 2021, eq. 1).
+
+    :param right: whether each sample of each prompt is right, (n_prompts, n_samples); more samples have less variance
+    :param k: at most n_samples
+    :raises ArgumentError: it is more, or ``right`` is of another shape
+    """
+    right = np.asarray(right, dtype=bool)
+    check_count("k", k)
+    if right.ndim != 2 or not right.size or k > right.shape[1]:
+        raise ArgumentError(f"`right` must be (n_prompts, n_samples) with at least k={k} samples, not {right.shape}.")
+    n_wrong, n = (~right).sum(axis=1), right.shape[1]
+    # C(wrong, k) / C(n, k), factor by factor: the chance that none of k drawn without putting back is right
+    i = np.arange(k)
+    return float(1 - np.prod(np.maximum(n_wrong[:, None] - i, 0) / (n - i), axis=1).mean())
+
+
 #: By the names under which they are logged.
 WITH_REFERENCES: dict[str, Callable[[Texts, References], float]] = {
     "bleu": bleu,
@@ -157,19 +213,44 @@ WITHOUT: dict[str, Callable[[Texts], float]] = {
 }
 
 
-def measure(completions: Texts, references: References | None, names: Sequence[str] | None = None) -> dict[str, float]:
-    """Several metrics at once.
+#: Those that are computed only when they are named.
+ON_REQUEST: dict[str, Metric] = {"rouge2": rouge("rouge2"), "classification": classification}
 
-    :param completions: texts
+
+def measure(
+    completions: Texts, references: References | None, names: Sequence[str | Metric] | None = None
+) -> dict[str, float]:
+    """Return several metrics at once, those that are several numbers as "metric/number".
+
+    :param completions: texts, at least one
     :param references: one (or a list) for each, or None
-    :param names: of :data:`WITH_REFERENCES` and :data:`WITHOUT`; None takes all that can be computed
+    :param names: of :data:`WITH_REFERENCES`, :data:`WITHOUT` and :data:`ON_REQUEST`, and functions of your own, which
+        go by their names; None takes all of the first two that can be computed
+    :raises ArgumentError: there is no such metric, it needs references, or the numbers of texts differ
     """
+    if not len(completions):
+        raise ArgumentError("There are no completions to measure.")
+    if references is not None and len(references) != len(completions):
+        raise ArgumentError(f"There are {len(completions)} completions, but {len(references)} references.")
     known = [*WITHOUT, *(WITH_REFERENCES if references is not None else [])]
-    found = {}
-    for name in known if names is None else names:
-        if name in WITHOUT:
-            found[name] = WITHOUT[name](completions[:100] if name == "self_bleu" else completions)
-        else:
-            assert references is not None
-            found[name] = WITH_REFERENCES[name](completions, references)
+    found: dict[str, float] = {}
+    for metric in known if names is None else names:
+        name = metric if isinstance(metric, str) else metric.__name__
+        value = _measured(metric, completions, references)
+        found.update({f"{name}/{part}": x for part, x in value.items()} if isinstance(value, dict) else {name: value})
     return found
+
+
+def _measured(metric: str | Metric, completions: Texts, references: References | None) -> float | dict[str, float]:
+    if not isinstance(metric, str):
+        return metric(completions, references)
+    if metric in WITHOUT:
+        return WITHOUT[metric](completions[:100] if metric == "self_bleu" else completions)
+    compared: dict[str, Metric] = {**WITH_REFERENCES, **ON_REQUEST}
+    if metric not in compared:
+        known = [*WITHOUT, *compared]
+        hint = did_you_mean(metric, known)
+        raise ArgumentError(f"There is no metric {metric!r}. There are {', '.join(known)}, and functions.{hint}")
+    if references is None:
+        raise ArgumentError(f"The metric {metric!r} needs references, which the task does not have.")
+    return compared[metric](completions, references)

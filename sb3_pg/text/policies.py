@@ -2,10 +2,11 @@
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch as th
@@ -26,14 +27,18 @@ try:
         AutoModelForSeq2SeqLM,
         DynamicCache,
         EncoderDecoderCache,
-        GenerationConfig,
     )
 except ImportError as error:
     raise ImportError("Language models need the extra `text`: pip install 'sb3_pg[text]'") from error
 
+from sb3_pg.text.base import Base, can_be_named, fingerprint, n_bytes, name_of, read_base, require_same
 from sb3_pg.text.checks import check_reading, half_precision
 from sb3_pg.text.decoding import Decoder, Memory
+from sb3_pg.text.ends import check_tokenizer
+from sb3_pg.text.generation import answers, generated, settings_to_save
 from sb3_pg.text.graphs import checkpointing, enable_checkpointing, graph_bytes, release_memory
+from sb3_pg.text.kept import KeptTokenizer
+from sb3_pg.text.prompts import Prompt, are_texts
 from sb3_pg.text.reference import ReferenceSettings, mix
 from sb3_pg.text.rows import Piece, TokenRows
 from sb3_pg.text.sequences import flush_left, flush_right, last_tokens
@@ -120,6 +125,10 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
     :param ref_model_sync_steps: let the reference follow the policy after each so many updates. Fewer let the policy
         go further. None keeps it; refused with ``lora``
     :param ref_model_mixup_alpha: by which share of the way it follows, in (0, 1]; 1 copies the policy
+    :param save_base: True has archives hold the pretrained weights that do not change: those under the adapter, or
+        the reference's. False has them name folder or Hub name instead, where they must be when the archive is loaded
+        (an adapter's) or goes on learning (a reference). Models that are neither are always held
+    :param base: of archives: name and fingerprint of the pretrained model, see :mod:`sb3_pg.text.base`
     :param optimizer_class: of torch
     :param optimizer_kwargs: its arguments but the learning rate
     :param use_sde: only False, as SB3's algorithms pass it
@@ -157,6 +166,8 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         reference_kl_estimator: str | None = None,
         ref_model_sync_steps: int | None = None,
         ref_model_mixup_alpha: float = 0.6,
+        save_base: bool = False,
+        base: Mapping[str, str] | None = None,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
         use_sde: bool = False,
@@ -170,6 +181,7 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         if micro_batch_tokens is not None:
             check_count("micro_batch_tokens", micro_batch_tokens)
         check_choice("mask_truncated_completions", mask_truncated_completions, (True, False))
+        check_choice("save_base", save_base, (True, False))
         self.reference_settings = ReferenceSettings(
             reference_kl_coef,
             reference_kl_target,
@@ -210,10 +222,12 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
             "reference_kl_estimator": reference_kl_estimator,
             "ref_model_sync_steps": ref_model_sync_steps,
             "ref_model_mixup_alpha": ref_model_mixup_alpha,
+            "save_base": save_base,
         }
 
         self.has_adapter = False
-        self.language_model: Any = self._make_model(model)
+        self.base = None if base is None else Base(**base)
+        self.language_model: Any = self._make_model(model, self.base if lora is not None else None)
         self.half_type = half_precision(self.language_model)
         self._check_fit()
         self.truncation = self._make_truncation(top_k, top_p, min_p, min_new_tokens)
@@ -225,8 +239,9 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         if lora is not None:
             self.language_model = with_adapter(self.language_model, lora)
             self.has_adapter = True
-        elif self.has_reference:
+        elif self.has_reference and self.base is None:  # the base's is read when it is needed
             self.reference = copy.deepcopy(self.language_model).requires_grad_(False)
+        self.base = self._known_base(model)
         if self.half_type is not None:  # steps of the optimizer are too small for it
             for p in self.language_model.parameters():
                 p.data = p.data.float() if p.requires_grad else p.data
@@ -273,6 +288,30 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         return list(dict.fromkeys(int(end) for end in own))
 
     @property
+    def response_length(self) -> int:
+        """The most tokens of a response in the environment."""
+        return int(self.observation_space.shape[0]) - self.prompt_length  # type: ignore[index]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers that texts are read and written with: the environment's; None if it has none.
+
+        It can be set, where the environment has actions of a :class:`sb3_pg.text.spaces.Vocabulary`.
+
+        :raises ArgumentError: it is set to one that has another number of tokens, or there is no Vocabulary
+        """
+        return self.action_space.tokenizer if isinstance(self.action_space, Vocabulary) else None
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        check_tokenizer(tokenizer)
+        if not isinstance(self.action_space, Vocabulary):
+            raise ArgumentError(f"A tokenizer belongs to actions of a Vocabulary, not {self.action_space}.")
+        if len(tokenizer) != self.n_tokens:
+            raise ArgumentError(f"`tokenizer` has {len(tokenizer)} tokens, but the policy {self.n_tokens}.")
+        self.action_space.kept_tokenizer = KeptTokenizer(tokenizer)
+
+    @property
     def hidden_size(self) -> int:
         """Numbers in a hidden state."""
         return int(self.value_head.in_features)
@@ -286,23 +325,18 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
             last, length = rows.last, rows.length
         else:
             last, length = last_tokens(rows, self.prompt_length)
-        over: np.ndarray = ((length > 0) & np.isin(last, self.end_tokens)) | (length == self.longest)
+        over: np.ndarray = ((length > 0) & np.isin(last, self.end_tokens)) | (length == self.response_length)
         return over
-
-    @property
-    def longest(self) -> int:
-        """Tokens that a response may have."""
-        return int(self.observation_space.shape[0]) - self.prompt_length  # type: ignore[index]
 
     def _make_truncation(self, *arguments: Any) -> Truncation | None:
         """Return what narrows the distribution over tokens; None if nothing does."""
         if all(x is None for x in arguments):
             return None
         truncation = Truncation(tuple(self.end_tokens), *arguments)
-        truncation.check_length(self.longest)
+        truncation.check_length(self.response_length)
         return truncation
 
-    def _make_model(self, model: Any) -> Any:
+    def _make_model(self, model: Any, base: Base | None = None) -> Any:
         if isinstance(model, th.nn.Module):
             raise ArgumentError(
                 f"`model` must be a folder, a name or a configuration (dictionary), not a live {type(model).__name__}, "
@@ -326,13 +360,15 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
                 model["max_position_embeddings"] = width
         if not isinstance(model, Mapping) or "model_type" not in model:
             raise ArgumentError(f"`model` as a dictionary needs a 'model_type', such as 'gpt2' or 't5'; got {model!r}.")
-        # `env.action_space.n` is a NumPy number, which transformers refuses.
-        numbers = {name: value.item() if isinstance(value, np.generic) else value for name, value in model.items()}
-        dtype = numbers.get("dtype") or th.float32
         try:
+            config = _config_of(model)
+            if base is not None:
+                return read_base(self.auto_model, config, base)
             return self.auto_model.from_config(
-                AutoConfig.for_model(**numbers), **{"dtype": dtype, **self._arguments["model_kwargs"]}
+                config, **{"dtype": config.dtype or th.float32, **self._arguments["model_kwargs"]}
             )
+        except ArgumentError:
+            raise
         except Exception as error:
             raise ArgumentError(
                 f"`model` of type {model['model_type']!r} cannot be made of its configuration: {_first_line(error)}"
@@ -396,23 +432,84 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
             )
 
     def portable_kwargs(self, policy_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the policy's arguments with the model's configuration in place of its folder."""
+        """Return the policy's arguments with the model's configuration in place of its folder, and the base's name.
+
+        A base that has been changed in memory is no longer what its name stands for: from then on archives hold it.
+        """
         config = self.lm.config.to_dict()
         for name in ("quantization_config", "_name_or_path"):
             config.pop(name, None)
         config["dtype"] = str(self.half_type or th.float32).removeprefix("torch.")
-        return {**policy_kwargs, "model": config, "model_kwargs": None}
+        pretrained = self._pretrained()
+        if self.base is not None and pretrained and fingerprint(pretrained) != self.base.fingerprint:
+            self.base = None
+        base = None if self.base is None else asdict(self.base)
+        return {**policy_kwargs, "model": config, "model_kwargs": None, "base": base}
 
     @staticmethod
     def not_portable(policy_kwargs: dict[str, Any]) -> str | None:
-        """Return which of the arguments would load a model, or code, from elsewhere; None if none would."""
+        """Return which of the arguments would load a model, or code, from elsewhere; None if none would.
+
+        A base is only read if it is here already, and only its weights, see :mod:`sb3_pg.text.base`.
+        """
         model, lora = policy_kwargs.get("model"), policy_kwargs.get("lora") or {}
         if policy_kwargs.get("model_kwargs") or not isinstance(model, dict | None):
             return f"the model would be loaded from elsewhere ({model!r}, {policy_kwargs.get('model_kwargs')!r})"
+        base = policy_kwargs.get("base") or {"name": "", "fingerprint": ""}
+        if not isinstance(base, dict) or {name: type(x) for name, x in base.items()} != _OF_BASE:
+            return f"its base model would be {base!r}"
         for name in [*_keys(model), *_keys(lora)]:
             if any(part in name for part in _FROM_ELSEWHERE):
                 return f"the model's configuration has {name!r}, which may run code from elsewhere"
         return None
+
+    @staticmethod
+    def n_elsewhere(policy_kwargs: dict[str, Any]) -> int:
+        """Return how many numbers at most the constructor reads from elsewhere."""
+        base = policy_kwargs.get("base")
+        return n_bytes(base["name"]) if base and policy_kwargs.get("lora") else 0
+
+    def _known_base(self, model: Any) -> Base | None:
+        """Return what archives name in place of the pretrained weights, None if they hold them.
+
+        :raises ArgumentError: the weights are not those of the base that an archive has named
+        """
+        pretrained, arguments = self._pretrained(), self._arguments
+        if self.base is not None and pretrained:
+            require_same(self.base, pretrained)
+        is_held = arguments["save_base"] or not can_be_named(model, arguments["model_kwargs"], arguments["lora"])
+        if self.base is not None or is_held or not pretrained:
+            return self.base
+        return Base(name_of(model), fingerprint(pretrained))
+
+    def _pretrained(self) -> list[tuple[str, th.nn.Parameter]]:
+        """Return the weights that never change: those under the adapter, or the reference's if they are there."""
+        if self.has_adapter:
+            return [(name, p) for name, p in self.lm.named_parameters() if not p.requires_grad]
+        return [] if self.reference is None else list(self.reference.named_parameters())
+
+    def _of_base(self, names: Iterable[str]) -> list[str]:
+        """Return those names of the state that the base has, so that archives need not."""
+        if self.base is None:
+            return []
+        if not self.has_adapter:
+            return [name for name in names if name.startswith("reference.")]
+        parameters = self.language_model.named_parameters(prefix="language_model", remove_duplicate=False)
+        fixed = {name for name, p in parameters if not p.requires_grad}
+        return [name for name in names if name in fixed]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return torch's, without the weights of a base that archives name."""
+        state = super().state_dict(*args, **kwargs)
+        for name in self._of_base(list(state)):
+            del state[name]
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take a state as :meth:`state_dict` returns it; what it does not have of the base stays."""
+        whole = super().state_dict()
+        own = {name: whole[name] for name in self._of_base(whole)}
+        return super().load_state_dict({**own, **state_dict}, strict, assign)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {
@@ -425,14 +522,18 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         }
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model as transformers does; of a LoRA policy, the adapter alone.
+        """Write model, tokenizer and how to generate as transformers does; of a LoRA policy the adapter alone.
 
-        Each file of the folder is replaced when it is whole.
+        ``AutoModelForCausalLM.from_pretrained(folder)`` reads it, an adapter with the base model that it names. Each
+        file of the folder is replaced when it is whole.
 
         :raises OSError: naming ``folder``
         """
         with filling(folder) as beside:
             self.language_model.save_pretrained(beside)
+            settings_to_save(self).save_pretrained(beside)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(beside)
 
     def train(self, mode: bool = True) -> "LanguageModelPolicy":
         """Set the mode of everything but the language models, whose dropout stays off."""
@@ -444,11 +545,22 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
 
     @contextmanager
     def _the_reference(self) -> Iterator[Any]:
-        if self.reference is not None:
+        if not self.has_adapter:
+            if self.reference is None:
+                self.reference = self._read_reference()
             yield self.reference
         else:
             with self.language_model.disable_adapter():
                 yield self.lm
+
+    def _read_reference(self) -> Any:
+        """Return the base of a loaded policy, which is read when something is first compared with it."""
+        assert self.base is not None
+        config = copy.deepcopy(self.lm.config)
+        config.dtype = self.half_type or th.float32
+        reference = read_base(self.auto_model, config, self.base).requires_grad_(False).eval()
+        require_same(self.base, reference.named_parameters())
+        return reference.to(self.device)
 
     # ---------------------------------------------------------------- reading
 
@@ -507,7 +619,8 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         in_parts, found, members = th.is_grad_enabled() and size < rows.n_tokens, [], []
         for piece in rows.pieces(min(size, CHUNK_TOKENS)):
             again = in_parts and len(piece.members) < len(rows)
-            made: Any = checkpoint(read, piece, use_reentrant=False, preserve_rng_state=False) if again else read(piece)
+            kept = {"use_reentrant": False, "preserve_rng_state": lm.training}  # for dropout
+            made: Any = checkpoint(read, piece, **kept) if again else read(piece)
             found.append(made)
             members.append(piece.members)
         back = th.as_tensor(np.argsort(np.concatenate(members)), device=self.device)
@@ -652,6 +765,21 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         actions = distribution.get_actions(deterministic=deterministic)
         return actions, self.values(hidden), distribution.log_prob(actions)
 
+    def predict(
+        self,
+        observation: Any,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Return the next token of each row, as SB3's ``predict``.
+
+        :raises ArgumentError: these are texts, which :meth:`generate` completes
+        """
+        if isinstance(observation, str) or are_texts(observation):
+            raise ArgumentError("`predict` chooses one token for rows of tokens. Texts are for policy.generate(texts).")
+        return super().predict(observation, state, episode_start, deterministic)
+
     def _predict(self, observation: Any, deterministic: bool = False) -> th.Tensor:
         rows = to_rows(observation)
         return self.choose(self._decoder.read(rows), deterministic, self.response_lengths(rows))
@@ -713,46 +841,41 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
             return {"temperature": self.temperature, "top_k": 0, **own}  # transformers' own top_k is 50
         return {name: value for name, value in own.items() if name == "min_new_tokens"}
 
+    @overload
+    def generate(self, prompts: np.ndarray | th.Tensor, **settings: Any) -> np.ndarray: ...
+
+    @overload
+    def generate(self, prompts: Sequence[Prompt], **settings: Any) -> list[str]: ...
+
     @th.no_grad()
-    def generate(self, observations: np.ndarray, **settings: Any) -> np.ndarray:
-        """Complete prompts by the model's own ``generate``, for evaluation.
+    def generate(self, prompts: Any, **settings: Any) -> Any:
+        """Complete prompts by the model's own ``generate``: texts by texts, rows of tokens by rows of tokens.
 
         By the settings given here, and those that the policy acts by: what the model's ``generation_config`` has is for
         other uses.
 
-        :param observations: prompts as the environment shows them, (n, prompt_length + response_length)
+        :param prompts: a list of texts, or of conversations (lists of messages) for the tokenizer's chat template, each
+            as long as the model's window allows; or prompts as the environment shows them, (n, prompt_length +
+            response_length)
         :param settings: those of transformers' ``GenerationConfig``. Greedy by default. Sampling:
             ``do_sample=True``, narrowed by ``top_k``, ``top_p``, ``min_p``; beam search: ``num_beams=4``; against
             repetition: ``repetition_penalty``, ``no_repeat_ngram_size``; several responses for each prompt, which
-            then follow one another: ``num_return_sequences``
-        :return: response tokens, empty columns -1, (n * num_return_sequences, response_length)
+            then follow one another: ``num_return_sequences``; of texts also longer responses: ``max_new_tokens``
+        :return: n * num_return_sequences texts without their end, or as many rows of response tokens, empty columns
+            -1, (n * num_return_sequences, response_length)
+        :raises ArgumentError: there are texts but no tokenizer, or a text cannot be read
         """
         self.set_training_mode(False)
-        rows = to_rows(observations)[:, : self.prompt_length]
-        end, longest = self.end_token, self.observation_space.shape[0] - self.prompt_length  # type: ignore[index]
-        tokens, lengths = flush_right(rows, end)
-        mask = np.arange(tokens.shape[1]) >= tokens.shape[1] - lengths[:, None]
-        options: dict[str, Any] = {
-            "do_sample": False,
-            "max_new_tokens": longest,
-            "eos_token_id": self.end_tokens,
-            "pad_token_id": end,
-            **settings,
-        }
-        options = {**self.generation_settings(options["do_sample"]), **options}
-        n_known = self.lm.get_output_embeddings().out_features
-        if n_known > self.n_tokens:
-            options["suppress_tokens"] = list(range(self.n_tokens, n_known))
-        with self.precision(), plain_generation(self.lm):
-            out = self.lm.generate(
-                input_ids=th.as_tensor(tokens, device=self.device).long(),
-                attention_mask=th.as_tensor(mask, device=self.device).long(),
-                **options,
-            )
-        return self._responses(out.cpu().numpy(), tokens.shape[1], longest)
+        if are_texts(prompts):
+            return answers(self, prompts, settings)
+        return generated(self, to_rows(prompts)[:, : self.prompt_length], self.response_length, settings)
 
-    def _responses(self, out: np.ndarray, n_prompt: int, longest: int) -> np.ndarray:
-        """Return the new tokens up to the first end token, in rows of the environment's width."""
+    def responses(self, out: np.ndarray, n_prompt: int, longest: int) -> np.ndarray:
+        """Return the new tokens up to the first end token, in rows of ``longest`` columns.
+
+        :param out: what the model's ``generate`` has returned
+        :param n_prompt: columns of the prompts that it was given
+        """
         new = out[:, self._skipped(n_prompt) :][:, :longest]
         is_end = np.isin(new, self.end_tokens)
         ended = np.cumsum(is_end, axis=1) - is_end > 0
@@ -908,6 +1031,16 @@ class Seq2SeqLMPolicy(LanguageModelPolicy):
 _FROM_ELSEWHERE = ("auto_map", "implementation", "kernel", "megatron", "quantization", "remote")
 
 
+#: What an archive says of a base.
+_OF_BASE = {"name": str, "fingerprint": str}
+
+
+def _config_of(model: Mapping[str, Any]) -> Any:
+    """Return transformers' configuration of a dictionary."""
+    # `env.action_space.n` is a NumPy number, which transformers refuses.
+    return AutoConfig.for_model(**{name: x.item() if isinstance(x, np.generic) else x for name, x in model.items()})
+
+
 def _keys(configuration: Any) -> Iterator[str]:
     """Yield all keys of dictionaries within dictionaries."""
     for key, value in configuration.items() if isinstance(configuration, dict) else ():
@@ -940,17 +1073,6 @@ def to_rows(observations: Any) -> np.ndarray:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".") + "."
-
-
-@contextmanager
-def plain_generation(lm: Any) -> Iterator[None]:
-    """Let the model generate in the block without settings of its own."""
-    own, start = lm.generation_config, getattr(lm.config, "decoder_start_token_id", None)
-    lm.generation_config = GenerationConfig(decoder_start_token_id=start)  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        lm.generation_config = own
 
 
 def freeze(lm: Any, n_layers: int) -> None:

@@ -1,17 +1,17 @@
 """Prompts as they may be given, with all that belongs to each of them, and as tokens."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import numpy as np
 
 from sb3_pg.common.errors import ArgumentError
-from sb3_pg.text.chat import Message, check_messages, check_template, is_chat, rendered, tokens_of
+from sb3_pg.text.chat import Messages, check_messages, check_template, is_chat, rendered, tokens_of
 from sb3_pg.text.ends import check_known
 from sb3_pg.text.spaces import EMPTY
 
 #: A text, or the messages of a conversation
-Prompt: TypeAlias = str | Sequence[Message]
+Prompt: TypeAlias = str | Messages
 
 #: Columns of a data set with a meaning of their own.
 _OWN_COLUMNS = ("prompt", "reference", "completion")
@@ -24,6 +24,39 @@ class Prompts(NamedTuple):
     references: list[Any] | None  #: for rewards and metrics
     examples: list[Any] | None  #: for a supervised start
     columns: dict[str, list[Any]]  #: more, for rewards that ask for it
+
+
+def are_texts(given: Any) -> TypeGuard[Sequence[Prompt]]:
+    """Return whether these are texts or conversations, and no rows of tokens.
+
+    :raises ArgumentError: it is one text or one conversation and no list of them
+    """
+    if isinstance(given, str):
+        raise ArgumentError(f"Texts are given as a list: [{given[:60]!r}].")
+    if isinstance(given, dict) or _is_conversation(given):
+        raise ArgumentError("Conversations are given as a list of them: [[{'role': 'user', 'content': ...}], ...].")
+    if isinstance(given, np.ndarray):
+        return given.dtype.kind in "US"
+    if not isinstance(given, list | tuple):
+        return False
+    is_text = [
+        isinstance(x, str) or (isinstance(x, list | tuple) and any(isinstance(y, dict) for y in x)) for x in given
+    ]
+    if any(is_text) and not all(is_text):
+        raise ArgumentError(f"`prompts` must be texts or conversations, but prompt {is_text.index(False)} is neither.")
+    return all(is_text)
+
+
+def _is_conversation(x: Any) -> bool:
+    return isinstance(x, list | tuple) and any(isinstance(message, dict) for message in x)
+
+
+def prompt_rows(tokenizer: Any, prompts: Sequence[Prompt]) -> np.ndarray:
+    """Return the tokens of prompts at the right end of rows, (n, tokens of the longest); empty columns are -1.
+
+    :raises ArgumentError: see :func:`read_prompts` and :func:`encode_prompts`
+    """
+    return encode_prompts(tokenizer, read_prompts(list(prompts), None, None, None).prompts, None)
 
 
 def read_prompts(prompts: Any, references: Any, examples: Any, columns: Mapping[str, Any] | None) -> Prompts:

@@ -7,6 +7,7 @@ import numpy as np
 from gymnasium import spaces
 
 from sb3_pg.common.errors import ArgumentError
+from sb3_pg.text.kept import KeptTokenizer
 
 #: A column of an observation in which no token stands. Not a token, so it cannot be mistaken for padding or an end.
 EMPTY = -1
@@ -18,12 +19,19 @@ class Vocabulary(spaces.Discrete):
     :param n: number of tokens
     :param end_token: number of the token that ends a response
     :param more_end_tokens: others that do, too
+    :param tokenizer: whose tokens they are, so that a policy reads and writes texts; it takes no part in comparisons
     """
 
-    def __init__(self, n: int, end_token: int, more_end_tokens: Sequence[int] = ()) -> None:
+    def __init__(self, n: int, end_token: int, more_end_tokens: Sequence[int] = (), tokenizer: Any = None) -> None:
         super().__init__(n)
         self.end_token = int(end_token)
         self.more_end_tokens = tuple(int(end) for end in more_end_tokens)
+        self.kept_tokenizer = tokenizer if isinstance(tokenizer, KeptTokenizer) else KeptTokenizer(tokenizer)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer; None if there is none."""
+        return self.kept_tokenizer.live
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
@@ -40,6 +48,14 @@ class Vocabulary(spaces.Discrete):
         return not isinstance(other, Vocabulary) or set(other.end_tokens) == set(self.end_tokens)
 
     __hash__ = None  # type: ignore[assignment]  # as gymnasium's spaces
+
+
+def vocabulary_of(state: dict[str, Any]) -> Vocabulary:
+    """Return the space that an archive holds by its attributes."""
+    kept = state.get("kept_tokenizer")
+    if not isinstance(kept, KeptTokenizer | None):
+        raise TypeError(f"a tokenizer that is a {type(kept).__name__}")
+    return Vocabulary(int(state["n"]), int(state["end_token"]), state.get("more_end_tokens", ()), kept)
 
 
 def text_space(prompt_length: int, response_length: int, n_tokens: int) -> spaces.Box:

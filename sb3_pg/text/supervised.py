@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from sb3_pg.common.errors import ArgumentError, check_count
+from sb3_pg.common.errors import ArgumentError, check_count, check_number
 from sb3_pg.text.conversation import ChatEnv
+from sb3_pg.text.dropout import dropping
 from sb3_pg.text.ends import check_known
 from sb3_pg.text.environment import TextTask
 from sb3_pg.text.policies import CausalLMPolicy, LanguageModelPolicy
@@ -63,6 +64,8 @@ def train(
     max_grad_norm: float = 1.0,
     seed: int = 0,
     report: Callable[[int, float], None] | None = None,
+    dropout: float = 0.0,
+    weight_decay: float = 0.0,
 ) -> list[float]:
     """Maximise the log-probability of the task's examples, with a learning rate that falls to zero.
 
@@ -75,11 +78,15 @@ def train(
     :param max_grad_norm: gradients are scaled down to this norm
     :param seed: of the order of the examples
     :param report: called with the step and the loss of each step
+    :param dropout: probability with which hidden numbers are dropped, in [0, 1). Higher fits few examples less closely
+    :param weight_decay: of AdamW (Loshchilov and Hutter 2019). Higher keeps weights smaller
     :return: the loss of each step, nats per token
     :raises ArgumentError: there is nothing to learn from, or it does not fit the policy
     """
     check_count("n_steps", n_steps, low=0)
     check_count("batch_size", batch_size)
+    check_number("weight_decay", weight_decay)
+    check_number("dropout", dropout, high=0.99)
     rows = examples(task) if isinstance(task, TextTask) else np.asarray(task)
     if (
         rows.ndim != 2
@@ -93,15 +100,16 @@ def train(
         )
     rng, losses = np.random.default_rng(seed), []
     trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = th.optim.Adam(trained, lr=learning_rate)
+    optimizer = th.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
     for step in range(n_steps):
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / n_steps)
         chosen = rows[rng.integers(len(rows), size=batch_size)]
         observations, actions = steps_of(chosen, policy.prompt_length)
-        _, log_prob, _ = policy.evaluate_actions(observations, th.as_tensor(actions, device=policy.device))
-        loss = -log_prob.mean()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        with dropping(policy.language_model, dropout):
+            _, log_prob, _ = policy.evaluate_actions(observations, th.as_tensor(actions, device=policy.device))
+            loss = -log_prob.mean()
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
         th.nn.utils.clip_grad_norm_(trained, max_grad_norm)
         optimizer.step()
         losses.append(loss.item())

@@ -17,6 +17,7 @@ from sb3_pg.common.engines.protocol import Actor, Look
 from sb3_pg.common.interrupts import uninterrupted
 from sb3_pg.common.objectives import surrogate
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm, shared
+from sb3_pg.common.presets import takes_preset
 from sb3_pg.common.products import inner
 from sb3_pg.trpo.figures import TRPOFigures
 from sb3_pg.trpo.options import check_arguments
@@ -98,6 +99,7 @@ class TRPO(PolicyGradientAlgorithm):
 
     archive_name: ClassVar[str] = "TRPO"
 
+    @takes_preset
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],

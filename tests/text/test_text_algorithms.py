@@ -167,11 +167,11 @@ def test_adapter(algorithm, shape, tmp_path):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_archive_needs_no_folder(shape, tmp_path):
+def test_an_archive_that_holds_the_base_needs_no_folder(shape, tmp_path):
     source = make(shape)
     folder = tmp_path / "pretrained"
     source.policy.save_pretrained(folder)
-    model = learner(PPO, shape, policy_kwargs={"model": str(folder), "reference_kl_coef": 0.1})
+    model = learner(PPO, shape, policy_kwargs={"model": str(folder), "reference_kl_coef": 0.1, "save_base": True})
     rows = model.env.task.observations()
     expected = source.policy.hidden_states(rows).detach()
     np.testing.assert_allclose(model.policy.hidden_states(rows).detach(), expected, atol=1e-6)

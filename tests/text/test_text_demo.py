@@ -1,6 +1,17 @@
-import pytest
+import ast
+import importlib.util
+import shlex
+import signal
+import subprocess
+import sys
+import time
 
-from sb3_pg.text.demo import ALGORITHMS, SETTINGS, main
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sb3_pg import PPO
+from sb3_pg.text.demo import ALGORITHMS, SETTINGS, main, parse
+from sb3_pg.text.tasks import TASKS
 
 
 def small_run(monkeypatch, algo="ppo"):
@@ -22,11 +33,54 @@ def test_demo(algo, tmp_path, capsys, monkeypatch):
     assert ALGORITHMS[algo].load(tmp_path / "model.zip").policy.lm.config.model_type == "llama"
 
 
-def test_its_last_lines_ask_the_tuned_model_something(tmp_path, capsys, monkeypatch):
+def test_its_last_lines_load_the_tuned_model_and_ask_it_something(tmp_path, capsys, monkeypatch):
     small_run(monkeypatch)
     assert main(["--task", "sentiment", "--timesteps", "64", "--pretrain-steps", "2", "--out", str(tmp_path)]) == 0
-    exec("\n".join(line.strip() for line in capsys.readouterr().out.splitlines()[-2:]), {})
-    assert "generated_text" in capsys.readouterr().out
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()[-3:]]
+    said = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True).stdout
+    lm, tokenizer = (kind.from_pretrained(tmp_path / "tuned") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    asked = tokenizer(TASKS["sentiment"].make("test").prompts[0], return_tensors="pt").input_ids
+    told = lm.generate(asked)[0, asked.shape[1] :]
+    assert ast.literal_eval(said) == [tokenizer.decode(told).removesuffix(" <end>")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_all_that_was_learned(number, tmp_path, capsys, monkeypatch):
+    arguments = ["--task", "sentiment", "--pretrain-steps", "0", "--no-progress", "--out", str(tmp_path / "a run")]
+    command = [sys.executable, "-u", "-m", "sb3_pg.text.demo", *arguments, "--timesteps", "10000000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "| --- |" not in process.stdout.readline():  # learning begins after the table
+        assert process.poll() is None
+    time.sleep(2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    (line,) = errors.splitlines()
+    path = tmp_path / "a run" / "model.zip"
+    n_tokens = PPO.load(path).num_timesteps
+    assert line.startswith(
+        f"Interrupted: saved in {path} after {n_tokens:,} tokens; go on with python -m sb3_pg.text.demo"
+    )
+    small_run(monkeypatch)
+    monkeypatch.setattr("sb3_pg.text.demo.N_ENVS", 64)
+    again = shlex.split(line.split("python -m sb3_pg.text.demo ")[1])
+    again[-1] = str(n_tokens + 64)
+    assert main([*again, "--no-progress"]) == 0
+    printed = capsys.readouterr().out
+    assert f"Going on with {path} after {n_tokens:,} tokens" in printed
+    assert f"After {PPO.load(path).num_timesteps - n_tokens:,} more tokens of PPO" in printed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_there_is_anything_to_save(number, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sb3_pg.text.demo.pretrain", lambda *_, **__: signal.raise_signal(number))
+    assert main(["--task", "sentiment", "--out", str(tmp_path)]) == 128 + number
+    assert capsys.readouterr().err == "python -m sb3_pg.text.demo: interrupted; there is nothing new to save\n"
+
+
+def test_a_bar_is_shown_by_default_where_there_is_one():
+    assert parse([]).progress == all(importlib.util.find_spec(name) for name in ("tqdm", "rich"))
+    assert not parse(["--no-progress"]).progress
 
 
 def test_zero_steps_are_no_steps(tmp_path, capsys, monkeypatch):
@@ -43,6 +97,9 @@ def test_zero_steps_are_no_steps(tmp_path, capsys, monkeypatch):
         (["--pretrain-steps", "-5"], "must be a whole number >= 0, not '-5'"),
         (["--seed", "-1"], "must be a whole number >= 0, not '-1'"),
         (["--out", "/dev/null/x"], "/dev/null/x"),
+        (["--out", __file__], "exists"),
+        (["--timesteps", "1.5"], "must be a whole number >= 0, not '1.5'"),
+        (["--resume", "--out", "/tmp/nowhere"], "there is no /tmp/nowhere/model.zip to go on with: leave out --resume"),
         (["--task", "poems"], "poems"),
     ],
 )

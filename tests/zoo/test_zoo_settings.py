@@ -21,6 +21,7 @@ MUJOCO = (
     *("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5", "Swimmer-v5", "Humanoid-v5", "Reacher-v5"),
     *("InvertedPendulum-v5", "InvertedDoublePendulum-v5"),
 )
+TEXT = ("Sentiment-v0",)
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def entries():
 def test_every_task_has_an_entry_that_says_whether_it_was_run(algo):
     text = (CONFIGS / f"{algo}.yml").read_text()
     settings = yaml.safe_load(text)
-    assert set(settings) == {*CLASSIC, *MEMORY_AND_MASKS, *BOX2D, *MUJOCO, "atari", "default"}
+    assert set(settings) == {*CLASSIC, *MEMORY_AND_MASKS, *BOX2D, *MUJOCO, *TEXT, "atari", "default"}
     ran = r"Not run\.|Run on \d{4}-\d\d-\d\d with seed \d+ for [\d,]+ steps(?: of [\w-]+)?: -?[\d.e+]+ \+/- [\d.e+]+\."
     for name in set(settings) - {"default"}:
         assert re.search(rf"^# (?:{ran}).*\n(?:# .*\n)*{re.escape(name)}:", text, re.MULTILINE), name
@@ -88,7 +89,7 @@ def test_every_task_has_an_entry_that_says_whether_it_was_run(algo):
 @pytest.mark.parametrize("algo, name", list(entries()))
 def test_every_entry_makes_a_model(algo, name, construct):
     env_id = {"atari": "ALE/Pong-v5", "default": "FrozenLake-v1"}.get(name, name)
-    for module, ids in (("Box2D", BOX2D), ("mujoco", MUJOCO), ("ale_py", ["ALE/Pong-v5"])):
+    for module, ids in (("Box2D", BOX2D), ("mujoco", MUJOCO), ("ale_py", ["ALE/Pong-v5"]), ("transformers", TEXT)):
         if env_id in ids:
             pytest.importorskip(module)
     with warnings.catch_warnings():

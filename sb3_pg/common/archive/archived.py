@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env.patch_gym import _convert_space
 
 from sb3_pg.common import workers
 from sb3_pg.common.archive.atomic import written
-from sb3_pg.common.archive.checks import check_attributes, check_parameters, limited
+from sb3_pg.common.archive.checks import check_attributes, check_parameters, limited, n_elsewhere
 from sb3_pg.common.archive.container import RESUME, Archive, ArchiveError, name_attribute, read_archive, seal
 from sb3_pg.common.archive.peers import (
     Portable,
@@ -256,7 +256,8 @@ class Archived(OnPolicyAlgorithm):
             )
         parameters = archive.parameters()
         try:
-            with limited(archive.name, parameters.get("policy")):
+            elsewhere = n_elsewhere(data["policy_class"], data.get("policy_kwargs", {}))
+            with limited(archive.name, parameters.get("policy"), elsewhere):
                 model = cls(policy=data["policy_class"], env=env, device=device, _init_setup_model=False)  # type: ignore[call-arg]
                 model.__dict__.update(data)
                 model.__dict__.update(kwargs)

@@ -103,19 +103,25 @@ def _check_classes(file: str, wanted: dict[str, type], values: dict[str, Any]) -
             raise ArchiveError(f"{file}: `{name}` is {value!r}, but must be a {kind.__name__}.")
 
 
+def n_elsewhere(policy: Any, kwargs: dict[str, Any]) -> int:
+    """Return how many numbers of a policy are not in its file, see :class:`sb3_pg.common.archive.peers.Portable`."""
+    return policy.n_elsewhere(kwargs) if isinstance(policy, type) and issubclass(policy, Portable) else 0
+
+
 @contextmanager
-def limited(file: str, state: Any) -> Iterator[None]:
+def limited(file: str, state: Any, elsewhere: int = 0) -> Iterator[None]:
     """Refuse to make a policy that is much larger than its state.
 
     A few numbers in a file ("net_arch") could otherwise ask for more memory than there is.
 
     :param file: its name, for errors
     :param state: the policy's, as ``state_dict`` returns it
+    :param elsewhere: how many numbers of the policy are not in the file
     :raises ArchiveError: it is
     """
     values = state.values() if isinstance(state, dict) else ()
     there = sum(x.numel() for x in values if isinstance(x, th.Tensor))
-    left, thread = _MOST_TIMES * there + _MOST_NUMBERS, threading.get_ident()
+    left, thread = _MOST_TIMES * (there + elsewhere) + _MOST_NUMBERS, threading.get_ident()
 
     def count(module: th.nn.Module, name: str, parameter: th.nn.Parameter | None) -> None:
         nonlocal left

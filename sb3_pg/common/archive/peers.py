@@ -43,6 +43,10 @@ class Portable(Protocol):
     def not_portable(policy_kwargs: dict[str, Any]) -> str | None:
         """Return which of the arguments would read or run what is elsewhere; None if none would."""
 
+    @staticmethod
+    def n_elsewhere(policy_kwargs: dict[str, Any]) -> int:
+        """Return how many numbers at most are read from where the archive says that they are, by names of files."""
+
 
 _MASKABLE = "sb3_contrib.common.maskable.policies"
 

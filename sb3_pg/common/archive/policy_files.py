@@ -9,7 +9,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.utils import get_device
 
 from sb3_pg.common.archive.atomic import replacing
-from sb3_pg.common.archive.checks import check_policy_kwargs, check_policy_state, limited
+from sb3_pg.common.archive.checks import check_policy_kwargs, check_policy_state, limited, n_elsewhere
 from sb3_pg.common.archive.container import ArchiveError
 from sb3_pg.common.archive.tensors import read_tensors
 from sb3_pg.common.archive.unpickling import ForeignError
@@ -26,7 +26,8 @@ class SavedPolicy(BasePolicy):
 
         :raises OSError: naming ``path``
         """
-        written = {"state_dict": self.state_dict(), "data": self._get_constructor_parameters()}
+        arguments = self._get_constructor_parameters()  # first: a language model sees then what the state must hold
+        written = {"state_dict": self.state_dict(), "data": arguments}
         if isinstance(path, str | Path):
             with replacing(path) as file:
                 th.save(written, file)
@@ -58,7 +59,7 @@ class SavedPolicy(BasePolicy):
         if not trusted:
             check_policy_kwargs(name, cls, arguments)
         try:
-            with limited(name, state):
+            with limited(name, state, n_elsewhere(cls, arguments)):
                 policy = cls(**arguments)
         except ArchiveError:
             raise

@@ -4,7 +4,6 @@ What may be in a file is listed here, by exact module and name: classes, which a
 with a function of ours that makes it from numbers, texts and arrays after looking at them.
 """
 
-import functools
 import re
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 
 from sb3_pg.common.archive.pickles import Call, Elsewhere, Name, UnreadableError, read
-from sb3_pg.common.registry import POLICY_PLACES, SPACE_PLACES, at
+from sb3_pg.common.registry import MAKER_PLACES, POLICY_PLACES, at
 
 
 class ForeignError(ValueError):
@@ -148,8 +147,8 @@ class Builder:
             owner, attribute = call.arguments  # so that protocol 2 can name what is in a class
             return _looked_up(Name(owner.module, f"{owner.name}.{attribute}"))
         make = self.makers.get(function) if isinstance(function, Name) else None
-        if make is None and isinstance(function, Name) and _place(function) in SPACE_PLACES:
-            make = _space(functools.partial(_registered_space, _place(function)))
+        if make is None and isinstance(function, Name) and _place(function) in MAKER_PLACES:
+            make = _registered(MAKER_PLACES[_place(function)])
         if make is None:
             raise ForeignError(_described(call))
         arguments, keywords = self._build(call.arguments), self._build(call.keywords)
@@ -291,11 +290,25 @@ def _space(make: Callable[[dict[str, Any]], spaces.Space[Any]]) -> Callable[[Cal
 
     def made(call: Call) -> spaces.Space[Any]:
         state = dict(call.state)
-        space = make(state)
-        generator = state.get("_np_random", state.get("np_random"))
-        if isinstance(generator, np.random.Generator):
-            space._np_random = generator
-        return space
+        return _with_generator(make(state), state)
+
+    return made
+
+
+def _with_generator(space: spaces.Space[Any], state: dict[str, Any]) -> spaces.Space[Any]:
+    generator = state.get("_np_random", state.get("np_random"))
+    if isinstance(generator, np.random.Generator):
+        space._np_random = generator
+    return space
+
+
+def _registered(place: str) -> Callable[[Call], Any]:
+    """Return what makes an object that another package of ours has entered, from its attributes."""
+
+    def made(call: Call) -> Any:
+        state = dict(call.state)
+        found = at(place)(state)
+        return _with_generator(found, state) if isinstance(found, spaces.Space) else found
 
     return made
 
@@ -314,15 +327,6 @@ def _box(state: dict[str, Any]) -> spaces.Box:
 
 def _discrete(state: dict[str, Any]) -> spaces.Discrete:
     return spaces.Discrete(int(state["n"]), start=int(state.get("start", 0)), **_own_dtype(state))
-
-
-def _registered_space(place: str, state: dict[str, Any]) -> spaces.Space[Any]:
-    space: spaces.Space[Any] = at(place)(*(_whole_numbers(state[name]) for name in SPACE_PLACES[place]))
-    return space
-
-
-def _whole_numbers(x: Any) -> Any:
-    return tuple(int(its) for its in x) if isinstance(x, tuple) else int(x)
 
 
 def _multi_discrete(state: dict[str, Any]) -> spaces.MultiDiscrete:

@@ -1,6 +1,7 @@
 """What archives hold beside known data needs the caller's word: custom objects, or that the file is trusted."""
 
 import base64
+import copy
 import io
 import json
 import pickle
@@ -261,6 +262,20 @@ def test_language_models_come_from_nowhere_but_the_file(more, wanted):
     kwargs = model.policy.portable_kwargs(model.policy_kwargs) | more
     with pytest.raises(ArchiveError, match=re.escape(wanted)):
         PPO.load(with_attributes(saved(model), policy_kwargs=kwargs))
+
+
+def test_archives_hold_text_and_no_object_in_place_of_the_tokenizer():
+    """A file could name anything there."""
+    from text_models import make  # needs the extra `text`
+
+    model = make("gpt2")
+    space = copy.copy(model.action_space)
+    space.kept_tokenizer = print
+    with pytest.raises(ArchiveError, match=r"builtins\.print"):
+        PPO.load(with_attributes(saved(model), action_space=space))
+    space.kept_tokenizer = 3
+    with pytest.raises(ArchiveError, match="action_space"):
+        PPO.load(with_attributes(saved(model), action_space=space))
 
 
 # ------------------------------------------------------------------------------------------------------- statistics

@@ -1,0 +1,110 @@
+"""Completing prompts by the model's own ``generate``."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch as th
+from transformers import GenerationConfig
+
+from sb3_pg.common.errors import ArgumentError, check_count
+from sb3_pg.text.ends import texts_of
+from sb3_pg.text.prompts import Prompt, prompt_rows
+from sb3_pg.text.sequences import flush_right
+from sb3_pg.text.spaces import EMPTY, Vocabulary
+
+if TYPE_CHECKING:
+    from sb3_pg.text.policies import LanguageModelPolicy
+
+#: Texts completed at once.
+BATCH = 64
+
+
+def answers(policy: "LanguageModelPolicy", prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> list[str]:
+    """Return the texts with which a model goes on, those of one prompt after one another.
+
+    :param prompts: texts or conversations, each as long as the model's window allows
+    :param settings: of ``policy.generate``
+    :raises ArgumentError: there is no tokenizer, or a prompt is too long
+    """
+    if not len(prompts):
+        return []
+    tokenizer, longest = required_tokenizer(policy), settings.get("max_new_tokens", policy.response_length)
+    check_count("max_new_tokens", longest)
+    rows = prompt_rows(tokenizer, prompts)
+    window = None if policy.lm.config.is_encoder_decoder else getattr(policy.lm.config, "max_position_embeddings", None)
+    if window is not None and rows.shape[1] + longest > window:
+        number = int((rows != EMPTY).sum(axis=1).argmax())
+        raise ArgumentError(
+            f"Prompt {number} has {rows.shape[1]} tokens and its response may have {longest}, but the model's window "
+            f"is {window}. Shorten the prompt or pass a smaller max_new_tokens."
+        )
+    parts = [generated(policy, rows[start : start + BATCH], longest, settings) for start in range(0, len(rows), BATCH)]
+    return texts_of(tokenizer, np.concatenate(parts), policy.end_tokens)
+
+
+def required_tokenizer(policy: "LanguageModelPolicy") -> Any:
+    """Return the policy's tokenizer.
+
+    :raises ArgumentError: it has none; says how to give one
+    """
+    if policy.tokenizer is None:
+        how = "policy.tokenizer = AutoTokenizer.from_pretrained(...)"
+        if not isinstance(policy.action_space, Vocabulary):
+            how = "actions of Vocabulary(n, end_token, tokenizer=...) in the environment"
+        raise ArgumentError(f"The policy has no tokenizer to read and write texts with. Give it one: {how}.")
+    return policy.tokenizer
+
+
+def generated(policy: "LanguageModelPolicy", rows: np.ndarray, longest: int, settings: Mapping[str, Any]) -> np.ndarray:
+    """Return responses up to their ends, empty columns -1, (n * num_return_sequences, longest).
+
+    :param rows: prompts, (n, width), empty columns -1
+    :param longest: most tokens of a response
+    :param settings: of ``policy.generate``
+    """
+    end = policy.end_token
+    tokens, lengths = flush_right(rows, end)
+    mask = np.arange(tokens.shape[1]) >= tokens.shape[1] - lengths[:, None]
+    options: dict[str, Any] = {
+        "do_sample": False,
+        "max_new_tokens": longest,
+        "eos_token_id": policy.end_tokens,
+        "pad_token_id": end,
+        **settings,
+    }
+    options = {**policy.generation_settings(options["do_sample"]), **options}
+    n_known = policy.lm.get_output_embeddings().out_features
+    if n_known > policy.n_tokens:
+        options["suppress_tokens"] = list(range(policy.n_tokens, n_known))
+    with policy.precision(), plain_generation(policy.lm):
+        out = policy.lm.generate(
+            input_ids=th.as_tensor(tokens, device=policy.device).long(),
+            attention_mask=th.as_tensor(mask, device=policy.device).long(),
+            **options,
+        )
+    return policy.responses(out.cpu().numpy(), tokens.shape[1], longest)
+
+
+@contextmanager
+def plain_generation(lm: Any) -> Iterator[None]:
+    """Let the model generate in the block without settings of its own."""
+    own, start = lm.generation_config, getattr(lm.config, "decoder_start_token_id", None)
+    lm.generation_config = GenerationConfig(decoder_start_token_id=start)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        lm.generation_config = own
+
+
+def settings_to_save(policy: "LanguageModelPolicy") -> Any:
+    """Return the model's own settings for generating, with the ends and the length of the environment's responses."""
+    settings = copy.deepcopy(policy.lm.generation_config)
+    settings.eos_token_id = policy.end_tokens
+    if settings.pad_token_id is None:
+        settings.pad_token_id = policy.end_token
+    if settings.max_new_tokens is None:
+        settings.max_new_tokens = policy.response_length
+    return settings

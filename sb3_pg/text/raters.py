@@ -1,0 +1,79 @@
+"""Pairs of responses for people to compare, who do not see which model wrote which."""
+
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sb3_pg.common.errors import ArgumentError
+
+#: Names of the two files in the folder: what people see and fill in, and what they must not see.
+PAIRS, KEY = "pairs.csv", "key.csv"
+
+
+def export_pairs(
+    folder: str | Path,
+    prompts: Sequence[str],
+    first: Sequence[str],
+    second: Sequence[str],
+    names: tuple[str, str] = ("first", "second"),
+    seed: int = 0,
+) -> Path:
+    """Write pairs of responses in random order and with random sides, and apart from them the key.
+
+    People write A, B or a tie into the column "better" of ``pairs.csv``; :func:`preferences` counts.
+
+    :param folder: is made if there is none
+    :param prompts: one for each pair
+    :param first: responses of one model
+    :param second: of the other
+    :param names: of the two models, for the key
+    :param seed: of order and sides
+    :return: the path of ``pairs.csv``
+    :raises ArgumentError: the numbers of texts differ
+    """
+    if not len(prompts) == len(first) == len(second):
+        raise ArgumentError(f"There are {len(prompts)} prompts, but {len(first)} and {len(second)} responses.")
+    folder, rng = Path(folder), np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs, key = [], []
+    for number, i in enumerate(rng.permutation(len(prompts)).tolist()):
+        swapped = bool(rng.integers(2))
+        a, b = (second[i], first[i]) if swapped else (first[i], second[i])
+        pairs.append([number, prompts[i], a, b, ""])
+        key.append([number, *(reversed(names) if swapped else names)])
+    _write(folder / KEY, ["number", "A", "B"], key)
+    return _write(folder / PAIRS, ["number", "prompt", "A", "B", "better"], pairs)
+
+
+def preferences(folder: str | Path) -> dict[str, float]:
+    """Return how often each model was found better, and how often neither, 0 to 1, of the pairs that are filled in.
+
+    :param folder: of :func:`export_pairs`
+    :raises ArgumentError: none is filled in, or with something else than A, B and tie
+    """
+    key = {row["number"]: row for row in _read(Path(folder) / KEY)}
+    first = next(iter(key.values()), {"A": "first", "B": "second"})
+    counts = Counter({first["A"]: 0, first["B"]: 0, "tie": 0})
+    for row in _read(Path(folder) / PAIRS):
+        answer = row["better"].strip().upper()
+        if answer not in ("", "A", "B", "TIE"):
+            raise ArgumentError(f"Pair {row['number']} has {row['better']!r} as better: it must be A, B or tie.")
+        if answer:
+            counts["tie" if answer == "TIE" else key[row["number"]][answer]] += 1
+    if not counts.total():
+        raise ArgumentError(f"No pair of {Path(folder) / PAIRS} is filled in: write A, B or tie into its last column.")
+    return {name: count / counts.total() for name, count in counts.items()}
+
+
+def _write(path: Path, columns: list[str], rows: list[list[object]]) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+    return path
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
