@@ -60,7 +60,7 @@ def draw_speed(path: Path) -> None:
     axis.axvline(1.0, color="#444444", linewidth=1.0, linestyle=":")
     axis.text(1.0, -0.9, " 1: as fast as the peer", fontsize=9, color="#444444", va="center")
     axis.set(xlabel="how many times as many steps per second of learn(), one thread", ylim=(len(bars) - 0.4, -1.3))
-    axis.set_xlim(0, 1.12 * max(ratio for _, ratio in bars if ratio is not None))
+    axis.set_xlim(0, 1.2 * max(ratio for _, ratio in bars if ratio is not None))
     plain(axis)
     axis.grid(visible=False, axis="y")
     figure.savefig(path, dpi=110)

@@ -611,32 +611,58 @@ def write_report(data: dict[str, Any], folder: Path) -> None:
     print("\n".join(text))
 
 
+def draw_ratios(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Draw how many times as fast as each peer ours is, a panel for each peer."""
+    import matplotlib.pyplot as plt
+
+    pairs = list(dict.fromkeys((r["ours"], r["peer"]) for r in rows))
+    its = [[r for r in rows if (r["ours"], r["peer"]) == pair] for pair in pairs]
+    sizes = [len(x) for x in its]
+    figure, axes = plt.subplots(
+        len(pairs),
+        1,
+        figsize=(8.4, 0.34 * sum(sizes) + 0.4 * len(pairs)),
+        sharex=True,
+        squeeze=False,
+        height_ratios=sizes,
+        layout="constrained",
+    )
+    for axis, (ours, peer), some in zip(axes[:, 0], pairs, its, strict=True):
+        ratios = [ratio(r["seconds_per_step"]) for r in some]
+        labels = [f"{r['env']}, {r['n_envs']} env" + ", VecNormalize" * r["normalize"] for r in some]
+        axis.barh(range(len(some)), ratios, color="#1f4e8c", height=0.72)
+        for i, number in enumerate(ratios):
+            axis.text(number + 0.08, i, f"{number:.1f}", va="center", fontsize=9)
+        axis.set_yticks(range(len(some)), labels)
+        axis.set_title(f"{ours} next to {peer.replace('contrib', 'sb3-contrib')}", loc="left", fontsize=10)
+        axis.axvline(1, color="#444444", lw=1.0, ls=":")
+        axis.set_ylim(len(some) - 0.5, -0.5)
+        axis.tick_params(axis="y", length=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel("how many times as fast as the peer (dotted: as fast)")
+    figure.savefig(folder / "ratios.png", dpi=120)
+    plt.close(figure)
+
+
+#: What is drawn of each row, and how.
+GROWTH_LINES = {
+    "ours": ("sb3_pg", "#1f4e8c"),
+    "peer": ("SB3", "#cc6677"),
+    "limit": ("the environments alone, without learning", "#888888"),
+}
+
+
 def draw(results: list[dict[str, Any]], folder: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    main = [r for r in results if r["group"] == "main"]
-    ratios = [ratio(r["seconds_per_step"]) for r in main]
-    figure, axis = plt.subplots(figsize=(9, 0.38 * len(main) + 1.4), layout="constrained")
-    colors = {"PPO": "#4477aa", "TRPO": "#228833", "REINFORCE": "#ccbb44"}
-    labels = [f"{r['ours']} vs {r['peer']}, {r['env']}, {r['n_envs']} env" + (" +norm" * r["normalize"]) for r in main]
-    axis.barh(range(len(main)), ratios, color=[colors[r["ours"]] for r in main])
-    for i, r in enumerate(main):
-        axis.text(max(ratios[i], r["wanted"] or 0) + 0.1, i, f"{ratios[i]:.1f}", va="center", fontsize=8)
-        if r["wanted"]:
-            axis.plot([r["wanted"]] * 2, [i - 0.4, i + 0.4], color="black", lw=1)
-    axis.set(yticks=range(len(main)), yticklabels=labels, xlabel="times as fast as the peer (line: wanted)")
-    axis.axvline(1, color="gray", lw=0.8, ls=":")
-    axis.invert_yaxis()
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(folder / "ratios.png", dpi=150)
-
+    draw_ratios([r for r in results if r["group"] == "main"], folder)
     groups = [g for g in GROWTH if any(r["group"] == g for r in results)]
     if not groups:
         return
-    figure, axes = plt.subplots(1, len(groups), figsize=(3.6 * len(groups), 3.2), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(groups), figsize=(3.6 * len(groups), 3.5), layout="constrained", squeeze=False)
     value = {
         "environments": lambda r: r["n_envs"],
         "width": lambda r: r["net_arch"][0],
@@ -645,14 +671,14 @@ def draw(results: list[dict[str, Any]], folder: Path) -> None:
     for axis, group in zip(axes[0], groups, strict=True):
         rows = [r for r in results if r["group"] == group]
         x = [value[group](r) for r in rows]
-        for side, color in (("ours", "#4477aa"), ("peer", "#cc6677"), ("limit", "gray")):
+        for side, (label, color) in GROWTH_LINES.items():
             y = [1 / statistics.median(r["seconds_per_step"][side]) for r in rows]
-            axis.plot(x, y, "o-", ms=4, color=color, label={"peer": "SB3"}.get(side, side))
+            axis.plot(x, y, "o-", ms=4, color=color, label=label)
         axis.set(yscale="log", xlabel=GROWTH[group], ylabel="environment steps per second")
         axis.set_xscale("log", base=2)
         axis.set_xticks(x, [str(v) for v in x])
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle("PPO on CartPole-v1", fontsize=10)
     figure.savefig(folder / "growth.png", dpi=150)
 

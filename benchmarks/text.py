@@ -231,15 +231,16 @@ def draw(data: dict[str, Any], out: Path) -> None:
             for number, curve in enumerate(runs):
                 x = [point["timesteps"] / 1000 for point in curve]
                 y = [point[metric_of(task)] for point in curve]
-                axis.plot(x, y, color=color, lw=1.2, label=algo if number == 0 else None)
+                axis.plot(x, y, color=color, lw=1.2, label=algo.upper() if number == 0 else None)
         axis.set(
             title=task.replace("_", " "),
-            xlabel="thousand steps of environments",
+            xlabel="thousand tokens written",
             ylabel=TASKS[task].metric.replace("_", " "),
         )
         axis.grid(alpha=0.3)
     if data["runs"]:
         axes[0].legend(fontsize=8)
+    figure.suptitle("Score on prompts that were held out; a line for each of three seeds", fontsize=11)
     figure.savefig(out / "learning.png", dpi=150)
     plt.close(figure)
 
