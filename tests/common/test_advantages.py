@@ -251,3 +251,14 @@ def test_integer_actions_keep_their_fraction():
     buffer = RolloutBuffer(1, OBSERVATION_SPACES["box"], space, device="cpu")
     buffer.add(np.zeros((1, 3)), np.array([[1.7]]), np.zeros(1), np.zeros(1), th.zeros(1), th.zeros(1))
     assert buffer.actions[0, 0, 0] == np.float32(1.7)
+
+
+@pytest.mark.parametrize("size", [2, 3, 6, 7, 10])
+def test_equal_returns_differ_from_their_group_by_nothing(size):
+    """Not by rounding, either: 0.1 + 0.1 + 0.1 is not 3 times 0.1."""
+    episode = np.arange(2 * size)
+    group, returns = episode % 2, np.where(episode % 2, 0.1, 1 / 3)
+    mean, deviation = within_group(group, returns, episode, np.zeros_like(episode))
+    np.testing.assert_array_equal(mean, returns)
+    np.testing.assert_array_equal(deviation, 0.0)
+    np.testing.assert_array_equal(leave_one_out_within(group, returns, episode, np.zeros_like(episode)), returns)

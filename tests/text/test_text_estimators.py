@@ -289,13 +289,10 @@ def test_truncated_responses_are_masked_out_of_the_loss(kind, average):
 
 def test_nothing_is_learned_where_all_responses_are_masked():
     model = judged(PPO, baseline="group", policy_kwargs={"mask_truncated_completions": True})
-    model.policy.truncation = None
-    actions = model.rollout_buffer.actions
-    actions[actions == model.policy.end_token] = 3
-    model.rollout_buffer.episode_starts[1:] = 0.0
-    monkey = model._batch(model.rollout)
-    monkey.weight = th.zeros(len(monkey))
-    (minibatch,) = monkey.minibatches(None)
+    batch = model._batch(model.rollout)
+    batch.weight = th.zeros(len(batch))
+    (minibatch,) = batch.minibatches(None)
+    assert len(minibatch) < len(batch)
     evaluation = model.network.evaluate(minibatch)
     evaluation.backward(th.ones(len(minibatch)), -0.1, th.ones(len(minibatch)))
     assert all(not p.grad.any() for p in model.policy.parameters() if p.grad is not None)
