@@ -22,9 +22,10 @@ for _name in ("CausalLMPolicy", "Seq2SeqLMPolicy"):
     POLICY_PLACES[_name] = f"sb3_pg.text.policies:{_name}"
 MAKER_PLACES["sb3_pg.text.spaces:Vocabulary"] = "sb3_pg.text.spaces:vocabulary_of"
 MAKER_PLACES["sb3_pg.text.kept:KeptTokenizer"] = "sb3_pg.text.kept:kept_tokenizer_of"
-ENGINE_PLACES["sb3_pg.text.policies:LanguageModelPolicy"] = "sb3_pg.text.engine:TextEngine"
-PRESET_PLACES["sb3_pg.text.policies:LanguageModelPolicy"] = "sb3_pg.text.presets:preset_of"
-BUFFER_PLACES["sb3_pg.text.policies:LanguageModelPolicy"] = "sb3_pg.text.rows:TextRolloutBuffer"
+_LANGUAGE_MODEL = "sb3_pg.text.language_model:LanguageModelPolicy"
+ENGINE_PLACES[_LANGUAGE_MODEL] = AUTOGRAD_PLACES[_LANGUAGE_MODEL] = "sb3_pg.text.engine:TextEngine"
+PRESET_PLACES[_LANGUAGE_MODEL] = "sb3_pg.text.presets:preset_of"
+BUFFER_PLACES[_LANGUAGE_MODEL] = "sb3_pg.text.rows:TextRolloutBuffer"
 for _name in ("MlpLstmPolicy", "CnnLstmPolicy", "MultiInputLstmPolicy"):
     POLICY_PLACES[_name] = f"sb3_contrib.ppo_recurrent.policies:{_name}"
 for _name in ("MlpGruPolicy", "CnnGruPolicy", "MultiInputGruPolicy"):

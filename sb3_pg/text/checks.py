@@ -1,4 +1,4 @@
-"""Is a language model one that acting, judging and stepping see alike? Asked by reading a few tokens in every way."""
+"""Checks that a language model fits its environment, and that acting, judging and stepping see the same of it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from sb3_pg.common.errors import ArgumentError
 from sb3_pg.text.spaces import EMPTY
 
 if TYPE_CHECKING:
-    from sb3_pg.text.policies import LanguageModelPolicy
+    from sb3_pg.text.language_model import LanguageModelPolicy
 
 #: Tokens of the longest prompt and response that are read.
 _PROMPT, _RESPONSE = 8, 5
@@ -35,6 +35,50 @@ def half_precision(lm: Any) -> th.dtype | None:
         f"The model's numbers are of type {name}, in which training does not work (float16: gradients vanish). Pass "
         "model_kwargs={'dtype': torch.bfloat16}, or float32."
     )
+
+
+def check_fit(policy: "LanguageModelPolicy") -> None:
+    """Refuse a model that cannot read the tokens of the policy's environment.
+
+    :raises ArgumentError: says what does not fit
+    """
+    config, end = policy.lm.config, getattr(policy.action_space, "end_token", None)
+    n_known = policy.lm.get_output_embeddings().out_features
+    # Models round their vocabulary up, so a few tokens more than the tokenizer has are usual; and tokens are added
+    # to tokenizers, such as one for padding.
+    n_more = policy.n_tokens - n_known
+    if n_more > max(1, n_known // 100) or policy.n_tokens < 0.9 * n_known:
+        raise ArgumentError(
+            f"The tokenizer does not fit the model: it has {policy.n_tokens} tokens, but the model's vocabulary "
+            f"has {n_known}. Use the tokenizer that the model was trained with"
+            + (
+                f", or give the model room for its tokens: resize_token_embeddings({policy.n_tokens})."
+                if n_more > 0
+                else "."
+            )
+        )
+    own = policy.own_end_tokens
+    if not own:
+        raise ArgumentError(
+            "The model has no end token, so no response would ever end: set `eos_token_id` in its configuration."
+        )
+    if end is not None and end not in own:
+        raise ArgumentError(
+            f"The tokenizer does not fit the model: it ends texts with token {end}, the model with "
+            f"{own[0] if len(own) == 1 else own}. Use the tokenizer that the model was trained with."
+        )
+    ignored = sorted(set(own) - set(policy.end_tokens))
+    if ignored:
+        raise ArgumentError(
+            f"The model ends texts with the tokens {own}, but {ignored} would not end a response of this "
+            f"environment. Pass TextTask(end_tokens={ignored})."
+        )
+    window, width = getattr(config, "max_position_embeddings", None), policy.observation_space.shape[0]  # type: ignore[index]
+    if window is not None and width > window:
+        raise ArgumentError(
+            f"Prompt and response may take {width} tokens ({policy.prompt_length} and "
+            f"{width - policy.prompt_length}), but the model's window is {window}. Shorten one of them."
+        )
 
 
 @th.no_grad()

@@ -21,7 +21,7 @@ from sb3_pg.common.rollout import Rollout
 from sb3_pg.common.threads import choose_threads
 from sb3_pg.text.decoding import Decoder
 from sb3_pg.text.figures import TextFigures
-from sb3_pg.text.policies import CHUNK_LOGITS, LanguageModelPolicy, to_rows
+from sb3_pg.text.language_model import CHUNK_LOGITS, LanguageModelPolicy, to_rows
 from sb3_pg.text.rewards import at_their_tokens, mean_by_name
 from sb3_pg.text.rows import TokenRows
 

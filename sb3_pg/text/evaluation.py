@@ -12,7 +12,7 @@ from sb3_pg.common.errors import ArgumentError, check_count
 from sb3_pg.text import metrics
 from sb3_pg.text.chat import is_chat
 from sb3_pg.text.environment import TextTask
-from sb3_pg.text.policies import LanguageModelPolicy
+from sb3_pg.text.language_model import LanguageModelPolicy
 from sb3_pg.text.prompts import Prompt, shown
 from sb3_pg.text.rewards import TOKEN_IDS, RewardFunction, as_rewards, scored
 

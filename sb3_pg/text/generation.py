@@ -16,7 +16,7 @@ from sb3_pg.text.sequences import flush_right
 from sb3_pg.text.spaces import EMPTY, Vocabulary
 
 if TYPE_CHECKING:
-    from sb3_pg.text.policies import LanguageModelPolicy
+    from sb3_pg.text.language_model import LanguageModelPolicy
 
 #: Texts completed at once.
 BATCH = 64

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sb3_pg.common.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from sb3_pg.text.policies import LanguageModelPolicy
+    from sb3_pg.text.language_model import LanguageModelPolicy
 
 #: Lengths of the sequences by which memory is measured.
 _MEASURED = (8, 16, 32)

@@ -14,7 +14,9 @@ _USUAL = {"reward": "k1", "loss": "k3"}
 
 @dataclass(frozen=True)
 class ReferenceSettings:
-    """The arguments of a policy that concern its reference; see :class:`sb3_pg.text.policies.LanguageModelPolicy`.
+    """The arguments of a policy that concern its reference.
+
+    See :class:`sb3_pg.text.language_model.LanguageModelPolicy`.
 
     :raises ArgumentError: one of them is of no use
     """

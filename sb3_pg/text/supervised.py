@@ -12,7 +12,8 @@ from sb3_pg.text.conversation import ChatEnv
 from sb3_pg.text.dropout import dropping
 from sb3_pg.text.ends import check_known
 from sb3_pg.text.environment import TextTask
-from sb3_pg.text.policies import CausalLMPolicy, LanguageModelPolicy
+from sb3_pg.text.language_model import LanguageModelPolicy
+from sb3_pg.text.policies import CausalLMPolicy
 from sb3_pg.text.spaces import EMPTY
 
 

@@ -1,6 +1,7 @@
 """The critic's own learning rate, options of the optimizer and gradient clipping."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -241,7 +242,7 @@ def test_recurrent_critics(kwargs, modules, engine):
         ({"max_grad_norm": (0.1, -0.2)}, "`max_grad_norm` must be a finite number >= 0, not -0.2"),
         ({"critic_learning_rate": 0.1, "baseline": "ema"}, "`critic_learning_rate=0.1` needs the value network"),
     ],
-    ids=str,
+    ids=lambda x: re.sub(" at 0x[0-9a-f]+", "", str(x)),
 )
 @ALGORITHMS
 def test_what_cannot_work_is_refused_by_name(algorithm, options, message):

@@ -11,6 +11,7 @@ from sb3_pg.common.batch import random_order
 from sb3_pg.common.engines.autograd import AutogradEngine
 from sb3_pg.common.engines.protocol import Seen
 from sb3_pg.text import TextVecEnv
+from sb3_pg.text.engine import TextEngine
 from sb3_pg.text.sequences import flush_left, flush_right, prefix_chains
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
@@ -189,8 +190,8 @@ def test_chunks_change_nothing(shape, weighted, monkeypatch):
         return [*found, *look[:3]]
 
     whole = everything()
-    monkeypatch.setattr("sb3_pg.text.policies.CHUNK_TOKENS", 20)
-    monkeypatch.setattr("sb3_pg.text.policies.CHUNK_LOGITS", 90)
+    monkeypatch.setattr("sb3_pg.text.language_model.CHUNK_TOKENS", 20)
+    monkeypatch.setattr("sb3_pg.text.language_model.CHUNK_LOGITS", 90)
     monkeypatch.setattr("sb3_pg.text.engine.CHUNK_LOGITS", 90)
     assert len(engine.pieces(batch)) > 3
     for expected, found in zip(whole, everything(), strict=True):
@@ -306,3 +307,10 @@ def test_reinforce_learns_the_same_from_environments_at_rest():
     length = model.logger.name_to_value["text/response_length"]
     assert model.logger.name_to_value["text/kl"] == pytest.approx(log_ratio.mean() * length, rel=1e-3)
     assert len(model.ep_info_buffer) == 16
+
+
+@pytest.mark.parametrize("algorithm", [PPO, TRPO, REINFORCE])
+def test_autograd_asked_for_is_the_engine_of_language_models(algorithm):
+    """Any other one would leave the penalty for leaving the reference out."""
+    model = algorithm("CausalLMPolicy", TextVecEnv(letters_task(), 2), engine="autograd", n_episodes=4)
+    assert isinstance(model.network, TextEngine)

@@ -142,7 +142,7 @@ def test_looking_at_a_model_does_not_change_it(dtype, monkeypatch):
     found = []
     for check in (None, lambda policy: policy.language_model.eval()):
         if check is not None:
-            monkeypatch.setattr("sb3_pg.text.policies.check_reading", check)
+            monkeypatch.setattr("sb3_pg.text.language_model.check_reading", check)
         th.manual_seed(0)
         policy = policy_of("llama", dtype=dtype, tie_word_embeddings=True)
         found.append(list(policy.language_model.state_dict().values()))

@@ -66,7 +66,7 @@ def test_the_graph_is_cut_where_it_would_be_too_large(monkeypatch):
     model = make("llama")
     act(model)
     expected, whole = gradients(model)
-    monkeypatch.setattr("sb3_pg.text.policies.GRAPH_BYTES", whole // 4)
+    monkeypatch.setattr("sb3_pg.text.language_model.GRAPH_BYTES", whole // 4)
     found, parts = gradients(model)
     assert_same(found, expected)
     assert parts < whole / 10
@@ -181,7 +181,7 @@ def test_trpo_keeps_no_logits(monkeypatch):
     act(model)
     batch, policy = model.network.batch(model.rollout), model.policy
     actor = model.network.actor(batch)
-    monkeypatch.setattr("sb3_pg.text.policies.CHUNK_LOGITS", 66)
+    monkeypatch.setattr("sb3_pg.text.language_model.CHUNK_LOGITS", 66)
     monkeypatch.setattr("sb3_pg.text.engine.CHUNK_LOGITS", 66)
     seen, original = [], policy.logits
     monkeypatch.setattr(policy, "logits", lambda hidden, *a, **b: seen.append(len(hidden)) or original(hidden, *a, **b))

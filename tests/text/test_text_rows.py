@@ -210,7 +210,7 @@ def rolled_out(algorithm, shape="gpt2", **options):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_judging_reads_each_response_once(shape, monkeypatch):
     monkeypatch.setattr("sb3_pg.common.engines.autograd._CHUNK_NUMBERS", 30)  # the cut that re-read prefixes
-    monkeypatch.setattr("sb3_pg.text.policies.CHUNK_TOKENS", 40)
+    monkeypatch.setattr("sb3_pg.text.language_model.CHUNK_TOKENS", 40)
     model = make(shape, policy_kwargs={"reference_kl_coef": None})
     act(model)
     log_probs = model.rollout_buffer.log_probs[: model.rollout.n_steps].copy()
