@@ -316,6 +316,8 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         evaluate_schedule("learning_rate", self.lr_schedule, self._current_progress_remaining)
         super()._update_learning_rate(optimizers)
         self._group_parameters()
+        if self.critic_learning_rate is not None:
+            self.logger.record("train/critic_learning_rate", self.policy.optimizer.param_groups[1]["lr"])
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # The last rollout may run past total_timesteps; a linear schedule must not go below its end then.
@@ -618,8 +620,6 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         std = deviation(self.policy)
         figures.std = None if std is None else std.mean().item()
         figures.n_updates = self._n_updates
-        if self.critic_learning_rate is not None:
-            figures.critic_learning_rate = self.policy.optimizer.param_groups[1]["lr"]
         figures.record(self.logger)
 
     # ------------------------------------------------------------------ learn
