@@ -45,7 +45,6 @@ class Figures(Logged):
     std: float | None = logged(
         "mean standard deviation of the Gaussian policy, before squashing and clipping, if it is the same in all states"
     )
-    critic_learning_rate: float | None = logged("the present learning rate of the critic, if it has its own")
     n_updates: int | None = logged("gradient updates so far; of PPO epochs", exclude="tensorboard")
 
     def record(self, logger: Logger) -> None:
@@ -60,7 +59,7 @@ def legend(kind: type[Logged]) -> dict[str, str]:
     return {f"{kind.prefix}/{its.name}": its.metadata["doc"] for its in fields(kind)}
 
 
-#: What SB3 itself logs for every algorithm, by its name in the log.
+#: What SB3 itself logs for every algorithm, by its name in the log, and what is logged beside it.
 SB3_LEGEND = {
     "rollout/ep_rew_mean": "mean return of the last 100 episodes (`stats_window_size`), in the task's own reward, "
     "undiscounted and before VecNormalize; actions are drawn at random",
@@ -71,6 +70,7 @@ SB3_LEGEND = {
     "time/time_elapsed": "seconds since `learn` began",
     "time/total_timesteps": "environment steps so far, all environments together",
     "train/learning_rate": "the present learning rate of the optimizer",
+    "train/critic_learning_rate": "that of the critic, if it has its own",
     "eval/mean_reward": "mean return of an EvalCallback's episodes",
     "eval/mean_ep_length": "their mean length, in steps",
     "eval/success_rate": "the share of them that ended with `is_success`, where environments say so",

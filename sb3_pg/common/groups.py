@@ -20,6 +20,9 @@ _OF_CRITIC = (
     "value_head.",
 )
 
+#: What tells the critic's group from those that an optimizer of the user's has.
+_MARK = "is_critics"
+
 #: The state of an optimizer as ``state_dict`` returns it.
 State = dict[str, Any]
 
@@ -59,18 +62,20 @@ def give_critic_a_group(policy: ActorCriticPolicy, options: dict[str, Any]) -> N
             "out `critic_learning_rate` and `critic_optimizer_kwargs`."
         )
     groups[0]["params"] = mine
-    groups.append({**groups[0], **options, "params": its})
+    groups.append({**groups[0], **options, _MARK: True, "params": its})
 
 
 def has_critic_group(optimizer: th.optim.Optimizer) -> bool:
-    """Return whether the critic's parameters are the optimizer's second group."""
-    return len(optimizer.param_groups) == 2
+    """Return whether the critic's parameters are the optimizer's second group by ``give_critic_a_group``."""
+    groups = optimizer.param_groups
+    return len(groups) == 2 and _MARK in groups[1]
 
 
 def _numbers(policy: ActorCriticPolicy) -> list[int]:
     """Return the number that each parameter of the optimizer, group by group, has if there is one group."""
     ordered = [id(p) for group in policy.optimizer.param_groups for p in group["params"]]
-    place = {of: i for i, of in enumerate(id(p) for p in policy.parameters() if id(p) in set(ordered))}
+    grouped = set(ordered)
+    place = {of: i for i, of in enumerate(id(p) for p in policy.parameters() if id(p) in grouped)}
     return [place[of] for of in ordered]
 
 
@@ -92,7 +97,7 @@ def with_two_groups(policy: ActorCriticPolicy, state: State) -> State:
         return state
     place, n = {of: i for i, of in enumerate(number)}, len(policy.optimizer.param_groups[0]["params"])
     actor, critic = policy.optimizer.param_groups
-    own = {name: its for name, its in critic.items() if name != "params" and its != actor[name]}
+    own = {name: its for name, its in critic.items() if name != "params" and its != actor.get(name)}
     of_actor = {**groups[0], "params": list(range(n))}
     of_critic = {**groups[0], **own, "params": list(range(n, len(number)))}
     return {

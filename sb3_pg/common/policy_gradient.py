@@ -321,6 +321,8 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         evaluate_schedule("learning_rate", self.lr_schedule, self._current_progress_remaining)
         super()._update_learning_rate(optimizers)
         self._group_parameters()
+        if self.critic_learning_rate is not None:
+            self.logger.record("train/critic_learning_rate", self.policy.optimizer.param_groups[1]["lr"])
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # The last rollout may run past total_timesteps; a linear schedule must not go below its end then.
@@ -640,8 +642,6 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         if self.baseline in SAME_START:
             figures.frac_reward_zero_std = share_without_signal(rollout, self.horizon.keep(rollout))
         figures.n_updates = self._n_updates
-        if self.critic_learning_rate is not None:
-            figures.critic_learning_rate = self.policy.optimizer.param_groups[1]["lr"]
         figures.record(self.logger)
 
     # ------------------------------------------------------------------ learn

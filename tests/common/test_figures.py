@@ -30,6 +30,7 @@ RUNS = [
         },
     ),
     (PPO, PPOFigures, {**SMALL, "baseline": "leave_one_out"}),
+    (PPO, PPOFigures, {**SMALL, "critic_learning_rate": 1e-3}),
     (TRPO, TRPOFigures, SMALL),
     (TRPO, TRPOFigures, {**SMALL, "n_critic_updates": 0, "target_kl": 1e-30}),
     (TRPO, TRPOFigures, {**SMALL, "baseline": None}),
