@@ -41,7 +41,7 @@ class _WithMemory(RecurrentActorCriticPolicy):
         }
 
 
-class QuickActorCriticLstmPolicy(_WithMemory, QuickMlpPolicy, RecurrentActorCriticPolicy):
+class QuickActorCriticLstmPolicy(QuickMlpPolicy, _WithMemory):
     """sb3-contrib's MlpLstmPolicy with one argument more, whose ``predict`` takes the closed form where it can.
 
     Models are made with it in place of sb3-contrib's class, which archives name.
@@ -62,11 +62,6 @@ class QuickActorCriticLstmPolicy(_WithMemory, QuickMlpPolicy, RecurrentActorCrit
     def portable_kwargs(self, policy_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments without what is only for new policies, so that RecurrentPPO reads the archive."""
         return {name: value for name, value in policy_kwargs.items() if name != "forget_bias"}
-
-    @staticmethod
-    def not_portable(policy_kwargs: dict[str, Any]) -> str | None:
-        """Return None: no argument reads what is elsewhere."""
-        return None
 
 
 class QuickActorCriticCnnLstmPolicy(QuickActorCriticLstmPolicy, RecurrentActorCriticCnnPolicy):
@@ -90,7 +85,7 @@ class Gru(nn.GRU):
         return outputs, (hidden, cell)
 
 
-class MlpGruPolicy(SavedPolicy, _WithMemory, BoxPolicy, RecurrentActorCriticPolicy):
+class MlpGruPolicy(SavedPolicy, BoxPolicy, _WithMemory):
     """sb3-contrib's MlpLstmPolicy with a GRU in place of each LSTM, a quarter fewer numbers to learn.
 
     Arguments are the same, ``lstm_hidden_size`` and the others that name the LSTM included.

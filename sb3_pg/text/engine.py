@@ -75,41 +75,57 @@ class TextEngine(AutogradEngine):
         The penalty is taken here and not in the environment, so that Monitor's episode reward stays the task's score.
         The figures are means over the responses that ended in this rollout, in nats and tokens.
         """
-        policy, n, over = self.policy, rollout.n_steps * rollout.n_envs, rollout.dones.ravel()
+        policy, n, shape = self.policy, rollout.n_steps * rollout.n_envs, (rollout.n_steps, rollout.n_envs)
         rows, actions = self._with_final_rows(rollout), self.actions(rollout.column("actions"))
         going = ~policy.is_over(rows)  # not those at rest
         going[n:] &= np.append(~np.asarray(rollout.last_dones, dtype=bool), np.ones(len(rollout.cuts), dtype=bool))
         values, log_probs = self._judge_rows(rollout, rows, actions, going)
-        rewards, figures, length = rollout.column("rewards"), TextFigures(), 1.0
-        chosen, tokens = going[:n], rollout.column("actions").reshape(-1)
-        stops, longest = np.isin(tokens, policy.end_tokens), rows.width - policy.prompt_length
-        over |= chosen & (stops | (rows.length[:n] + 1 == longest))  # a conversation goes on after a turn
-        if over.any():
-            length = float(rows[:n].length[over].mean()) + 1
-            figures.score = float(rewards[over].mean())
-            figures.response_length = length
-            figures.ended = float((stops | (rows.length[:n] + 1 < longest))[over].mean())
-        shape = rollout.n_steps, rollout.n_envs
-        rewards = at_their_tokens(rollout, rewards)
+        rewards = at_their_tokens(rollout, rollout.column("rewards"))
         judged = Judged(values[:n].reshape(shape), log_probs.reshape(shape), values[n:], rewards.reshape(shape))
+        figures = self._figures(rollout, rows[:n], going[:n])
+        if policy.has_reference:
+            judged = self._with_penalty(judged, figures, rows[:n], actions, going[:n])
         by_name = {f"text/reward/{name}": mean for name, mean in mean_by_name(rollout).items()}
-        if not policy.has_reference:
-            return judged._replace(figures=figures.named() | by_name)
-        log_prob = policy.reference_log_prob(rows[:n][chosen], actions[self.asarray(chosen)])
-        log_ratio = np.zeros(n, np.float32)
-        log_ratio[chosen] = log_probs[chosen] - log_prob
-        settings, coef = policy.reference_settings, float(policy.reference_kl_coef)
+        return judged._replace(figures=figures.named() | by_name)
+
+    def _figures(self, rollout: Rollout, rows: TokenRows, going: np.ndarray) -> TextFigures:
+        """Return what there is to log of the responses that have ended.
+
+        :param rows: of the rollout
+        :param going: whether a token was added to each
+        """
+        figures, tokens = TextFigures(), rollout.column("actions").reshape(-1)
+        stops = np.isin(tokens, self.policy.end_tokens)
+        is_longest = rows.length + 1 == self.policy.response_length
+        over = rollout.dones.ravel() | (going & (stops | is_longest))  # a conversation goes on after a turn
+        if over.any():
+            figures.score = float(rollout.column("rewards")[over].mean())
+            figures.response_length = float(rows.length[over].mean()) + 1
+            figures.ended = float((stops | ~is_longest)[over].mean())
+        return figures
+
+    def _with_penalty(
+        self, judged: Judged, figures: TextFigures, rows: TokenRows, actions: th.Tensor, going: np.ndarray
+    ) -> Judged:
+        """Return what was judged with the penalty for leaving the reference, or what the loss needs for it.
+
+        :param figures: get what there is to log of it
+        """
+        policy, settings, coef = self.policy, self.policy.reference_settings, float(self.policy.reference_kl_coef)
+        of_reference, log_ratio = np.zeros(len(going), np.float32), np.zeros(len(going), np.float32)
+        of_reference[going] = log_prob = policy.reference_log_prob(rows[going], actions[self.asarray(going)])
+        log_ratio[going] = judged.log_probs.ravel()[going] - log_prob
         penalty: Any = kl_estimate(log_ratio, settings.estimator)[0]
-        figures.kl, figures.kl_coef = float(log_ratio[chosen].mean()) * length, coef
+        length = figures.response_length or 1.0
+        figures.kl, figures.kl_coef = float(log_ratio[going].mean()) * length, coef
         figures.reference_perplexity = math.exp(min(-float(log_prob.mean()), 700.0))
         if figures.score is not None:
-            figures.penalised_reward = figures.score - coef * float(penalty[chosen].mean()) * length
-        judged = judged._replace(figures=figures.named() | by_name)
+            figures.penalised_reward = figures.score - coef * float(penalty[going].mean()) * length
+        shape = judged.log_probs.shape
         if settings.kl_in == "loss":
-            of_all = np.zeros(n, np.float32)
-            of_all[chosen] = log_prob
-            return judged._replace(reference_log_probs=of_all.reshape(shape))
-        return judged._replace(rewards=(rewards - coef * penalty).reshape(shape))
+            return judged._replace(reference_log_probs=of_reference.reshape(shape))
+        assert judged.rewards is not None
+        return judged._replace(rewards=judged.rewards - coef * penalty.reshape(shape))
 
     def _judge_rows(
         self, rollout: Rollout, rows: TokenRows, actions: th.Tensor, going: np.ndarray

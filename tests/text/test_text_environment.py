@@ -223,7 +223,7 @@ def test_tokenizer_without_end():
 def test_rewards_that_cannot_work(reward, error, message):
     task = letters_task(reward=reward)
     model = PPO("CausalLMPolicy", TextVecEnv(task, 4), n_steps=8, policy_kwargs={"model": config_of("gpt2", task)})
-    model.policy.choose = lambda hidden, deterministic=False: hidden.argmax(dim=-1) * 0 + END
+    model.policy.choose = lambda hidden, *_: hidden.argmax(dim=-1) * 0 + END
     with pytest.raises(error, match=message):
         model.learn(32)
 

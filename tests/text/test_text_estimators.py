@@ -278,7 +278,7 @@ def test_truncated_responses_are_masked_out_of_the_loss(kind, average):
     kwargs = {"mask_truncated_completions": True}
     model = judged(kind, baseline="group", loss_average=average, policy_kwargs=kwargs)
     its, lm = responses(model), double(model.policy.lm)
-    end, longest = model.policy.end_token, model.policy.longest
+    end, longest = model.policy.end_token, model.policy.response_length
     whole = [number for number, x in enumerate(its) if not (len(x[1]) == longest and x[1][-1] != end)]
     assert 0 < len(whole) < len(its)
     losses = scores(lm, its, advantages_of(its, "group"))

@@ -16,7 +16,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sb3_pg.common.archive.container import ArchiveError
-from sb3_pg.common.archive.peers import Portable
+from sb3_pg.common.archive.peers import MadeOfFiles
 from sb3_pg.common.errors import as_number
 
 #: What an attribute or argument of the policy must be, so that nothing else is called in its place.
@@ -90,7 +90,7 @@ def check_policy_kwargs(file: str, policy: Any, kwargs: dict[str, Any]) -> None:
     :raises ArchiveError: naming one
     """
     _check_classes(file, _POLICY_KWARGS, kwargs)
-    if isinstance(policy, type) and issubclass(policy, Portable):
+    if isinstance(policy, type) and issubclass(policy, MadeOfFiles):
         fault = policy.not_portable(kwargs)
         if fault:
             raise ArchiveError(f"{file}: {fault}. Pass trusted=True if you know where it is from.")
@@ -104,8 +104,8 @@ def _check_classes(file: str, wanted: dict[str, type], values: dict[str, Any]) -
 
 
 def n_elsewhere(policy: Any, kwargs: dict[str, Any]) -> int:
-    """Return how many numbers of a policy are not in its file, see :class:`sb3_pg.common.archive.peers.Portable`."""
-    return policy.n_elsewhere(kwargs) if isinstance(policy, type) and issubclass(policy, Portable) else 0
+    """Return how many numbers of a policy are not in its file, see :class:`sb3_pg.common.archive.peers.MadeOfFiles`."""
+    return policy.n_elsewhere(kwargs) if isinstance(policy, type) and issubclass(policy, MadeOfFiles) else 0
 
 
 @contextmanager

@@ -34,10 +34,15 @@ _MARKS = {
 
 @runtime_checkable
 class Portable(Protocol):
-    """A policy that was made from files, and whose archive shall load where they are not."""
+    """A policy whose archive shall load where what it was made of is not."""
 
     def portable_kwargs(self, policy_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the policy's arguments with what is in the files in place of where they are."""
+        """Return the arguments that make the policy of the archive, in place of those that made this one."""
+
+
+@runtime_checkable
+class MadeOfFiles(Protocol):
+    """A policy with arguments that may name files."""
 
     @staticmethod
     def not_portable(policy_kwargs: dict[str, Any]) -> str | None:
