@@ -183,9 +183,14 @@ def leave() -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Leave the others if the block fails, so that they learn of it with their next message instead of waiting."""
+    """Leave the others if the block fails, so that they learn of it with their next message instead of waiting.
+
+    Otherwise wait for them at its end: when a process ends, what another has not yet read of its last message is lost.
+    """
     try:
         yield
     except BaseException:
         leave()
         raise
+    with suppress(WorkerError):  # one has ended already, so all had read the last message
+        add(np.zeros(1))
