@@ -6,8 +6,8 @@ from sb3_pg.common.batch import Batch
 from sb3_pg.common.engines.protocol import Engine
 from sb3_pg.common.interrupts import uninterrupted
 
-#: KL grows with the square of a short step, so that one shortening is usually enough. Of a long step it grows faster, and
-#: the square would say too little is left: not less than this share at once.
+#: KL grows with the square of a short step, so that one shortening is usually enough. Of a long step it grows faster:
+#: there the square says too little, so not less than this share is left at once.
 _SHORTEST = 0.1
 _MARGIN = 0.97
 _MAX_SHORTENINGS = 10
