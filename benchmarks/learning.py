@@ -67,6 +67,7 @@ PEERS = {"trpo": "contrib_trpo", "ppo": "sb3_ppo", "reinforce": "sb3_a2c"}
 TASKS = {
     "CartPole-v1": 100_000,
     "Acrobot-v1": 100_000,
+    "Pendulum-v1": 100_000,
     "LunarLanderContinuous-v3": 300_000,
     "HalfCheetah-v5": 300_000,
     "Hopper-v5": 300_000,

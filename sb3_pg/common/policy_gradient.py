@@ -116,9 +116,6 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
     #: How to learn from rollouts that are not of whole episodes, for errors.
     _without_episodes: ClassVar[str] = "leave out `n_episodes` and use baseline='value'"
 
-    #: Whether updates compare log-probabilities with those of the policy that acted.
-    _needs_log_probs: ClassVar[bool] = True
-
     rollout_buffer_class: type[sb3_buffers.RolloutBuffer] | None
     max_grad_norm: MaxGradNorm  # type: ignore[assignment]
 
@@ -295,6 +292,11 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
     def _learns_from_episodes(self) -> bool:
         """True if rollouts are of whole episodes: without a value network nothing else stands in for their rest."""
         return self.n_episodes is not None or self.baseline != "value"
+
+    @property
+    def _needs_log_probs(self) -> bool:
+        """True if updates compare log-probabilities with those of the policy that acted."""
+        return True
 
     @property
     def _episodes_per_env(self) -> int:

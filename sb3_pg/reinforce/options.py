@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from sb3_pg.common.errors import ArgumentError, check_count
+from sb3_pg.common.errors import ArgumentError, check_count, check_number
 
 if TYPE_CHECKING:
     from sb3_pg.reinforce.reinforce import REINFORCE
@@ -19,6 +19,8 @@ def check_arguments(reinforce: "REINFORCE") -> None:
             check_count(name, getattr(reinforce, name))
     check_count("n_critic_updates", reinforce.n_critic_updates, low=0)
     check_count("critic_batch_size", reinforce.critic_batch_size)
+    if reinforce.target_kl is not None:
+        check_number("target_kl", reinforce.target_kl, above_low=True, or_schedule=True)
     if reinforce.baseline == "value":
         return
     for name, neutral in (("n_steps", None), ("gae_lambda", 1.0)):

@@ -10,14 +10,15 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 
 from sb3_pg.common import workers
 from sb3_pg.common.advantages import Baseline, normalized
-from sb3_pg.common.arrays import Column
+from sb3_pg.common.arrays import Array, Column
 from sb3_pg.common.batch import Batch, has_own_get, own_samples, random_order
 from sb3_pg.common.groups import MaxGradNorm
-from sb3_pg.common.objectives import policy_gradient, squared_error
+from sb3_pg.common.objectives import policy_gradient, squared_error, surrogate
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm, shared
 from sb3_pg.common.presets import takes_preset
 from sb3_pg.reinforce.figures import REINFORCEFigures
 from sb3_pg.reinforce.options import check_arguments
+from sb3_pg.reinforce.step_limit import StepLimit
 
 SelfREINFORCE = TypeVar("SelfREINFORCE", bound="REINFORCE")
 
@@ -80,7 +81,8 @@ class REINFORCE(PolicyGradientAlgorithm):
         episode, then over episodes, so that a step of a long one counts for less. A whole number L: the sum over each
         episode, divided by L, then over episodes; a larger L makes smaller gradients.
     :param batch_size: samples per gradient step of the policy, in one pass over the batch. None makes a single
-        step, as in the paper; smaller makes more, noisier steps
+        step, as in the paper; smaller makes more, noisier steps. The samples of later steps are weighted by how much
+        more or less probable their actions have become since they were taken
     :param n_critic_updates: further passes that fit the value network only. More fit it better
     :param critic_batch_size: minibatch of those passes
     :param max_episode_steps: raise an error when an episode is longer. None takes the length of ``learn``, at least
@@ -94,12 +96,13 @@ class REINFORCE(PolicyGradientAlgorithm):
         ``learning_rate``. None takes that for both. Higher fits the values faster
     :param critic_optimizer_kwargs: options of the optimizer for the critic in place of ``optimizer_kwargs``, such as
         {"weight_decay": 1e-3}; None has none
+    :param target_kl: the largest KL(old || new) of an update, in nats of the joint action, a number or schedule. An
+        update that goes further is shortened to it. Lower is steadier and slower; None does not look
     :param engine: "auto" takes the fastest engine that computes the same; "autograd" always takes torch's
     :raises ArgumentError: an argument that cannot work, or two that contradict each other
     """
 
     archive_name: ClassVar[str] = "REINFORCE"
-    _needs_log_probs: ClassVar[bool] = False
     _without_episodes: ClassVar[str] = "pass `n_steps` to learn from rollouts of that length"
     n_steps: int | None  # type: ignore[assignment]
 
@@ -144,12 +147,14 @@ class REINFORCE(PolicyGradientAlgorithm):
         engine: str = "auto",
         critic_learning_rate: float | Schedule | None = None,
         critic_optimizer_kwargs: dict[str, Any] | None = None,
+        target_kl: float | Schedule | None = None,
     ) -> None:
         super().__init__(**shared(locals()))
         self.batch_size = batch_size
         self.n_critic_updates = n_critic_updates
         self.critic_batch_size = critic_batch_size
         self.normalize_advantage = normalize_advantage
+        self.target_kl = target_kl
         if use_rms_prop and "optimizer_class" not in self.policy_kwargs:
             self.policy_kwargs["optimizer_class"] = th.optim.RMSprop
             self.policy_kwargs["optimizer_kwargs"] = {"alpha": 0.99, "eps": rms_prop_eps, "weight_decay": 0}
@@ -159,6 +164,10 @@ class REINFORCE(PolicyGradientAlgorithm):
     @property
     def _learns_from_episodes(self) -> bool:
         return self.n_steps is None
+
+    @property
+    def _needs_log_probs(self) -> bool:
+        return self.batch_size is not None
 
     def _check_arguments(self) -> None:
         check_arguments(self)
@@ -177,15 +186,17 @@ class REINFORCE(PolicyGradientAlgorithm):
 
         policy_losses, value_losses, entropies = (Column(batch.returns) for _ in range(3))
         only_advantages = self.baseline != "value" and not ent_coef and self._may_leave_out(batch)
+        limit = StepLimit(engine, batch, None if self.target_kl is None else self._coefficient("target_kl"))
         for minibatch in self._policy_batches(batch, only_advantages=only_advantages):
             evaluation = engine.evaluate(minibatch)
-            loss, d_log_prob = policy_gradient(evaluation.log_prob, minibatch.advantages)
+            loss, d_log_prob = self._policy_loss(evaluation.log_prob, minibatch)
             value_loss, d_value = squared_error(evaluation.value, minibatch.returns)
             evaluation.backward(d_log_prob, -ent_coef, vf_coef * d_value if vf_coef else None)
             self._take_step(minibatch, self.max_grad_norm)
             policy_losses.add(loss)
             value_losses.add(value_loss)
             entropies.add(evaluation.entropy)
+        kl, step_share = limit.keep() or (None, None)
         if self.baseline == "value":
             if self.n_critic_updates:
                 value_losses.take()  # of the value network before the fit
@@ -200,8 +211,21 @@ class REINFORCE(PolicyGradientAlgorithm):
                 policy_loss=policy_losses.mean(),
                 value_loss=value_losses.mean(),
                 samples_used=workers.mean(len(batch) / (rollout.n_steps * rollout.n_envs), rollout.n_steps),
+                kl_divergence_loss=kl,
+                step_share=step_share,
             ),
         )
+
+    def _policy_loss(self, log_prob: Array, minibatch: Batch) -> tuple[Array, Array]:
+        """Return each sample's loss, and its derivative by the log-probability.
+
+        The first step of an update sees the policy that acted, the later ones another: their samples are weighted by
+        ``pi(a|s) / pi_old(a|s)``. Unweighted, ``-A log pi`` of a bad action has no lower end. The less probable it has
+        become, the harder it pushes, until the mean is far outside of the action space.
+        """
+        if self.batch_size is None:
+            return policy_gradient(log_prob, minibatch.advantages)
+        return surrogate(log_prob - minibatch.old_log_prob, minibatch.advantages)
 
     def _policy_batches(self, batch: Batch, *, only_advantages: bool) -> Iterator[Batch]:
         """Return the pieces of the batch on which the policy makes a step each.

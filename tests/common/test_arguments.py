@@ -206,7 +206,7 @@ COEFFICIENTS = {
         "target_kl",
     ],
     TRPO: ["learning_rate", "ent_coef", "target_kl"],
-    REINFORCE: ["learning_rate", "ent_coef", "vf_coef"],
+    REINFORCE: ["learning_rate", "ent_coef", "vf_coef", "target_kl"],
 }
 EACH = pytest.mark.parametrize(
     ("algorithm", "name"), [(algorithm, name) for algorithm, names in COEFFICIENTS.items() for name in names]
@@ -266,7 +266,16 @@ NUMBERS = {
         "cg_damping",
         "line_search_shrinking_factor",
     ],
-    REINFORCE: ["learning_rate", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm", "ema_decay"],
+    REINFORCE: [
+        "learning_rate",
+        "gamma",
+        "gae_lambda",
+        "ent_coef",
+        "vf_coef",
+        "max_grad_norm",
+        "ema_decay",
+        "target_kl",
+    ],
 }
 EACH_NUMBER = pytest.mark.parametrize(
     ("algorithm", "name"), [(algorithm, name) for algorithm, names in NUMBERS.items() for name in names]

@@ -81,6 +81,7 @@ def test_a_schedule_where_none_is_taken(algorithm, name):
         (PPO, {"normalize_advantage": "always"}, "`normalize_advantage` must be one of"),
         (PPO, {"target_kl": 0.0}, "`target_kl` must be"),
         (TRPO, {"target_kl": 0.0}, "`target_kl` must be"),
+        (REINFORCE, {"target_kl": 0.0}, "`target_kl` must be"),
         (TRPO, {"n_steps": 1}, r"`n_steps \* n_envs` must be greater than 1"),
         (TRPO, {"line_search_shrinking_factor": 1.0}, "must be below 1"),
         (TRPO, {"cg_damping": float("nan")}, "`cg_damping` must be"),

@@ -36,6 +36,7 @@ RUNS = [
     (TRPO, TRPOFigures, {**SMALL, "baseline": None}),
     (REINFORCE, REINFORCEFigures, {"n_episodes": 4}),
     (REINFORCE, REINFORCEFigures, SMALL),
+    (REINFORCE, REINFORCEFigures, {**SMALL, "target_kl": 1e-3}),
     (REINFORCE, REINFORCEFigures, {"n_episodes": 4, "baseline": "ema"}),
     (PPO, PPOFigures, {**SMALL, "baseline": "group", "scale_rewards": None, "loss_average": 8, "ratio": "sequence"}),
     (TRPO, TRPOFigures, {**SMALL, "baseline": "group", "scale_rewards": "batch", "loss_average": "sequence"}),

@@ -178,7 +178,7 @@ def test_every_coefficient_may_be_a_schedule(algorithm):
     values = {"learning_rate": 1e-3, "ent_coef": 0.01}
     if algorithm is not TRPO:
         values["vf_coef"] = 0.5
-    if algorithm is TRPO:
+    if algorithm is not PPO:
         values["target_kl"] = 0.01
     if algorithm is PPO:
         values |= {"clip_range": 0.2, "clip_range_vf": 10.0, "clip_range_high": 0.3, "kl_coef": 0.1, "target_kl": 1.0}

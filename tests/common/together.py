@@ -182,6 +182,9 @@ CASES: dict[str, Any] = {
     "trpo": lambda: trained(TRPO, n_steps=16, batch_size=own(48)),
     "trpo autograd": lambda: trained(TRPO, n_steps=16, batch_size=own(48), engine="autograd", ent_coef=0.01),
     "reinforce": lambda: trained(REINFORCE, n_steps=16, critic_batch_size=own(48)),
+    "reinforce target_kl": lambda: trained(
+        REINFORCE, n_steps=16, critic_batch_size=own(48), target_kl=1e-4, learning_rate=1e-2
+    ),
     "reinforce episodes": lambda: whole_episodes(REINFORCE, "value", critic_batch_size=1000),
     "reinforce leave_one_out": lambda: whole_episodes(REINFORCE, "leave_one_out"),
     "reinforce same start": lambda: whole_episodes(REINFORCE, "leave_one_out_same_start"),

@@ -1,5 +1,8 @@
 """REINFORCE's update is Williams' estimator, and its options run."""
 
+import copy
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch as th
@@ -7,6 +10,7 @@ from conftest import ACTION_SPACES, make_envs, silent
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_pg import REINFORCE
+from sb3_pg.reinforce.step_limit import StepLimit
 
 
 @pytest.mark.parametrize("baseline", ["value", "leave_one_out", "ema", None, lambda obs, returns: np.abs(obs[:, 0])])
@@ -105,3 +109,84 @@ def test_advantages_are_normalised_over_what_counts(batch_size, monkeypatch):
     found = np.concatenate([batch.advantages for batch in seen])[np.argsort(rows)]
     expected = (advantages - advantages.mean()) / advantages.std()
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def kept_rows(model):
+    """Number in ``samples`` of each sample of the rollout that counts, by its number in the rollout."""
+    rows = np.flatnonzero(model.horizon.keep(model.rollout))
+    return {row: number for number, row in enumerate(rows.tolist())}
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+@pytest.mark.parametrize("action", ["box", "discrete"])
+def test_later_steps_are_weighted_by_how_probable_their_actions_have_become(action, engine, monkeypatch):
+    model = acted(engine, action, batch_size=3, n_critic_updates=0, vf_coef=0.0, learning_rate=0.3)
+    number, rows, evaluate = kept_rows(model), [], model.network.evaluate
+    expected = copy.deepcopy(model.policy)
+    theirs = SimpleNamespace(**{**vars(model), "policy": expected, "horizon": model.horizon, "rollout": model.rollout})
+    old, *_ = samples(theirs)
+    monkeypatch.setattr(model.network, "evaluate", lambda batch: rows.append(batch.rows) or evaluate(batch))
+    model.train()
+    assert len(rows) >= 3
+    for its in rows:
+        now = [number[row] for row in its.tolist()]
+        log_prob, _, _, advantages, _ = samples(theirs)
+        loss = -(advantages * (log_prob - old.detach()).exp())[now].mean()
+        for p, gradient in zip(
+            expected.parameters(),
+            th.autograd.grad(loss, list(expected.parameters()), materialize_grads=True),
+            strict=True,
+        ):
+            p.data -= 0.3 * gradient
+    for p, other in zip(model.policy.parameters(), expected.parameters(), strict=True):
+        th.testing.assert_close(p, other, atol=1e-5, rtol=1e-4)
+
+
+def divergence(model, old):
+    """Mean KL(old || new) over what counts, by torch, in float64."""
+    keep, n = model.horizon.keep(model.rollout), model.rollout.n_steps
+    observations = th.as_tensor(model.rollout_buffer.observations[:n][keep])
+    distributions = []
+    for policy in (old, model.policy):
+        its = policy.get_distribution(observations).distribution
+        is_normal = isinstance(its, th.distributions.Normal)
+        parameters = (its.mean.double(), its.stddev.double()) if is_normal else (its.probs.double(),)
+        distributions.append(type(its)(*parameters))
+    kl = th.distributions.kl_divergence(*distributions)
+    return (kl.sum(1) if kl.ndim > 1 else kl).mean().item()
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+@pytest.mark.parametrize("action", ["box", "discrete"])
+def test_an_update_is_shortened_to_the_target_kl(action, engine):
+    free, held, wide = (
+        acted(engine, action, batch_size=3, learning_rate=0.3, target_kl=target_kl) for target_kl in (None, 1e-3, 1e3)
+    )
+    old = copy.deepcopy(held.policy)
+    for model in (free, held, wide):
+        np.random.seed(0)  # of the order of the samples
+        model.train()
+    assert divergence(free, old) > 2e-3
+    figures = held.logger.name_to_value
+    assert figures["train/kl_divergence_loss"] == pytest.approx(divergence(held, old), rel=1e-2)
+    assert 0.5e-3 < divergence(held, old) <= 1.001e-3
+    share = figures["train/step_share"]
+    assert 0 < share < 1
+    assert wide.logger.name_to_value["train/step_share"] == 1
+    assert "train/step_share" not in free.logger.name_to_value
+    starts, ends = dict(old.named_parameters()), dict(free.policy.named_parameters())
+    for name, p in held.policy.named_parameters():
+        assert th.equal(dict(wide.policy.named_parameters())[name], ends[name]), name
+        is_critic = "value" in name
+        expected = ends[name] if is_critic else starts[name] + share * (ends[name] - starts[name])
+        th.testing.assert_close(p, expected, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_an_update_that_no_shortening_helps_is_not_made(monkeypatch):
+    model = acted(target_kl=1e-3, learning_rate=1.0)
+    old = copy.deepcopy(model.policy.state_dict())
+    monkeypatch.setattr(StepLimit, "_kl", lambda self: float("nan"))
+    model.train()
+    for name, p in model.policy.state_dict().items():
+        assert th.equal(p, old[name]) == ("value" not in name), name
+    assert model.logger.name_to_value["train/step_share"] == 0

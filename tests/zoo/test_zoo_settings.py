@@ -40,7 +40,7 @@ def test_every_argument_that_takes_a_schedule_takes_one(algo, construct, tmp_pat
     some = {
         "ppo": {"learning_rate", "ent_coef", "vf_coef", "clip_range", "clip_range_vf", "clip_range_high", "kl_coef"},
         "trpo": {"learning_rate", "ent_coef", "target_kl"},
-        "reinforce": {"learning_rate", "ent_coef", "vf_coef"},
+        "reinforce": {"learning_rate", "ent_coef", "vf_coef", "target_kl"},
     }
     assert set(names) >= some[algo]
     config = tmp_path / "schedules.yml"
