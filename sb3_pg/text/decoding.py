@@ -10,8 +10,53 @@ from typing import Any
 import numpy as np
 import torch as th
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from sb3_pg.text.sequences import grown
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Keys and values of a layer, with room for a quarter more columns.
+
+    Transformers' own copies all columns for each token, which is most of what acting takes at 512 tokens.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        #: by name: what has room, and the part of it that is in use
+        self._rooms: dict[str, tuple[th.Tensor, th.Tensor]] = {}
+
+    def update(
+        self, key_states: th.Tensor, value_states: th.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[th.Tensor, th.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._appended("keys", self.keys, key_states)
+        self.values = self._appended("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _appended(self, name: str, old: Any, new: th.Tensor) -> th.Tensor:
+        n_old = old.shape[-2] if old.numel() else 0
+        n, (room, used) = n_old + new.shape[-2], self._rooms.pop(name, (new[..., :0, :], None))
+        if used is not old or room.shape[-2] < n:  # it is another tensor after a selection
+            room = new.new_empty(*new.shape[:-2], n + n // 4, new.shape[-1])
+            if n_old:
+                room[..., :n_old, :] = old
+        room[..., n_old:n, :] = new
+        used = room[..., :n, :]
+        self._rooms[name] = room, used
+        return used
+
+    def batch_select_indices(self, indices: th.Tensor) -> None:
+        self._rooms.clear()  # before the copy is made
+        super().batch_select_indices(indices)
+
+
+def growing_cache() -> DynamicCache:
+    """Return an empty cache whose layers have room to grow."""
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = GrowingLayer
+    return cache
 
 
 class Memory:
@@ -44,7 +89,7 @@ def spliced(parts: list[tuple[th.Tensor, Memory]]) -> Memory:
     for rows, memory in parts:
         lengths[rows] = memory.lengths
     width = int(lengths.max())
-    whole = DynamicCache()
+    whole = growing_cache()
     for number in range(len(parts[0][1].cache.layers)):
         pair = []
         for kind in ("keys", "values"):

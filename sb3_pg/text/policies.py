@@ -6,7 +6,7 @@ import numpy as np
 import torch as th
 
 from sb3_pg.common.errors import ArgumentError
-from sb3_pg.text.decoding import Memory
+from sb3_pg.text.decoding import Memory, growing_cache
 from sb3_pg.text.language_model import LanguageModelPolicy
 from sb3_pg.text.sequences import flush_left, flush_right
 
@@ -59,7 +59,7 @@ class CausalLMPolicy(LanguageModelPolicy):
 
     def begin(self, rows: np.ndarray) -> tuple[th.Tensor, tuple[Memory, ...]]:
         tokens, lengths = flush_right(rows, 0)
-        memory = Memory(DynamicCache(), th.zeros(len(rows), dtype=th.long, device=self.device))
+        memory = Memory(growing_cache(), th.zeros(len(rows), dtype=th.long, device=self.device))
         used = th.as_tensor(lengths, device=self.device)
         tensor = th.as_tensor(tokens, device=self.device).long()
         mask = (th.arange(tensor.shape[1], device=self.device) >= tensor.shape[1] - used[:, None]).long()
@@ -144,7 +144,7 @@ class Seq2SeqLMPolicy(LanguageModelPolicy):
         used = th.as_tensor(lengths, device=self.device)
         tensor = th.as_tensor(tokens, device=self.device).long()
         mask = (th.arange(tensor.shape[1], device=self.device) >= tensor.shape[1] - used[:, None]).long()
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        cache = EncoderDecoderCache(growing_cache(), DynamicCache())
         out = self._decode(tensor, mask, prompt, prompt_mask, cache)
         return out, (Memory(cache.self_attention_cache, used), Memory(cache.cross_attention_cache, prompt_lengths))
 
