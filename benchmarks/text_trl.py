@@ -1,18 +1,26 @@
-"""RLOO by TRL's trainer and by REINFORCE, on the same model, prompts and reward; writes benchmarks/text/trl.md.
+"""RLOO and GRPO by TRL's trainers and by this library, on the same model, prompts and reward; writes text/trl.md.
 
-    python benchmarks/text_trl.py           # translation and sentiment, ten seeds, one run after the other
-    python benchmarks/text_trl.py --report  # the table again from the data
+    python benchmarks/text_trl.py                 # ten seeds of two tasks, then lengths; one run after the other
+    python benchmarks/text_trl.py --only lengths  # the runs whose name contains a word
+    python benchmarks/text_trl.py --seeds 3       # fewer seeds
+    python benchmarks/text_trl.py --report        # the table again from the data
 
-Both draw 4 responses to each of 16 prompts per update, with the same learning rate, optimizer and weight of the
-penalty, in float32 on one thread. Runs of the two alternate, and CPU time counts, so that other work on the machine
-does not. TRL's gradient checkpointing is off, which makes it faster. Held-out prompts are answered by drawing, by the
-same code, whoever trained the model.
+RLOO is REINFORCE with a leave-one-out baseline, GRPO is PPO with ``baseline="group"`` and one pass over each rollout,
+as TRL makes by default; GRPO's loss is TRL's ``loss_type="grpo"``, with the penalty for leaving the reference in it.
+Both draw 4 responses to each of 16 prompts per update, with the same learning rate and optimizer, in float32 on one
+thread. Runs of the two alternate, and CPU time counts, so that other work on the machine does not. TRL's gradient
+checkpointing is off, which makes it faster.
+
+The tasks are the small models' of ``text.py``; held-out prompts are answered by drawing, by the same code, whoever
+trained the model. The lengths are those of responses of a new GPT-2 of 4 layers of 256, rewarded by the share of even
+numbers among what it writes.
 """
 
 import argparse
 import contextlib
 import io
 import json
+import multiprocessing
 import statistics
 import time
 from importlib.metadata import version
@@ -20,37 +28,74 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from text import OUT, PRETRAIN_STEPS, TASKS, evaluate, record, setup  # first, since it pins the threads
+from text import (  # first, since it pins the threads
+    OUT,
+    PRETRAIN_STEPS,
+    TASKS,
+    evaluate,
+    peak_memory,
+    record,
+    setup,
+)
 
 # isort: split
 from datasets import Dataset
 from scipy import stats
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
-from transformers import TrainerCallback
-from trl import RLOOConfig, RLOOTrainer
+from stable_baselines3.common.utils import set_random_seed
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from sb3_pg.text.demo import REFERENCE_KL_COEF, make_model
+from sb3_pg import PPO, REINFORCE
+from sb3_pg.text import TextTask, TextVecEnv, word_tokenizer
 from sb3_pg.text.supervised import pretrain
 
-#: TRL's loss is a sum over the tokens of a response and ours a mean, so its clip of 1 is a much smaller number here.
-MAX_GRAD_NORM = 0.05
-UPDATES, COMPLETIONS, PER_PROMPT, LEARNING_RATE = 100, 64, 4, 3e-4
-SEEDS = range(10)  # with three the rewards could not be told apart
+SIDES = ("ours", "trl")
+COMPLETIONS, PER_PROMPT, LEARNING_RATE = 64, 4, 3e-4
+SEEDS, UPDATES = 10, 100  # with three seeds the rewards could not be told apart
+
+#: Updates at each length of responses, few since one at the greatest takes minutes, and seeds.
+LENGTHS = {32: 6, 128: 3, 512: 1}
+LENGTH_SEEDS = 1
+GPT2: dict[str, Any] = {"n_layer": 4, "n_embd": 256, "n_head": 4}
+
+#: Of RLOO TRL's loss is a sum over the tokens of a response and ours a mean, so its clip of 1 is a much smaller number.
+OURS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "rloo": (
+        REINFORCE,
+        {"baseline": "leave_one_out_same_start", "n_critic_updates": 0, "max_grad_norm": 0.05},
+        {"reference_kl_coef": 0.05},
+    ),
+    "grpo": (
+        PPO,
+        {"baseline": "group", "loss_average": "sequence", "normalize_advantage": False, "n_epochs": 1},
+        {"reference_kl_coef": 0.04, "reference_kl_in": "loss"},
+    ),
+}
+THEIRS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "rloo": (RLOOTrainer, RLOOConfig, {"beta": 0.05}),
+    "grpo": (
+        GRPOTrainer,
+        GRPOConfig,
+        {"beta": 0.04, "loss_type": "grpo", "scale_rewards": "group", "use_bias_correction_kl": False},
+    ),
+}
 
 
 class OurClock(BaseCallback):
-    """When each update begins; stops after the last."""
+    """When each update begins, and the scores of its rollout; stops after the last."""
 
-    def __init__(self) -> None:
+    def __init__(self, updates: int) -> None:
         super().__init__()
+        self.updates = updates
         self.times: list[float] = []
 
     def _on_rollout_start(self) -> None:
         self.times.append(time.process_time())
 
     def _on_step(self) -> bool:
-        return len(self.times) <= UPDATES
+        return len(self.times) <= self.updates
 
 
 class TheirClock(TrainerCallback):
@@ -66,59 +111,128 @@ class TheirClock(TrainerCallback):
         self.times.append(time.process_time())
 
 
-def train_ours(model: Any, task: Any, seed: int) -> list[float]:
-    clock = OurClock()
+class EvenNumbers:
+    """Reward: the share of even numbers, of the greatest length. Remembers each score, and how many words there were.
+
+    :param length: the greatest, in tokens
+    """
+
+    __name__ = "even_numbers"
+
+    def __init__(self, length: int) -> None:
+        self.length, self.scores, self.lengths = length, list[float](), list[float]()
+
+    def __call__(self, prompts: list[str], completions: list[str], references: Any) -> list[float]:
+        scores = [sum(int(x) % 2 == 0 for x in text.split() if x.isdigit()) / self.length for text in completions]
+        self.scores += scores
+        self.lengths += [float(len(text.split())) for text in completions]
+        return scores
+
+
+def in_a_process(function: Any, *arguments: Any) -> Any:
+    """Of its own, so that peaks of memory are told apart; forked, which spares it the imports."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def of_updates(values: list[float], updates: int) -> list[float]:
+    """Return the mean of each update's responses."""
+    starts = range(0, updates * COMPLETIONS, COMPLETIONS)
+    return [statistics.mean(values[start : start + COMPLETIONS]) for start in starts]
+
+
+def train_ours(model: Any, task: Any, updates: int, method: str, seed: int) -> list[float]:
+    clock = OurClock(updates)
     model.learn(10**9, callback=clock)
     return clock.times
 
 
-def train_theirs(model: Any, task: Any, seed: int) -> list[float]:
+def train_theirs(model: Any, task: Any, updates: int, method: str, seed: int) -> list[float]:
     """TRL on the very model that the policy holds."""
 
     def reward(prompts: list[str], completions: list[str], reference: list[Any], **_: Any) -> list[float]:
         return task.reward(prompts, completions, reference)
 
-    config = RLOOConfig(
+    trainer_class, config_class, settings = THEIRS[method]
+    config = config_class(
         output_dir="runs/trl",
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         per_device_train_batch_size=COMPLETIONS,
         num_generations=PER_PROMPT,
         max_completion_length=task.response_length,
-        beta=REFERENCE_KL_COEF,
-        max_steps=UPDATES,
+        max_grad_norm=1.0,
+        max_steps=updates,
         seed=seed,
         bf16=False,
         use_cpu=True,
         gradient_checkpointing=False,
-        logging_steps=UPDATES,
+        logging_steps=updates,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **settings,
     )
     clock, tokenizer = TheirClock(), task.tokenizer
     tokenizer.padding_side = "left"
     references = task.references or [None] * len(task.prompts)
     data = Dataset.from_dict({"prompt": list(task.prompts), "reference": list(references)})
-    trainer = RLOOTrainer(model.policy.lm, reward, config, data, processing_class=tokenizer, callbacks=[clock])
+    trainer = trainer_class(model.policy.lm, reward, config, data, processing_class=tokenizer, callbacks=[clock])
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.train()
     return clock.times
 
 
-def run(name: str, who: str, seed: int, folder: Path) -> dict[str, Any]:
-    task, held_out = TASKS[name].make("train"), TASKS[name].make("test")
-    settings = {"learning_rate": LEARNING_RATE, "max_grad_norm": MAX_GRAD_NORM}
-    model = make_model("reinforce", task, folder, seed, **settings)
-    model.set_logger(Logger(None, []))
-    before, _ = evaluate(model, held_out)
+def make_model(method: str, task: TextTask, seed: int, model: Any) -> Any:
+    algorithm, settings, kwargs = OURS[method]
+    settings = {"learning_rate": LEARNING_RATE, "max_grad_norm": 1.0, "gamma": 1.0, **settings}
+    if algorithm is PPO:
+        settings["batch_size"] = COMPLETIONS * task.response_length
+    env = TextVecEnv(task, COMPLETIONS, PER_PROMPT, seed=seed)
+    kwargs = {"model": model, **kwargs}
+    set_random_seed(seed)
+    made = algorithm(
+        "CausalLMPolicy", env, n_episodes=COMPLETIONS, seed=seed, device="cpu", policy_kwargs=kwargs, **settings
+    )
+    made.set_logger(Logger(None, []))
+    return made
+
+
+def timed(model: Any, task: Any, updates: int, method: str, who: str, seed: int) -> dict[str, Any]:
+    """Train; return CPU seconds of each update, and the wall's of all."""
     start = time.perf_counter()
-    times = {"ours": train_ours, "trl": train_theirs}[who](model, task, seed)
-    wall = time.perf_counter() - start
-    after, _ = evaluate(model, held_out)
-    updates = [b - a for a, b in pairwise(times)]
-    found = {"seconds_per_update": statistics.median(updates), "seconds": times[-1] - times[0], "wall_seconds": wall}
-    return {**found, "updates": len(updates), "before": before, "after": after}
+    times = {"ours": train_ours, "trl": train_theirs}[who](model, task, updates, method, seed)
+    seconds = [b - a for a, b in pairwise(times)]
+    found = {"seconds_per_update": statistics.median(seconds), "seconds": times[-1] - times[0]}
+    return {**found, "updates": len(seconds), "wall_seconds": time.perf_counter() - start}
+
+
+def run_task(method: str, name: str, seed: int, who: str) -> dict[str, Any]:
+    """A small model of a built-in task, with scores on held-out prompts."""
+    folder = Path("runs/text-benchmark") / f"{name}-{seed}"
+    if not (folder / "config.json").exists():
+        pretrain(TASKS[name].make("train"), folder, n_steps=PRETRAIN_STEPS[name], seed=seed)
+    task, held_out = TASKS[name].make("train"), TASKS[name].make("test")
+    model = make_model(method, task, seed, str(folder))
+    before, _ = evaluate(model, held_out)
+    found = timed(model, task, UPDATES, method, who, seed)
+    return {**found, "before": before, "after": evaluate(model, held_out)[0]}
+
+
+def run_length(method: str, length: int, seed: int, who: str) -> dict[str, Any]:
+    """A new GPT-2 and responses up to a length, with the scores of each update's rollout."""
+    words, reward, updates = [str(n) for n in range(1000)], EvenNumbers(length), LENGTHS[length]
+    prompts = [" ".join(words[(37 * n + k) % 1000] for k in range(8)) for n in range(64)]
+    task = TextTask(prompts, reward, word_tokenizer(words), response_length=length)
+    config = {**GPT2, "vocab_size": len(task.tokenizer), "n_positions": task.width + length}
+    config |= {"bos_token_id": None, "eos_token_id": task.end_token, "pad_token_id": task.tokenizer.pad_token_id}
+    folder = f"runs/text-trl/gpt2-{length}-{seed}"  # TRL reads the reference from where the model is from
+    set_random_seed(seed)
+    GPT2LMHeadModel(GPT2Config(**config)).save_pretrained(folder)
+    model = make_model(method, task, seed, folder)
+    found = timed(model, task, updates, method, who, seed)
+    scores, lengths = of_updates(reward.scores, updates), of_updates(reward.lengths, updates)
+    return {**found, "scores": scores, "lengths": lengths, "peak_mb": peak_memory()}
 
 
 def difference(values: list[float]) -> str:
@@ -126,59 +240,104 @@ def difference(values: list[float]) -> str:
     return f"{statistics.mean(values):+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
-def report(data: dict[str, Any]) -> None:
-    trl = data["trl_version"]
-    lines = ["# RLOO by TRL and by REINFORCE", "", f"{data['machine']}, trl {trl}", ""]
-    lines += [
-        f"{UPDATES} updates of {COMPLETIONS} completions, {PER_PROMPT} to a prompt; the two in turn; CPU seconds.",
+def pairs(data: dict[str, Any], key: str, seeds: int) -> list[tuple[int, dict[str, Any], dict[str, Any]]]:
+    """Return the seeds that both have run, with what they found."""
+    both = [(seed, *(data["runs"].get(f"{key} {seed} {who}") for who in SIDES)) for seed in range(seeds)]
+    return [(seed, ours, theirs) for seed, ours, theirs in both if ours and theirs]
+
+
+def medians(rows: list[list[float]]) -> list[float]:
+    return [statistics.median(column) for column in zip(*rows, strict=True)]
+
+
+def cells(row: list[float]) -> str:
+    return " | ".join(f"{x:.3f}" for x in row)
+
+
+def report_tasks(data: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{UPDATES} updates of {COMPLETIONS} completions, {PER_PROMPT} to a prompt; a small model of each task.",
         "",
     ]
-    lines += ["| task | seed | seconds per update: ours | TRL | ratio | score before | after: ours | TRL |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines += ["| method | task | seed | seconds per update: ours | TRL | ratio | score before | after: ours | TRL |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
     differences = []
-    for task in TASKS:
-        rows = []
-        for seed in SEEDS:
-            ours, trl = (data["runs"].get(f"{task} {seed} {who}") for who in ("ours", "trl"))
-            if ours is None or trl is None:
-                continue
-            seconds = ours["seconds_per_update"], trl["seconds_per_update"]
-            scores = ours["before"]["score"], ours["after"]["score"], trl["after"]["score"]
-            rows.append([*seconds, seconds[1] / seconds[0], *scores])
-            lines.append(f"| {task} | {seed} | " + " | ".join(f"{x:.3f}" for x in rows[-1]) + " |")
-        if rows:
-            medians = [statistics.median(column) for column in zip(*rows, strict=True)]
-            lines.append(f"| {task} | median | " + " | ".join(f"{x:.3f}" for x in medians) + " |")
-            differences.append(f"- {task}: {difference([row[4] - row[5] for row in rows])}")
+    for method in OURS:
+        for task in ("translation", "sentiment"):
+            rows = []
+            for seed, ours, trl in pairs(data, f"{method} {task}", SEEDS):
+                seconds = ours["seconds_per_update"], trl["seconds_per_update"]
+                scores = ours["before"]["score"], ours["after"]["score"], trl["after"]["score"]
+                rows.append([*seconds, seconds[1] / seconds[0], *scores])
+                lines.append(f"| {method} | {task} | {seed} | {cells(rows[-1])} |")
+            if rows:
+                lines.append(f"| {method} | {task} | median | {cells(medians(rows))} |")
+                differences.append(f"- {method}, {task}: {difference([row[4] - row[5] for row in rows])}")
+    lines += ["", "Our score after less TRL's, mean over seeds with its 95 % interval by Student's t:", ""]
+    return lines + differences
+
+
+def report_lengths(data: dict[str, Any]) -> list[str]:
+    lines = ["", "## Lengths of responses", ""]
     lines += [
+        f"A new GPT-2 of 4 layers of 256, {COMPLETIONS} responses, {PER_PROMPT} to a prompt. The score is the mean of "
+        "each update's responses; peak memory is that of the process.",
         "",
-        "Our score after less TRL's, mean over seeds with its 95 % interval by Student's t:",
+        "TRL's key/value cache is copied at each token, ours now and then. Before the one pass of GRPO ours reads the "
+        "responses once more, for the old log-probabilities and the KL that it logs; TRL takes those of the pass.",
         "",
-        *differences,
+        "| method | length | seed | updates | seconds per update: ours | TRL | ratio | first score: ours | TRL "
+        "| last: ours | TRL | peak MB: ours | TRL |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    for method in OURS:
+        for length, updates in LENGTHS.items():
+            for seed, *both in pairs(data, f"{method} lengths {length}", LENGTH_SEEDS):
+                ours, trl = both
+                seconds = [ours["seconds_per_update"], trl["seconds_per_update"]]
+                seconds.append(seconds[1] / seconds[0])
+                scores = [x["scores"][place] for place in (0, -1) for x in both]
+                memory = " | ".join(f"{x['peak_mb']:.0f}" for x in both)
+                lines.append(
+                    f"| {method} | {length} | {seed} | {updates} | {cells(seconds)} | {cells(scores)} | {memory} |"
+                )
+    return lines
+
+
+def report(data: dict[str, Any]) -> None:
+    lines = ["# RLOO and GRPO by TRL and by this library", "", f"{data['machine']}, trl {data['trl_version']}", ""]
+    lines += ["Seconds of CPU time, the two in turn; a ratio above 1 is faster than TRL.", ""]
+    lines += [*report_tasks(data), *report_lengths(data)]
     (OUT / "trl.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def wanted_runs(seeds: int) -> list[tuple[str, str, Any, int, str]]:
+    """Return method, task, length (None of a task's), seed and side of all runs, in their order."""
+    runs: list[tuple[str, str, Any, int, str]] = []
+    for seed in range(seeds):
+        in_turn = SIDES[:: 1 if seed % 2 else -1]
+        tasks = [(method, task, None) for task in ("translation", "sentiment") for method in OURS]
+        lengths = [(method, "lengths", length) for length in LENGTHS for method in OURS] if seed < LENGTH_SEEDS else []
+        runs += [(*what, seed, who) for what in [*tasks, *lengths] for who in in_turn]
+    return runs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="runs such as 'grpo lengths 32 0 ours' whose name contains this")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"default: {SEEDS}")
     args = setup(parser)
     path = OUT / "trl.json"
     data = record(path) | {"trl_version": version("trl")}
-    runs = [
-        (f"{task} {seed} {who}", task, who, seed)
-        for seed in SEEDS
-        for task in ("translation", "sentiment")
-        for who in (("ours", "trl") if seed % 2 else ("trl", "ours"))
-    ]
-    for name, task, who, seed in [] if args.report else runs:
-        if name not in data["runs"]:
-            folder = Path("runs/text-benchmark") / f"{task}-{seed}"
-            if not (folder / "config.json").exists():
-                pretrain(TASKS[task].make("train"), folder, n_steps=PRETRAIN_STEPS[task], seed=seed)
-            data["runs"][name] = found = run(task, who, seed, folder)
-            path.write_text(json.dumps(data, indent=1))
-            seconds, score = found["seconds_per_update"], found["after"]["score"]
-            print(f"{name}: {seconds:.3f} s per update, score {score:.3f}", flush=True)
+    for method, task, length, seed, who in [] if args.report else wanted_runs(args.seeds):
+        name = " ".join(str(x) for x in (method, task, length, seed, who) if x is not None)
+        if name in data["runs"] or args.only not in name:
+            continue
+        function, what = (run_task, task) if length is None else (run_length, length)
+        data["runs"][name] = found = in_a_process(function, method, what, seed, who)
+        path.write_text(json.dumps(data, indent=1))
+        score = found["scores"][-1] if length else found["after"]["score"]
+        print(f"{name}: {found['seconds_per_update']:.3f} s per update, score {score:.3f}", flush=True)
     report(data)
 
 

@@ -683,8 +683,10 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         logits = self.narrowed(self.logits(hidden), lengths)
         if deterministic:
             return logits.argmax(dim=-1)
-        # The largest of p / e with e exponential is a draw from p; one pass less than torch's multinomial.
-        return (logits - th.empty_like(logits).exponential_().log()).argmax(dim=-1)
+        # One random number a row, where torch's multinomial draws one for each token, which is most of its time.
+        sums = th.softmax(logits, dim=-1).cumsum(dim=-1, dtype=th.float64)
+        drawn = th.rand(len(sums), 1, dtype=th.float64, device=sums.device) * sums[:, -1:]
+        return th.searchsorted(sums, drawn, right=True)[:, 0].clamp(max=self.n_tokens - 1)
 
     # -------------------------------------------------------------- reference
 

@@ -1,6 +1,7 @@
 """The key/value cache of acting."""
 
 import torch as th
+from text_models import make
 from transformers import DynamicCache
 
 from sb3_pg.text.decoding import growing_cache
@@ -50,3 +51,24 @@ def test_what_was_shown_before_stays():
     after, _ = cache.update(*tokens(rng, 1, 1), 0)
     th.testing.assert_close(before, was, rtol=0, atol=0)
     th.testing.assert_close(after[:, :, :8], was[1:], rtol=0, atol=0)
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    policy = make("llama").policy
+    hidden = th.randn(1, policy.hidden_size, generator=th.Generator().manual_seed(0)).expand(40_000, -1)
+    th.manual_seed(0)
+    with th.no_grad():
+        tokens, right = policy.choose(hidden), th.softmax(policy.logits(hidden[:1]).double(), dim=-1)[0]
+    drawn = th.bincount(tokens, minlength=policy.n_tokens) / len(tokens)
+    assert (right > 0.02).sum() >= 3
+    deviations = (right * (1 - right) / len(tokens)).sqrt()
+    assert ((drawn - right).abs() <= 4 * deviations).all()
+
+
+def test_a_token_that_may_not_be_chosen_is_not_drawn():
+    policy = make("llama", policy_kwargs={"top_k": 2}).policy
+    hidden = th.randn(1, policy.hidden_size, generator=th.Generator().manual_seed(0)).expand(5_000, -1)
+    th.manual_seed(0)
+    with th.no_grad():
+        tokens, logits = policy.choose(hidden, lengths=th.zeros(5_000)), policy.logits(hidden[:1])[0]
+    assert set(tokens.tolist()) == set(logits.topk(2).indices.tolist())
