@@ -1,6 +1,6 @@
-"""Tune small language models by all three algorithms, and time decoding; writes benchmarks/text/.
+"""Tune small language models by all three algorithms and GRPO, and time decoding; writes benchmarks/text/.
 
-    python benchmarks/text.py                    # nine pairs of task and algorithm, three seeds, and the timings
+    python benchmarks/text.py                    # twelve pairs of task and algorithm, three seeds, and the timings
     python benchmarks/text.py --only sentiment   # the pairs whose name contains a word
     python benchmarks/text.py --timings          # only the timings
     python benchmarks/text.py --smoke            # a few steps of everything, into benchmarks/text/smoke
@@ -9,7 +9,8 @@
 Every run starts from the same kind of supervised model (made from the run's seed) and is judged on all held-out
 prompts (of translation on 400), with answers drawn as in training, by the task's metric; that is the reward only in
 sentiment. Finished runs are kept, so an interrupted benchmark goes on where it was. The settings are those of
-``python -m sb3_pg.text.demo``.
+``python -m sb3_pg.text.demo``, and for GRPO those of docs/text.md. Against the loss of diversity, which is largest in
+sentiment, a few settings are compared there by GRPO.
 """
 
 import argparse
@@ -37,8 +38,10 @@ from stable_baselines3.common.logger import Logger
 from sb3_pg import PPO
 from sb3_pg.common.engines.protocol import Seen
 from sb3_pg.text import TextVecEnv
-from sb3_pg.text.demo import ALGORITHMS, PRETRAIN_STEPS, TIMESTEPS, make_model
+from sb3_pg.text.demo import ALGORITHMS, N_ENVS, PRETRAIN_STEPS, TIMESTEPS
+from sb3_pg.text.demo import make_model as make_demo_model
 from sb3_pg.text.evaluation import evaluate_texts, table
+from sb3_pg.text.metrics import self_bleu
 from sb3_pg.text.policies import SMALL_CAUSAL
 from sb3_pg.text.spaces import text_space
 from sb3_pg.text.supervised import pretrain
@@ -47,6 +50,43 @@ from sb3_pg.text.tasks import TASKS
 OUT = Path(__file__).parent / "text"
 SEEDS = (0, 1, 2)
 EVALUATIONS = 8  # during a run, and one before it
+
+
+#: GRPO as docs/text.md states it: PPO that compares four responses to the same prompt.
+GRPO: dict[str, Any] = {
+    "n_episodes": 64,
+    "batch_size": 512,
+    "n_epochs": 2,
+    "learning_rate": 3e-4,
+    "max_grad_norm": 1.0,
+    "gamma": 1.0,
+    "baseline": "group",
+    "normalize_advantage": False,
+    "loss_average": "sequence",
+}
+GRPO_KWARGS = {"reference_kl_in": "loss", "reference_kl_coef": 0.04}
+NAMES = (*ALGORITHMS, "grpo")
+TOKENS = {**TIMESTEPS, "grpo": 40_000}
+
+#: What may keep responses varied, by GRPO on sentiment: settings and arguments of the policy.
+DIVERSITY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "as above": ({}, {}),
+    "KL weight 0.16": ({}, {"reference_kl_coef": 0.16}),
+    "KL weight 0.64": ({}, {"reference_kl_coef": 0.64}),
+    "entropy bonus 0.02": ({"ent_coef": 0.02}, {}),
+    "temperature 1.5": ({}, {"temperature": 1.5}),
+}
+DIVERSITY_TOKENS = 20_000
+
+
+def make_model(algo: str, task: Any, folder: Path, seed: int, settings: Any = None, kwargs: Any = None) -> Any:
+    """Return an algorithm of the demonstration, or GRPO, which may have other settings."""
+    if algo != "grpo":
+        return make_demo_model(algo, task, folder, seed)
+    env = TextVecEnv(task, N_ENVS, completions_per_prompt=4, seed=seed)
+    policy_kwargs = {"model": str(folder), **GRPO_KWARGS, **(kwargs or {})}
+    settings = {**GRPO, **(settings or {})}
+    return PPO("CausalLMPolicy", env, seed=seed, device="cpu", policy_kwargs=policy_kwargs, **settings)
 
 
 def metric_of(task: str) -> str:
@@ -64,13 +104,18 @@ def evaluate(model: Any, task: Any) -> tuple[dict[str, float], list[dict[str, An
     return evaluate_texts(model.policy, task, 400, names, num_return_sequences=times)
 
 
+def varied(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Self-BLEU among a hundred texts, as many to each prompt as were drawn."""
+    return {"self_bleu": self_bleu([record["completion"] for record in records[:100]])}
+
+
 def run(task: str, algo: str, seed: int, folder: Path, timesteps: int) -> dict[str, Any]:
     """One run: the learning curve, and texts before and after."""
     train, held_out = TASKS[task].make("train"), TASKS[task].make("test")
     model = make_model(algo, train, folder, seed)
     model.set_logger(Logger(None, []))
     figures, records = evaluate(model, held_out)
-    curve, before = [{"timesteps": 0, **figures}], records[:8]
+    curve, before = [{"timesteps": 0, **figures, **varied(records)}], records[:8]
     for step in range(EVALUATIONS):
         goal = timesteps * (step + 1) // EVALUATIONS
         model.learn(max(goal - model.num_timesteps, 0), reset_num_timesteps=step == 0)
@@ -78,7 +123,19 @@ def run(task: str, algo: str, seed: int, folder: Path, timesteps: int) -> dict[s
         logged = {k.split("/")[1]: v for k, v in model.logger.name_to_value.items() if k.startswith("text/")}
         kept = {name: logged[name] for name in ("kl", "reference_perplexity", "ended", "response_length")}
         curve.append({"timesteps": model.num_timesteps, **figures, **kept})
+    curve[-1] |= varied(records)
     return {"curve": curve, "before": before, "after": records[:8]}
+
+
+def run_diversity(name: str, seed: int, folder: Path, timesteps: int) -> dict[str, float]:
+    """Sentiment by GRPO with other settings: figures on held-out prompts after it."""
+    train, held_out = TASKS["sentiment"].make("train"), TASKS["sentiment"].make("test")
+    model = make_model("grpo", train, folder, seed, *DIVERSITY[name])
+    model.set_logger(Logger(None, []))
+    model.learn(timesteps)
+    model.policy.temperature = 1.0  # judged alike
+    figures, records = evaluate(model, held_out)
+    return {**figures, **varied(records), "kl": model.logger.name_to_value["text/kl"]}
 
 
 # ---------------------------------------------------------------------- timings
@@ -171,24 +228,50 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
 # ----------------------------------------------------------------------- report
 
 
+def over(values: list[float | None]) -> str:
+    """Return the mean over seeds, and each of them; a dash where it has not been measured."""
+    if None in values:
+        return "-"
+    return f"{statistics.mean(values):.3g} ({', '.join(f'{v:.3g}' for v in values)})"  # type: ignore[type-var]
+
+
+def report_diversity(data: dict[str, Any]) -> list[str]:
+    found = data.get("diversity", {})
+    if not found:
+        return []
+    lines = ["", "## Against the loss of diversity", ""]
+    lines += [f"Sentiment by GRPO after {DIVERSITY_TOKENS:,} tokens, drawn at temperature 1.", ""]
+    lines += ["| setting | score | KL | distinct-2 | self-BLEU |", "|---|---|---|---|---|"]
+    start = [run["curve"][0] for name, run in data["runs"].items() if name.startswith("sentiment grpo ")]
+    rows = {"before tuning": start} | {
+        name: [found[f"{name} {seed}"] for seed in SEEDS if f"{name} {seed}" in found] for name in DIVERSITY
+    }
+    for name, runs in rows.items():
+        if runs:
+            cells = [over([r.get(key) for r in runs]) for key in ("score", "kl", "distinct_2", "self_bleu")]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def report(data: dict[str, Any], out: Path) -> None:
     lines = ["# Small language models, tuned", "", data["machine"], ""]
     lines += ["Mean over seeds (each of them) on held-out prompts; KL of the last rollout in nats per response.", ""]
-    lines += ["| task | algorithm | metric | before | after | KL | distinct-2 before | after |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines += ["Diversity: distinct-2, higher is more varied, and self-BLEU of 100 texts, lower is; - is not measured."]
+    lines += ["Tokens written: " + ", ".join(f"{name} {TOKENS[name]:,}" for name in NAMES) + ".", ""]
+    lines += [
+        "| task | algorithm | metric | before | after | KL | distinct-2 before | after | self-BLEU before | after |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|"]
     for task in TASKS:
-        for algo in ALGORITHMS:
-            runs = [r for name, r in data["runs"].items() if name.startswith(f"{task} {algo} ")]
+        for algo in NAMES:
+            runs = [data["runs"][f"{task} {algo} {s}"] for s in SEEDS if f"{task} {algo} {s}" in data["runs"]]
             if not runs:
                 continue
-            metric = metric_of(task)
-
-            def over(key: str, place: int, runs: list[Any] = runs) -> str:
-                values = [r["curve"][place][key] for r in runs]
-                return f"{statistics.mean(values):.3g} ({', '.join(f'{v:.3g}' for v in values)})"
-
-            cells = [over(metric, 0), over(metric, -1), over("kl", -1), over("distinct_2", 0), over("distinct_2", -1)]
+            places = [(metric_of(task), 0), (metric_of(task), -1), ("kl", -1)]
+            places += [(name, place) for name in ("distinct_2", "self_bleu") for place in (0, -1)]
+            cells = [over([r["curve"][place].get(key) for r in runs]) for key, place in places]
             lines.append(f"| {task} | {algo} | {TASKS[task].metric} | " + " | ".join(cells) + " |")
+    lines += report_diversity(data)
     if "updates" in data:
         lines += ["", "## Decoding", "", "Tokens per second of CPU time, sampling 32 tokens to each prompt.", ""]
         lines += ["| model | batch | acting | model.generate() | ratio |", "|---|---|---|---|---|"]
@@ -224,14 +307,14 @@ def draw(data: dict[str, Any], out: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, len(TASKS), figsize=(11, 3.4), layout="constrained")
-    colors = {"reinforce": "#4477aa", "trpo": "#228833", "ppo": "#cc6677"}
+    colors = {"reinforce": "#4477aa", "trpo": "#228833", "ppo": "#cc6677", "grpo": "#aa8800"}
     for axis, task in zip(axes, TASKS, strict=True):
         for algo, color in colors.items():
             runs = [r["curve"] for name, r in data["runs"].items() if name.startswith(f"{task} {algo} ")]
             for number, curve in enumerate(runs):
                 x = [point["timesteps"] / 1000 for point in curve]
                 y = [point[metric_of(task)] for point in curve]
-                axis.plot(x, y, color=color, lw=1.2, label=algo.upper() if number == 0 else None)
+                axis.plot(x, y, color=color, lw=0.9, label=algo.upper() if number == 0 else None)
         axis.set(
             title=task.replace("_", " "),
             xlabel="thousand tokens written",
@@ -268,9 +351,41 @@ def setup(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def started(models: Path, task: str, seed: int, smoke: bool) -> Path:
+    """Return the folder of a supervised model, which is made if it is not there."""
+    folder = models / f"{task}-{seed}"
+    if not (folder / "config.json").exists():
+        steps = 5 if smoke else PRETRAIN_STEPS[task]
+        pretrain(TASKS[task].make("train"), folder, n_steps=steps, seed=seed)
+    return folder
+
+
+def run_all(data: dict[str, Any], path: Path, models: Path, args: argparse.Namespace) -> None:
+    """Make the runs that are wanted and not there yet."""
+    kept, diversity = data["runs"], data.setdefault("diversity", {})
+    for seed in SEEDS[:1] if args.smoke else () if args.timings else SEEDS:
+        for name, task, algo in [(f"{task} {algo} {seed}", task, algo) for task in TASKS for algo in NAMES]:
+            if name not in kept and args.only in name:
+                folder = started(models, task, seed, args.smoke)
+                kept[name] = result = run(task, algo, seed, folder, 4000 if args.smoke else TOKENS[algo])
+                first, last = (result["curve"][i][metric_of(task)] for i in (0, -1))
+                print(f"{name}: {metric_of(task)} {first:.3g} -> {last:.3g}", flush=True)
+                path.write_text(json.dumps(data, indent=1))
+        for setting in DIVERSITY:
+            name = f"{setting} {seed}"
+            if name not in diversity and args.only in f"diversity {name}":
+                folder = started(models, "sentiment", seed, args.smoke)
+                tokens = 2000 if args.smoke else DIVERSITY_TOKENS
+                diversity[name] = run_diversity(setting, seed, folder, tokens)
+                print(f"diversity {name}: {diversity[name]}", flush=True)
+                path.write_text(json.dumps(data, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="pairs such as 'translation ppo' whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="'diversity', and pairs such as 'translation ppo', whose name contains this"
+    )
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
     parser.add_argument("--timings", action="store_true", help="only time decoding and count what an update does")
     args = setup(parser)
@@ -279,19 +394,7 @@ def main() -> None:
     data = record(path)
     if not args.report:
         models = Path("runs") / ("text-smoke" if args.smoke else "text-benchmark")
-        for name, task, algo, seed in [
-            (f"{task} {algo} {seed}", task, algo, seed) for seed in SEEDS for task in TASKS for algo in ALGORITHMS
-        ]:
-            if name in data["runs"] or args.only not in name or (args.smoke and seed) or args.timings:
-                continue
-            folder = models / f"{task}-{seed}"
-            if not (folder / "config.json").exists():
-                steps = 5 if args.smoke else PRETRAIN_STEPS[task]
-                pretrain(TASKS[task].make("train"), folder, n_steps=steps, seed=seed)
-            data["runs"][name] = result = run(task, algo, seed, folder, 4000 if args.smoke else TIMESTEPS[algo])
-            first, last = (result["curve"][i][metric_of(task)] for i in (0, -1))
-            print(f"{name}: {metric_of(task)} {first:.3g} -> {last:.3g}", flush=True)
-            path.write_text(json.dumps(data, indent=1))
+        run_all(data, path, models, args)
         if "decoding" not in data and not args.only:
             data["decoding"] = decoding(1 if args.smoke else 9)
             path.write_text(json.dumps(data, indent=1))
