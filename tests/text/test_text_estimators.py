@@ -18,6 +18,11 @@ TEMPERATURE = 0.7
 OPTIONS = {"gamma": 1.0, "normalize_advantage": False, "seed": 1, "device": "cpu", "max_grad_norm": None}
 
 
+def words(prompts, completions, references):
+    """A reward that differs wherever lengths do."""
+    return [float(len(text.split())) for text in completions]
+
+
 def judged(kind, shape="llama", policy_kwargs=None, seed=3, reward=None, **options):
     """A model with a judged rollout of four responses to each of three prompts, and a reference that is not it."""
     task = letters_task(**({} if reward is None else {"reward": reward}))
@@ -124,7 +129,7 @@ AVERAGES = ["step", "sequence", 6]
     [*itertools.product(AVERAGES, ["group", "batch", None], ["llama"]), ("sequence", "group", "t5")],
 )
 def test_grpo(average, scale, shape):
-    model = judged(PPO, shape, baseline="group", scale_rewards=scale, loss_average=average)
+    model = judged(PPO, shape, reward=words, baseline="group", scale_rewards=scale, loss_average=average)
     its, lm = responses(model), double(model.policy.lm)
     assert len({len(x[1]) for x in its}) > 2
     averaged(surrogates(lm, its, advantages_of(its, scale)), average).backward()

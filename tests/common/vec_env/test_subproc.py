@@ -102,6 +102,7 @@ def test_after_an_interrupt_answers_that_were_not_read_are_thrown_away():
 
 
 def test_an_interrupt_in_learn():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of shells
     model = tiny(PPO, make())
     model.learn(96)
     for delay in (0.02, 0.05, 0.09):
@@ -109,4 +110,5 @@ def test_an_interrupt_in_learn():
         with pytest.raises(KeyboardInterrupt):
             model.learn(10**6, reset_num_timesteps=False)
         model.learn(96, reset_num_timesteps=False)
+    signal.signal(signal.SIGINT, before)
     model.env.close()
