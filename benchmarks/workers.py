@@ -129,7 +129,7 @@ def main() -> None:
                 its[str(n)].append(started(n, "--measure", name))
         print(name, *(round(statistics.median(x["speed"] for x in its[n])) for n in "12"), flush=True)
         results["rows"][name] = its
-    file.write_text(json.dumps(results, indent=1) + "\n")
+        file.write_text(json.dumps(results, indent=1) + "\n")
     (FOLDER / "table.md").write_text(table(results))
     print(table(results))
 
