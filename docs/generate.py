@@ -21,6 +21,7 @@ TABLES = {
     "resume": ("resume/table.md", "benchmarks/resume.py"),
     "faults": ("faults/table.md", "benchmarks/faults.py"),
     "text": ("text/table.md", "make benchmark-text"),
+    "text_tasks": ("text/tasks.md", "make benchmark-text"),
     "text_trl": ("text/trl.md", "make benchmark-text"),
     "text_smollm": ("text/smollm.md", "make benchmark-text"),
 }
