@@ -6,31 +6,47 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 from stable_baselines3.common.callbacks import BaseCallback
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class _Postponed:
+    """A handler of signals that notes which have come."""
+
+    is_in_use: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.came: list[tuple[int, FrameType | None]] = []
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.came.append((number, frame))
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let ctrl-C and SIGTERM wait for the end of the block."""
-    if threading.current_thread() is not threading.main_thread():  # no handler of signals runs in any other
+    """Let ctrl-C and SIGTERM wait for the end of the block, or of the outermost of such blocks."""
+    # No handler of signals runs in any other thread than the main one.
+    if _Postponed.is_in_use or threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[tuple[int, FrameType | None]] = []
     handlers: dict[int, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
     handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    postponed = _Postponed()
     for number in handlers:
-        signal.signal(number, lambda number, frame: came.append((number, frame)))
+        signal.signal(number, postponed)
+    _Postponed.is_in_use = True
     try:
         yield
     finally:
+        _Postponed.is_in_use = False
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if came:
-            handlers[came[0][0]](*came[0])
+        if postponed.came:
+            number, frame = postponed.came[0]
+            handlers[number](number, frame)
 
 
 class Interrupted(BaseException):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from stable_baselines3.common import vec_env as sb3
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from sb3_pg.common.errors import EnvironmentProcessError
 from sb3_pg.common.interrupts import uninterrupted
@@ -39,15 +39,17 @@ class Remote:
                 self._poll.register(source, select.POLLIN)
 
     def send(self, message: Any) -> None:
-        """Send a command.
+        """Send a command, after throwing away an answer to an earlier one that an interrupt has left there.
 
         :raises EnvironmentProcessError: the process has ended
         """
-        try:
-            self._connection.send(message)
-        except OSError:
-            raise self._error() from None
-        self.n_owed += 1
+        self.forget()
+        with uninterrupted():  # else half a message may be sent, or the count be wrong
+            try:
+                self._connection.send(message)
+            except OSError:
+                raise self._error() from None
+            self.n_owed += 1
 
     def recv(self) -> Any:
         """Wait for an answer.
@@ -55,12 +57,18 @@ class Remote:
         :raises EnvironmentProcessError: the process has ended
         """
         self.wait()
-        try:
-            answer = self._connection.recv()
-        except (EOFError, OSError):
-            raise self._error() from None
-        self.n_owed -= 1
-        return answer
+        with uninterrupted():
+            try:
+                answer = self._connection.recv()
+            except (EOFError, OSError):
+                raise self._error() from None
+            self.n_owed -= 1
+            return answer
+
+    def forget(self) -> None:
+        """Throw away an answer that an interrupt has left there."""
+        while self.n_owed:
+            self.recv()
 
     def wait(self) -> None:
         """Wait until there is an answer.
@@ -109,28 +117,17 @@ class SubprocVecEnv(sb3.SubprocVecEnv):
 
     def step_async(self, actions: np.ndarray) -> None:
         """Send the actions."""
+        for remote in self.remotes:
+            remote.forget()
         with uninterrupted():
             super().step_async(actions)
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Wait for the results; an interrupt meanwhile leaves all of them for ``reset`` to throw away."""
+        """Wait for the results; an interrupt meanwhile leaves all of them, to be thrown away."""
         for remote in self.remotes:
             remote.wait()
         with uninterrupted():
             return super().step_wait()
-
-    def reset(self) -> VecEnvObs:
-        """Reset all environments."""
-        self._get_target_remotes(None)
-        return super().reset()
-
-    def _get_target_remotes(self, indices: VecEnvIndices) -> list[Any]:
-        """Return connections to be asked something, without the answers that an interrupt has left there."""
-        remotes = super()._get_target_remotes(indices)
-        for remote in remotes:
-            while remote.n_owed:
-                remote.recv()
-        return remotes
 
     def close(self) -> None:
         """End the processes, and after an error what is left of them."""

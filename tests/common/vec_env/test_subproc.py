@@ -101,6 +101,28 @@ def test_after_an_interrupt_answers_that_were_not_read_are_thrown_away():
     env.close()
 
 
+@pytest.mark.parametrize(
+    "command", [("has_attr", "steps"), ("get_attr", "steps"), ("is_wrapped", FakeEnv), ("reset", (None, {}))]
+)
+def test_an_answer_that_an_interrupt_left_is_not_taken_for_the_next(command):
+    envs = [make(SubprocVecEnv), make(SubprocVecEnv)]
+    for env in envs:
+        env.seed(3)
+        env.reset()
+        if command[0] == "reset":
+            env.reset()
+    envs[0].remotes[1].send(command)
+    if command[0] == "reset":
+        envs[1].remotes[1].send(command)
+        envs[1].remotes[1].recv()
+    results = [env.step(np.zeros((3, 2), np.float32))[:3] for env in envs]
+    np.testing.assert_equal(*results)
+    envs[0].remotes[2].send(command)
+    assert envs[0].get_attr("render_mode") == [None] * 3
+    for env in envs:
+        env.close()
+
+
 def test_an_interrupt_in_learn():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of shells
     model = tiny(PPO, make())
