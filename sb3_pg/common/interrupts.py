@@ -3,6 +3,7 @@
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,39 +15,50 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Postponed:
-    """A handler of signals that notes which have come."""
+    """In place of the handlers of signals: lets the first signal that comes wait."""
 
     is_in_use: ClassVar[bool] = False
 
     def __init__(self) -> None:
-        self.came: list[tuple[int, FrameType | None]] = []
+        handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._handlers: dict[int, Any] = {number: handler for number, handler in handlers.items() if callable(handler)}
+        self._came: tuple[int, FrameType | None] | None = None
+        self._time = 0.0  # when it came
+        for number in self._handlers:
+            signal.signal(number, self)
+        _Postponed.is_in_use = True
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.came.append((number, frame))
+        """Note the first signal; one that comes a second later does not wait, since the block may never end."""
+        if self._came is None:
+            self._came, self._time = (number, frame), time.monotonic()
+        elif time.monotonic() - self._time > 1.0:
+            self._handlers[number](number, frame)
+
+    def end(self) -> None:
+        """Put the handlers back, and let the one whose signal came do its work."""
+        _Postponed.is_in_use = False
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self._came is not None:
+            self._handlers[self._came[0]](*self._came)
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let ctrl-C and SIGTERM wait for the end of the block, or of the outermost of such blocks."""
+    """Let ctrl-C and SIGTERM wait for the end of the block, or of the outermost of such blocks.
+
+    Another one, a second or more after the first, does not wait.
+    """
     # No handler of signals runs in any other thread than the main one.
     if _Postponed.is_in_use or threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
-    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     postponed = _Postponed()
-    for number in handlers:
-        signal.signal(number, postponed)
-    _Postponed.is_in_use = True
     try:
         yield
     finally:
-        _Postponed.is_in_use = False
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if postponed.came:
-            number, frame = postponed.came[0]
-            handlers[number](number, frame)
+        postponed.end()
 
 
 class Interrupted(BaseException):

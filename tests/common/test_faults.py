@@ -286,6 +286,16 @@ def test_a_signal_waits_for_the_end(number):
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_a_second_signal_does_not_wait(monkeypatch):
+    monkeypatch.setattr("sb3_pg.common.interrupts.time.monotonic", iter([0.0, 0.5, 1.5]).__next__)
+    done = []
+    with pytest.raises(Interrupted), interrupts_raised(), uninterrupted(), uninterrupted():
+        for i in range(4):
+            done.append(i)
+            signal.raise_signal(signal.SIGINT)
+    assert done == [0, 1, 2]
+
+
 def test_interrupted_programs_save(capsys):
     with pytest.raises(Interrupted), saved_when_interrupted(lambda: "a; go on with b"):
         signal.raise_signal(signal.SIGTERM)

@@ -8,6 +8,7 @@ ignored, or when asked to. SB3's return the first observation of the next episod
 import copy
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import gymnasium as gym
@@ -21,6 +22,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvO
 
 from sb3_pg.common.arrays import leaves, length, mapped, take
 from sb3_pg.common.errors import ArgumentError
+from sb3_pg.common.interrupts import uninterrupted
 from sb3_pg.common.masks import METHOD
 from sb3_pg.common.returned import USUAL, checked_observations, checked_step, numbers
 from sb3_pg.common.spaces import check_spaces
@@ -62,6 +64,8 @@ class GymnasiumVecEnv(VecEnv):
         if self.autoreset_mode is not AutoresetMode.SAME_STEP:
             partial_reset.enable(env)
         self._checks_resets = partial_reset.needs_check(env)
+        # A message half read, or an answer that nobody takes, would be an AsyncVectorEnv's end.
+        self._whole = uninterrupted if isinstance(env.unwrapped, AsyncVectorEnv) else nullcontext
         self._masks: np.ndarray | None = None
         self._found: set[str] = set()  # names of attributes that the single environments have
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
@@ -81,7 +85,8 @@ class GymnasiumVecEnv(VecEnv):
         if any(other != options for other in self._options):
             raise ArgumentError(f"{self.env} takes the same options for all its environments, not {self._options}.")
         seed = self._seeds[0]
-        observations, info = self.env.reset(seed=None if seed is None else int(seed), options=dict(options) or None)
+        with self._whole():
+            observations, info = self.env.reset(seed=None if seed is None else int(seed), options=dict(options) or None)
         self._reset_seeds()
         self._reset_options()
         self.reset_infos = [{} for _ in range(self.num_envs)]
@@ -98,7 +103,8 @@ class GymnasiumVecEnv(VecEnv):
 
     def step_wait(self) -> VecEnvStepReturn:
         """Step every environment with the actions given before, resetting those whose episode ended."""
-        observations, rewards, terminated, truncated, info = self.env.step(self.actions)
+        with self._whole():
+            observations, rewards, terminated, truncated, info = self.env.step(self.actions)
         terminated = numbers("terminated", terminated, (self.num_envs,)).astype(bool)
         truncated = numbers("truncated", truncated, (self.num_envs,)).astype(bool)
         infos: list[Info] = [_NOT_CUT.copy() for _ in range(self.num_envs)]  # quicker than to make each
@@ -136,7 +142,8 @@ class GymnasiumVecEnv(VecEnv):
 
     def _restart(self, dones: np.ndarray, observations: Any, infos: list[Info]) -> None:
         """Reset the environments whose episode ended, and exchange their observations for the first of the next."""
-        found, info = self.env.reset(options=ResetMask(dones))
+        with self._whole():
+            found, info = self.env.reset(options=ResetMask(dones))
         which, rows = np.flatnonzero(dones), length(found)
         found = checked_observations(self.observation_space, found, rows)
         firsts: list[Info] = [{} for _ in range(rows)]
@@ -193,7 +200,8 @@ class GymnasiumVecEnv(VecEnv):
         """Return whether gymnasium lets us at the single environments, and all have an attribute."""
         inside = self.env.unwrapped
         if name not in self._found and isinstance(inside, SyncVectorEnv | AsyncVectorEnv):
-            self._found |= {name} if all(inside.call("has_wrapper_attr", name)) else set()
+            with self._whole():
+                self._found |= {name} if all(inside.call("has_wrapper_attr", name)) else set()
         return name in self._found
 
     def _own(self, name: str) -> Any:
@@ -216,7 +224,8 @@ class GymnasiumVecEnv(VecEnv):
         """Return an attribute of each environment; what is of all of them together, for each."""
         inside: Any = self.env.unwrapped
         if self._singles_have(attr_name):
-            values = list(inside.call("get_wrapper_attr", attr_name))
+            with self._whole():
+                values = list(inside.call("get_wrapper_attr", attr_name))
         else:
             values = [self._own(attr_name)] * self.env.num_envs
         return values if indices is None else [values[i] for i in self._get_indices(indices)]
@@ -231,7 +240,8 @@ class GymnasiumVecEnv(VecEnv):
             values = [value] * self.num_envs if indices is None else self.get_attr(attr_name)
             for i in self._get_indices(indices):
                 values[i] = value
-            inside.set_attr(attr_name, values)
+            with self._whole():
+                inside.set_attr(attr_name, values)
         elif self._are_all(indices):
             setattr(inside, attr_name, value)
         else:
@@ -253,7 +263,8 @@ class GymnasiumVecEnv(VecEnv):
         if not self._are_all(indices):
             raise ArgumentError(f"{self.env} calls {method_name!r} of all its environments only. Leave out `indices`.")
         if self._singles_have(method_name):
-            return list(inside.call(method_name, *method_args, **method_kwargs))
+            with self._whole():
+                return list(inside.call(method_name, *method_args, **method_kwargs))
         if method_name == METHOD and self._masks is not None:
             return list(self._masks)
         answers = list(self._own(method_name)(*method_args, **method_kwargs))

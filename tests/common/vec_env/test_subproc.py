@@ -5,6 +5,7 @@ import signal
 import threading
 from functools import partial
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from conftest import FakeEnv
@@ -123,7 +124,12 @@ def test_an_answer_that_an_interrupt_left_is_not_taken_for_the_next(command):
         env.close()
 
 
-def test_an_interrupt_in_learn():
+def in_gymnasiums_processes():
+    return gym.vector.AsyncVectorEnv([FakeEnv] * 3, context="fork")
+
+
+@pytest.mark.parametrize("make", [make, in_gymnasiums_processes])
+def test_an_interrupt_in_learn(make):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of shells
     model = tiny(PPO, make())
     model.learn(96)
