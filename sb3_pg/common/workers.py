@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from typing import Any, TypeVar
 from zlib import crc32
 
@@ -62,8 +63,11 @@ def join() -> None:
         # (4 ms), which makes a message's mean several times its median otherwise.
         with suppress(OSError):  # where it is forbidden, messages take longer
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    # Its functions hold the group that there is when they are imported, which importing an optimizer does; the group's
+    # threads would then outlive ``leave``, and now and then abort the process at its end.
+    import_module("torch.distributed.nn.functional")
     dist.init_process_group(backend)
-    atexit.register(leave)  # else threads of gloo may still run when the process ends, which kills it
+    atexit.register(leave)
 
 
 def size() -> int:
