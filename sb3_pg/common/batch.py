@@ -199,7 +199,7 @@ def _as_many_as_all(edges: list[int], ends: np.ndarray) -> list[int]:
     :param edges: of this worker's own pieces
     :param ends: where a piece may end
     """
-    n_pieces = min(workers.gathered(len(edges) - 1))
+    n_pieces = workers.least(len(edges) - 1)
     if n_pieces == len(edges) - 1:
         return edges
     last = np.linspace(0, len(ends), n_pieces + 1).round().astype(int)[1:] - 1

@@ -59,15 +59,26 @@ def join() -> None:
         backend = "cpu:gloo,cuda:nccl"
         th.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % th.cuda.device_count())
     if sys.platform == "linux":
-        # A message goes through several threads. As a batch job no thread waits for the end of another's time slice
-        # (4 ms), which makes a message's mean several times its median otherwise.
         with suppress(OSError):  # where it is forbidden, messages take longer
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+            _keep_out_of_the_others_way()
     # Its functions hold the group that there is when they are imported, which importing an optimizer does; the group's
     # threads would then outlive ``leave``, and now and then abort the process at its end.
     import_module("torch.distributed.nn.functional")
     dist.init_process_group(backend)
     atexit.register(leave)
+
+
+def _keep_out_of_the_others_way() -> None:
+    """Let no thread that handles a message wait for one that computes.
+
+    A message goes through several threads of each worker. As a batch job none of them waits for the end of another's
+    time slice (4 ms), which makes a message's mean several times its median otherwise. If there is one worker for each
+    core, each keeps to its own: its threads then run while it waits for the message, and not on another's core.
+    """
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) == int(os.environ.get("LOCAL_WORLD_SIZE", "0")):
+        os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"])]})
 
 
 def size() -> int:
@@ -107,6 +118,16 @@ def total(numbers: Sequence[float]) -> list[float]:
     add(sums)
     found: list[float] = sums.tolist()
     return found
+
+
+def least(number: int) -> int:
+    """Return the smallest of the workers' numbers."""
+    if size() == 1:
+        return number
+    message = th.tensor(number)
+    with _message():
+        dist.all_reduce(message, dist.ReduceOp.MIN)
+    return int(message)
 
 
 def mean(x: Any, n: float) -> Any:
