@@ -371,6 +371,27 @@ def test_environments_that_cannot_go_on_are_reset_with_their_generators(make, wh
     assert expected in capsys.readouterr().out.split("The environments begin new episodes: ")[1]
 
 
+def test_environments_whose_generators_are_out_of_sight_get_a_new_seed(tmp_path):
+    def make():
+        return gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="async")
+
+    def first(path):
+        model = PPO.load(path, env=make(), verbose=1)
+        model.learn(0, reset_num_timesteps=False)
+        model.env.close()
+        return model._last_obs
+
+    model, seen = tiny(PPO, make()), []
+    for path in (tmp_path / "1.zip", tmp_path / "2.zip"):
+        model.learn(32)
+        model.save(path)
+        seen += [first(path), first(path)]
+    model.env.close()
+    np.testing.assert_array_equal(seen[0], seen[1])
+    np.testing.assert_array_equal(seen[2], seen[3])
+    assert not np.array_equal(seen[0], seen[2])
+
+
 class Level(gym.Wrapper):
     """Ends an episode after so many steps, which may also be set from outside."""
 
