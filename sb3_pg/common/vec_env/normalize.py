@@ -114,8 +114,8 @@ class VecNormalize(sb3.VecNormalize):
 
         :raises EnvironmentNumberError: an observation or reward is not finite, or its square is not
         """
-        returned: Any = self.venv.step_wait()
-        obs, rewards, dones, infos = mapped(np.asarray, returned[0]), np.asarray(returned[1]), *returned[2:]
+        obs, rewards, dones, infos = self.venv.step_wait()
+        obs, rewards = mapped(np.asarray, obs), np.asarray(rewards)  # of lists
         over: list[int] = np.flatnonzero(dones).tolist() if np.count_nonzero(dones) else []  # quicker than ``any``
         last = {i: infos[i] for i in over if "terminal_observation" in infos[i]} if over else {}
         for i, info in last.items():
