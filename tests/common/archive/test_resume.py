@@ -347,6 +347,29 @@ def test_environments_in_other_processes_that_tell_their_state(where, tmp_path):
     check(PPO, lambda seed: Subproc(Told, seed), tmp_path / "model.zip", where)
 
 
+@ALL
+@pytest.mark.parametrize("at", [1, 45])
+def test_a_model_saved_after_a_failed_step_goes_on_as_it_does_itself(algorithm, at, tmp_path):
+    class Failing(gym.Wrapper):
+        left = at
+
+        def step(self, action):
+            Failing.left -= 1
+            if Failing.left == 0:
+                raise OSError
+            return self.env.step(action)
+
+    make = of("CartPole-v1", Failing, VecNormalize)
+    model = tiny(algorithm, make(0))
+    with pytest.raises(OSError):
+        model.learn(200)
+    model.save(tmp_path / "model.zip")
+    whole = numbers(model.learn(96, reset_num_timesteps=False))
+    spoil_generators()
+    loaded = algorithm.load(tmp_path / "model.zip", env=make(1000), device="cpu")
+    np.testing.assert_array_equal(whole, numbers(loaded.learn(96, reset_num_timesteps=False)))
+
+
 class Locked(ManyKinds):
     """A lock is no plain data."""
 
