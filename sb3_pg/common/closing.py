@@ -39,6 +39,11 @@ def learning_alone(model: BaseAlgorithm) -> Iterator[None]:
         _learning.discard(model)
 
 
+def is_learning(model: BaseAlgorithm) -> bool:
+    """Return whether ``learn`` of this model has not returned yet."""
+    return model in _learning
+
+
 @contextmanager
 def closing(callback: BaseCallback, logger: Logger | None) -> Iterator[None]:
     """Close the progress bars and end the threads that they and TensorBoard have started, however the block ends.

@@ -34,7 +34,7 @@ from sb3_pg.common.archive.resume import resuming
 from sb3_pg.common.arrays import Column, as_tensors, take
 from sb3_pg.common.batch import Batch, epoch, weighted
 from sb3_pg.common.buffers import RolloutBuffer
-from sb3_pg.common.closing import closing, learning_alone, screen_logger
+from sb3_pg.common.closing import closing, is_learning, learning_alone, screen_logger
 from sb3_pg.common.data_parallel import DataParallel
 from sb3_pg.common.diagnosis import (
     LastGood,
@@ -190,6 +190,18 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         take_over(env)
         check_spaces(env.observation_space, env.action_space)
         return OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """SB3's.
+
+        :raises ArgumentError: a callback of ``learn`` calls it, whose rollout is of the environments before
+        """
+        if force_reset and is_learning(self):
+            raise ArgumentError(
+                "`set_env` cannot be called while learn() runs, whose rollout is of the environments before. Let the "
+                "callback return False, call set_env(env) then, and learn(..., reset_num_timesteps=False)."
+            )
+        super().set_env(env, force_reset)
 
     def _setup_model(self) -> None:
         if getattr(self, "observation_space", None) is None:

@@ -207,6 +207,25 @@ def test_a_policy_that_has_diverged_is_to_blame_for_what_its_actions_lead_to():
         model.learn(64)
 
 
+@ALL
+@pytest.mark.parametrize("event, step", [("step", 3), ("start", 0), ("end", 0)])
+def test_a_callback_that_replaces_the_environments_changes_nothing(algorithm, event, step):
+    plain = tiny(algorithm, make_envs(n_envs=2)).learn(300)
+    model = tiny(algorithm, make_envs(n_envs=2))
+
+    class Replacing(Failing):
+        def _maybe(self, event):
+            try:
+                super()._maybe(event)
+            except KeyboardInterrupt:
+                self.model.set_env(make_envs(n_envs=2))
+
+    with pytest.raises(ArgumentError, match="`set_env` cannot be called while learn"):
+        model.learn(300, Replacing(event, step))
+    model.learn(300 - model.num_timesteps, reset_num_timesteps=False)
+    np.testing.assert_array_equal(weights(model), weights(plain))
+
+
 # ------------------------------------------------------------- what learn leaves
 
 

@@ -205,6 +205,7 @@ OBSERVATIONS = {
     "fortran": lambda x: each(np.asfortranarray, x),
     "strided": strided,
     "read-only": read_only,
+    "list": lambda x: each(np.ndarray.tolist, x),
 }
 FORMS = {
     **{f"rewards {name}": {"rewards": change} for name, change in REWARDS.items()},
@@ -302,9 +303,7 @@ def test_a_run_that_goes_on_in_several_calls(algorithm, form):
 
 
 @ALL
-@pytest.mark.parametrize(
-    "form", ["rewards float64", "rewards list", "rewards int64", "dones uint8", "dones list", "several"]
-)
+@pytest.mark.parametrize("form", FORMS)
 def test_normalised(algorithm, form):
     found, expected = (
         learned(model_on(algorithm, ours.VecNormalize(Scripted(**changes)))) for changes in (FORMS[form], {})

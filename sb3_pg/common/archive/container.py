@@ -189,6 +189,9 @@ def read_archive(path: str | pathlib.Path | io.BufferedIOBase) -> Archive:
     :raises ArchiveError: it is no archive, damaged, from a later version, or unpacks to much more than its size
     :raises FileNotFoundError: there is none
     """
+    beside = pathlib.Path(f"{path}.zip")
+    if isinstance(path, str | pathlib.Path) and pathlib.Path(path).is_dir() and beside.is_file():
+        path = beside  # where ``save`` writes then
     file = open_path(path, "r", suffix="zip")
     name = str(path) if isinstance(path, str | pathlib.Path) else "the archive"
     try:

@@ -29,7 +29,8 @@ def state_of(model: "Archived") -> dict[str, Plain] | None:
     That is the state of the random generators, of the environments, as far as they give it, what the policy has last
     seen and remembers, and the rollout that a callback has interrupted or is asked about.
     """
-    if model._resume is not None or (model._last_obs is None and not model.num_timesteps):
+    has_acted = model._last_obs is not None or model._rollout is not None or model.num_timesteps
+    if model._resume is not None or not has_acted:
         return model._resume  # nothing was learned since it was loaded
     state: dict[str, Plain] = {
         "generators": plain(_global_generators()),

@@ -18,7 +18,7 @@ def state_of(env: VecEnv) -> dict[str, Plain]:
 
     :param env: the outermost of its wrappers
     :return: "generators" and "wrappers", from which an equal reset can be made; and "simulations", from which the
-        environments can go on, or in its place "reason", why not
+        environments can go on; "reason", why the last of them that is not there is not
     """
     state: dict[str, Plain] = {}
     for name, part in {"generators": _generators, "wrappers": _wrappers, "simulations": _simulations}.items():
@@ -26,7 +26,7 @@ def state_of(env: VecEnv) -> dict[str, Plain]:
             state[name] = part(env)
         except Exception as error:  # of an environment or a wrapper of somebody's: saving the model must go on
             reason = str(error) if isinstance(error, UnstorableError) else f"{type(error).__name__}: {error}"
-            state.setdefault("reason", reason)
+            state["reason"] = reason
     return state
 
 
@@ -34,6 +34,8 @@ def prepare_reset(env: VecEnv, state: dict[str, Plain]) -> None:
     """Let the next reset be what it would have been for the environments with this state."""
     if "generators" in state:
         env.unwrapped._reset_seeds()
+    elif "seed" in state:
+        env.seed(state["seed"])
     for name, read in {"generators": _read_generators, "wrappers": _read_wrappers}.items():
         if name in state:
             reader = Reader()
@@ -118,6 +120,8 @@ def _generators(env: VecEnv) -> Plain:
         return [writer(_generators_in(single), "generators") for single in base.envs]
     if isinstance(base, SubprocVecEnv):
         return [writer(drawn, "np_random") for drawn in base.get_attr("np_random")]
+    if not any(generator_state(its) is not None for its in vars(base).values()):
+        raise UnstorableError(f"the random generators of a {type(base).__name__} are not among its attributes")
     return writer(_generators_in(base), "generators")
 
 

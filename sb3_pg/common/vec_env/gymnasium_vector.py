@@ -6,9 +6,11 @@ ignored, or when asked to. SB3's return the first observation of the next episod
 """
 
 import copy
+import functools
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from multiprocessing.connection import wait
 from typing import Any
 
 import gymnasium as gym
@@ -21,7 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from sb3_pg.common.arrays import leaves, length, mapped, take
-from sb3_pg.common.errors import ArgumentError
+from sb3_pg.common.errors import ArgumentError, EnvironmentProcessError
 from sb3_pg.common.interrupts import uninterrupted
 from sb3_pg.common.masks import METHOD
 from sb3_pg.common.returned import USUAL, checked_observations, checked_step, numbers
@@ -64,8 +66,8 @@ class GymnasiumVecEnv(VecEnv):
         if self.autoreset_mode is not AutoresetMode.SAME_STEP:
             partial_reset.enable(env)
         self._checks_resets = partial_reset.needs_check(env)
-        # A message half read, or an answer that nobody takes, would be an AsyncVectorEnv's end.
-        self._whole = uninterrupted if isinstance(env.unwrapped, AsyncVectorEnv) else nullcontext
+        inside: Any = env.unwrapped
+        self._whole = functools.partial(_whole, inside) if isinstance(inside, AsyncVectorEnv) else nullcontext
         self._masks: np.ndarray | None = None
         self._found: set[str] = set()  # names of attributes that the single environments have
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
@@ -303,11 +305,36 @@ class GymnasiumVecEnv(VecEnv):
         return super().render(mode)
 
     def close(self) -> None:
-        """Close the environments."""
-        self.env.close()
+        """Close the environments; of processes one of which has ended, the others are not waited for."""
+        inside: Any = self.env.unwrapped
+        has_lost_one = isinstance(inside, AsyncVectorEnv) and None in inside.parent_pipes
+        self.env.close(**({"terminate": True} if has_lost_one else {}))
 
 
 USUAL.append(GymnasiumVecEnv)
+
+
+@contextmanager
+def _whole(env: Any) -> Iterator[None]:
+    """Let interrupts wait: a message half read, or an answer that nobody takes, would be an AsyncVectorEnv's end.
+
+    :raises EnvironmentProcessError: one of its processes has ended, now or in an earlier block
+    """
+    try:
+        if None not in env.parent_pipes:
+            with uninterrupted():
+                yield
+            return
+    except (EOFError, ConnectionError):  # of a process that was killed, unless gymnasium passes on an environment's
+        ended = wait([process.sentinel for process in env.processes], 1.0)
+        numbers_of_ended = [i for i, process in enumerate(env.processes) if process.sentinel in ended]
+        if None in env.parent_pipes or not numbers_of_ended:
+            raise
+        env.parent_pipes = [None if i in numbers_of_ended else pipe for i, pipe in enumerate(env.parent_pipes)]
+    raise EnvironmentProcessError(
+        f"The process of environment {env.parent_pipes.index(None)} has ended, so its AsyncVectorEnv can do no more. "
+        "Mend the cause, pass new environments to set_env(), and learning can go on."
+    )
 
 
 def _with_masks(info: Any, dones: np.ndarray) -> Any:

@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from sb3_pg.common.archive.statistics import read_statistics, write_statistics
 from sb3_pg.common.arrays import mapped
-from sb3_pg.common.errors import EnvironmentNumberError, require_finite_of
+from sb3_pg.common.errors import EnvironmentNumberError, NonFiniteError, require_finite_of
 
 
 def updated(statistics: RunningMeanStd, batch: np.ndarray) -> dict[str, Any]:
@@ -65,12 +65,25 @@ def _updated_by_observations(statistics: RunningMeanStd, observations: np.ndarra
     variance = changed["var"].ravel()
     if float(variance.dot(variance)) < _USUAL_VARIANCE:  # then so is each of them; else look at all
         return changed
+    _require_sound(statistics, "observations")
     require_finite_of(None, "observation", observations)
     if not np.isfinite(variance).all():
         env, *where = np.unravel_index(np.abs(observations).argmax(), observations.shape)
         value = observations[(env, *where)]
         raise EnvironmentNumberError("observation", int(env), value, verdict="is too large to be normalised")
     return changed
+
+
+def _require_sound(statistics: RunningMeanStd, of: str) -> None:
+    """Look at the statistics themselves when numbers that they were updated by are not finite.
+
+    :raises NonFiniteError: they were broken before
+    """
+    if not (np.isfinite(statistics.mean).all() and np.isfinite(statistics.var).all()):
+        raise NonFiniteError(
+            f"The running statistics of VecNormalize are not finite: those of {of} have mean {statistics.mean} and "
+            f"variance {statistics.var}. Load good ones (VecNormalize.load), or wrap the environments anew."
+        )
 
 
 #: New attributes of objects, each given as its ``__dict__``.
@@ -102,6 +115,7 @@ class VecNormalize(sb3.VecNormalize):
         :raises EnvironmentNumberError: an observation or reward is not finite, or its square is not
         """
         obs, rewards, dones, infos = self.venv.step_wait()
+        obs, rewards = mapped(np.asarray, obs), np.asarray(rewards)  # of lists
         over: list[int] = np.flatnonzero(dones).tolist() if np.count_nonzero(dones) else []  # quicker than ``any``
         last = {i: infos[i] for i in over if "terminal_observation" in infos[i]} if over else {}
         for i, info in last.items():
@@ -116,7 +130,7 @@ class VecNormalize(sb3.VecNormalize):
 
         :raises EnvironmentNumberError: an observation is not finite, or its square is not
         """
-        obs: Any = self.venv.reset()
+        obs: Any = mapped(np.asarray, self.venv.reset())
         make([*self._changes_by_observations(obs), (self.__dict__, {"returns": np.zeros(self.num_envs)})])
         return self.normalize_obs(obs)
 
@@ -140,6 +154,7 @@ class VecNormalize(sb3.VecNormalize):
         returns = self.returns * self.gamma + rewards if self.training else self.returns.copy()
         changed = updated(self.ret_rms, returns) if self.training else {}
         if not changed or not changed["var"] < _USUAL_VARIANCE:
+            _require_sound(self.ret_rms, "returns")
             require_finite_of(None, "reward", rewards)
         changes: Changes = [(self.ret_rms.__dict__, changed)]
         if over:

@@ -132,6 +132,17 @@ def test_paths_are_sb3s(tmp_path):
         assert found[0] == found[1]
 
 
+def test_a_model_that_was_saved_beside_a_folder_of_that_name_is_found(tmp_path):
+    (tmp_path / "model").mkdir()
+    model = tiny(PPO, "CartPole-v1").learn(16)
+    model.save(tmp_path / "model")
+    assert PPO.load(tmp_path / "model").num_timesteps == 16
+    assert PPO.load(str(tmp_path / "model")).num_timesteps == 16
+    (tmp_path / "model.zip").unlink()
+    with pytest.raises(IsADirectoryError, match="model"):
+        PPO.load(tmp_path / "model")
+
+
 def test_open_files_are_written_to(tmp_path):
     model = tiny(PPO, "CartPole-v1")
     memory = io.BytesIO()

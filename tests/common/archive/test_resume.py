@@ -347,6 +347,29 @@ def test_environments_in_other_processes_that_tell_their_state(where, tmp_path):
     check(PPO, lambda seed: Subproc(Told, seed), tmp_path / "model.zip", where)
 
 
+@ALL
+@pytest.mark.parametrize("at", [1, 45])
+def test_a_model_saved_after_a_failed_step_goes_on_as_it_does_itself(algorithm, at, tmp_path):
+    class Failing(gym.Wrapper):
+        left = at
+
+        def step(self, action):
+            Failing.left -= 1
+            if Failing.left == 0:
+                raise OSError
+            return self.env.step(action)
+
+    make = of("CartPole-v1", Failing, VecNormalize)
+    model = tiny(algorithm, make(0))
+    with pytest.raises(OSError):
+        model.learn(200)
+    model.save(tmp_path / "model.zip")
+    whole = numbers(model.learn(96, reset_num_timesteps=False))
+    spoil_generators()
+    loaded = algorithm.load(tmp_path / "model.zip", env=make(1000), device="cpu")
+    np.testing.assert_array_equal(whole, numbers(loaded.learn(96, reset_num_timesteps=False)))
+
+
 class Locked(ManyKinds):
     """A lock is no plain data."""
 
@@ -369,6 +392,27 @@ def test_environments_that_cannot_go_on_are_reset_with_their_generators(make, wh
     reason = "envs[0].env.lock, a lock, is not plain data"
     expected = reason if model.env.unwrapped.__class__ is DummyVecEnv else "neither get_state() nor set_state()"
     assert expected in capsys.readouterr().out.split("The environments begin new episodes: ")[1]
+
+
+def test_environments_whose_generators_are_out_of_sight_get_a_new_seed(tmp_path):
+    def make():
+        return gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="async")
+
+    def first(path):
+        model = PPO.load(path, env=make(), verbose=1)
+        model.learn(0, reset_num_timesteps=False)
+        model.env.close()
+        return model._last_obs
+
+    model, seen = tiny(PPO, make()), []
+    for path in (tmp_path / "1.zip", tmp_path / "2.zip"):
+        model.learn(32)
+        model.save(path)
+        seen += [first(path), first(path)]
+    model.env.close()
+    np.testing.assert_array_equal(seen[0], seen[1])
+    np.testing.assert_array_equal(seen[2], seen[3])
+    assert not np.array_equal(seen[0], seen[2])
 
 
 class Level(gym.Wrapper):

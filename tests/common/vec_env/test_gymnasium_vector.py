@@ -1,6 +1,7 @@
 """gymnasium's vectorised environments do, through the adapter, what DummyVecEnv does with the same environments."""
 
 import functools
+import os
 import warnings
 
 import gymnasium as gym
@@ -19,7 +20,7 @@ from stable_baselines3.common.vec_env import VecFrameStack, VecMonitor
 from tiny_models import ALL, tiny, weights
 
 from sb3_pg import PPO
-from sb3_pg.common.errors import ArgumentError
+from sb3_pg.common.errors import ArgumentError, EnvironmentProcessError
 from sb3_pg.common.vec_env import DummyVecEnv, GymnasiumVecEnv, VecNormalize, as_vec_env
 
 N = 3
@@ -570,3 +571,34 @@ def test_wrong_observations_are_named(observations):
 def test_our_dummy_vec_env_is_left_alone():
     env = make_vec_env("CartPole-v1", 2)
     assert as_vec_env(env) is env
+
+
+class Failing(CountingEnv):
+    """Fails, or ends its process, in the second episode of one environment."""
+
+    def step(self, action):
+        if self.which == 1 and self.episode == 2:
+            if self.secret == 10:
+                raise ConnectionError("mine")
+            os._exit(3)
+        return super().step(action)
+
+
+@pytest.mark.parametrize("mode", MODES[:2], ids=lambda mode: mode.value)
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_process_that_has_ended_is_named(mode, ends):
+    env = as_vec_env(AsyncVectorEnv([functools.partial(Failing, which) for which in range(N)], autoreset_mode=mode))
+    if ends:
+        env.set_attr("secret", 0)
+    model = tiny(PPO, env)
+    with pytest.raises(
+        EnvironmentProcessError if ends else ConnectionError, match="environment 1 " if ends else "mine"
+    ):
+        model.learn(200)
+    for _ in range(2):
+        with pytest.raises(EnvironmentProcessError, match=r"process of environment 1 has ended.*set_env"):
+            model.learn(32, reset_num_timesteps=False)
+    env.close()
+    env.close()
+    model.set_env(dummy())
+    assert model.learn(32, reset_num_timesteps=False).num_timesteps > 32

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import make_envs
 
-from sb3_pg.common.errors import EnvironmentNumberError
+from sb3_pg.common.errors import EnvironmentNumberError, NonFiniteError
 from sb3_pg.common.vec_env import VecNormalize
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -96,3 +96,12 @@ def test_a_dictionary_names_its_key():
         env.step(np.zeros((2, 2), np.float32))
     np.testing.assert_equal(statistics(env), before)
     assert obs
+
+
+@pytest.mark.parametrize("which", ["obs_rms", "ret_rms"])
+def test_statistics_that_were_broken_are_to_blame_and_not_the_environment(which):
+    env = VecNormalize(make_envs(n_envs=2))
+    env.reset()
+    getattr(env, which).mean = getattr(env, which).mean + np.nan
+    with pytest.raises(NonFiniteError, match="statistics of VecNormalize are not finite"):
+        env.step(np.zeros((2, 2), np.float32))
