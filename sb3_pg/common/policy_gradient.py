@@ -77,7 +77,7 @@ from sb3_pg.common.registry import BUFFER_PLACES, entered_for
 from sb3_pg.common.returned import checked_observations, checked_step, is_usual
 from sb3_pg.common.rollout import Rollout, Step
 from sb3_pg.common.sequences import Memory
-from sb3_pg.common.spaces import check_spaces, shifted
+from sb3_pg.common.spaces import check_spaces, environments_own, shifted
 from sb3_pg.common.threads import threads_to_choose
 from sb3_pg.common.vec_env import DummyVecEnv, as_vec_env, take_over
 from sb3_pg.common.vec_env.adapters import is_vectorised
@@ -190,6 +190,12 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         take_over(env)
         check_spaces(env.observation_space, env.action_space)
         return OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """SB3's ``set_env``; what the environment's actions tell besides what is compared holds from here on."""
+        super().set_env(env, force_reset)
+        assert self.env is not None
+        self.action_space = self.policy.action_space = environments_own(self.action_space, self.env.action_space)
 
     def _setup_model(self) -> None:
         if getattr(self, "observation_space", None) is None:

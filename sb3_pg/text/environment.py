@@ -121,7 +121,7 @@ class TextTask:
         return self.ends.decode(responses)
 
     def cut(self, responses: np.ndarray) -> np.ndarray:
-        """Return responses, (n, response_length), of those who do not know the stop strings, up to the first one."""
+        """Return responses, (n, response_length), of those who do not know the ends, up to the first one."""
         return self.ends.cut(responses)
 
     def score(self, numbers: Sequence[int], responses: np.ndarray) -> tuple[np.ndarray, list[str]]:

@@ -22,6 +22,7 @@ BATCH = 64
 
 def complete(policy: LanguageModelPolicy, task: TextTask, numbers: Sequence[int], **settings: Any) -> np.ndarray:
     """Responses to the prompts with these numbers, (n, response_length); settings as for ``policy.generate``."""
+    settings = {"stop_strings": task.ends.strings, "tokenizer": task.tokenizer, **settings}
     batches = [
         policy.generate(task.observations(list(numbers[start : start + BATCH])), **settings)
         for start in range(0, len(numbers), BATCH)

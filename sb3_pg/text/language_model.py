@@ -28,8 +28,8 @@ except ImportError as error:
 from sb3_pg.text.base import Base, can_be_named, fingerprint, n_bytes, name_of, read_base, require_same
 from sb3_pg.text.checks import check_fit, check_reading, half_precision
 from sb3_pg.text.decoding import Decoder, Memory
-from sb3_pg.text.ends import check_tokenizer
-from sb3_pg.text.generation import answers, generated, settings_to_save
+from sb3_pg.text.ends import Ends, check_tokenizer
+from sb3_pg.text.generation import answers, generated, required_tokenizer, settings_to_save
 from sb3_pg.text.graphs import checkpointing, enable_checkpointing, graph_bytes, release_memory
 from sb3_pg.text.kept import KeptTokenizer
 from sb3_pg.text.models import freeze, make_model, with_adapter
@@ -37,7 +37,7 @@ from sb3_pg.text.prompts import Prompt, are_texts
 from sb3_pg.text.reference import ReferenceSettings, mix
 from sb3_pg.text.rows import Piece, TokenRows
 from sb3_pg.text.sequences import last_tokens
-from sb3_pg.text.spaces import EMPTY, Vocabulary, prompt_length_of
+from sb3_pg.text.spaces import Vocabulary, prompt_length_of
 from sb3_pg.text.truncation import IMPOSSIBLE, Truncation
 
 #: Tokens of one forward pass. More in a pass are not faster, and their activations would need more memory at once.
@@ -250,6 +250,20 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
     def end_token(self) -> int:
         """The first of the tokens that end a response."""
         return self.end_tokens[0]
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The texts that end a response which contains one: the environment's."""
+        return self.action_space.stop_strings if isinstance(self.action_space, Vocabulary) else ()
+
+    @property
+    def ends(self) -> Ends:
+        """All that ends a response.
+
+        :raises ArgumentError: there are stop strings, but no tokenizer to look for them with
+        """
+        tokenizer = required_tokenizer(self) if self.stop_strings else self.tokenizer
+        return Ends(tokenizer, tuple(self.end_tokens), self.stop_strings)
 
     @property
     def own_end_tokens(self) -> list[int]:
@@ -753,31 +767,19 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         :param settings: those of transformers' ``GenerationConfig``. Greedy by default. Sampling:
             ``do_sample=True``, narrowed by ``top_k``, ``top_p``, ``min_p``; beam search: ``num_beams=4``; against
             repetition: ``repetition_penalty``, ``no_repeat_ngram_size``; several responses for each prompt, which
-            then follow one another: ``num_return_sequences``; of texts also longer responses: ``max_new_tokens``
-        :return: n * num_return_sequences texts without their end, or as many rows of response tokens, empty columns
-            -1, (n * num_return_sequences, response_length)
-        :raises ArgumentError: there are texts but no tokenizer, or a text cannot be read
+            then follow one another: ``num_return_sequences``; of texts also longer responses: ``max_new_tokens``.
+            ``stop_strings`` and ``eos_token_id`` take the place of the environment's ends, which hold by default
+        :return: n * num_return_sequences texts without the token that ends them, or as many rows of response tokens,
+            empty columns -1, (n * num_return_sequences, response_length)
+        :raises ArgumentError: there are texts or stop strings but no tokenizer, or a text cannot be read
         """
         self.set_training_mode(False)
         if are_texts(prompts):
             return answers(self, prompts, settings)
         return generated(self, to_rows(prompts)[:, : self.prompt_length], self.response_length, settings)
 
-    def responses(self, out: np.ndarray, n_prompt: int, longest: int) -> np.ndarray:
-        """Return the new tokens up to the first end token, in rows of ``longest`` columns.
-
-        :param out: what the model's ``generate`` has returned
-        :param n_prompt: columns of the prompts that it was given
-        """
-        new = out[:, self._skipped(n_prompt) :][:, :longest]
-        is_end = np.isin(new, self.end_tokens)
-        ended = np.cumsum(is_end, axis=1) - is_end > 0
-        rows = np.full((len(new), longest), EMPTY)
-        rows[:, : new.shape[1]] = np.where(ended, EMPTY, new)
-        return rows
-
     @abstractmethod
-    def _skipped(self, n_prompt: int) -> int:
+    def skipped(self, n_prompt: int) -> int:
         """Columns of ``generate``'s output before the response."""
 
 
