@@ -11,6 +11,7 @@ from typing import Any, overload
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
@@ -33,7 +34,7 @@ from sb3_pg.text.generation import answers, generated, required_tokenizer, setti
 from sb3_pg.text.graphs import checkpointing, enable_checkpointing, graph_bytes, release_memory
 from sb3_pg.text.kept import KeptTokenizer
 from sb3_pg.text.models import freeze, make_model, with_adapter
-from sb3_pg.text.prompts import Prompt, are_texts
+from sb3_pg.text.prompts import Prompt, are_texts, listed_prompts
 from sb3_pg.text.reference import ReferenceSettings, mix
 from sb3_pg.text.rows import Piece, TokenRows
 from sb3_pg.text.sequences import last_tokens
@@ -762,8 +763,8 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         other uses.
 
         :param prompts: a list of texts, or of conversations (lists of messages) for the tokenizer's chat template, each
-            as long as the model's window allows; or prompts as the environment shows them, (n, prompt_length +
-            response_length)
+            as long as the model's window allows, or a data set's column of them; or prompts as the environment shows
+            them, (n, prompt_length + response_length)
         :param settings: those of transformers' ``GenerationConfig``. Greedy by default. Sampling:
             ``do_sample=True``, narrowed by ``top_k``, ``top_p``, ``min_p``; beam search: ``num_beams=4``; against
             repetition: ``repetition_penalty``, ``no_repeat_ngram_size``; several responses for each prompt, which
@@ -774,13 +775,30 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         :raises ArgumentError: there are texts or stop strings but no tokenizer, or a text cannot be read
         """
         self.set_training_mode(False)
+        prompts = listed_prompts(prompts)
         if are_texts(prompts):
             return answers(self, prompts, settings)
-        return generated(self, to_rows(prompts)[:, : self.prompt_length], self.response_length, settings)
+        rows = to_rows(prompts)
+        if rows.ndim != 2:
+            raise ArgumentError(f"`prompts` must be texts, conversations or rows of tokens, not of shape {rows.shape}.")
+        return generated(self, rows[:, : self.prompt_length], self.response_length, settings)
 
     @abstractmethod
     def skipped(self, n_prompt: int) -> int:
         """Columns of ``generate``'s output before the response."""
+
+
+def check_policy(policy: Any) -> None:
+    """Refuse what is not the policy of a language model.
+
+    :raises ArgumentError: says what to pass
+    """
+    if not isinstance(policy, LanguageModelPolicy):
+        advice = " Pass model.policy." if isinstance(policy, BaseAlgorithm) else ""
+        raise ArgumentError(
+            f"`policy` must be that of a language model (CausalLMPolicy, Seq2SeqLMPolicy), not a "
+            f"{type(policy).__name__}.{advice}"
+        )
 
 
 #: In names of configurations: of code that transformers and peft would import or download.

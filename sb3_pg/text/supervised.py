@@ -11,8 +11,8 @@ from sb3_pg.common.errors import ArgumentError, check_count, check_number
 from sb3_pg.text.conversation import ChatEnv
 from sb3_pg.text.dropout import dropping
 from sb3_pg.text.ends import check_known
-from sb3_pg.text.environment import TextTask
-from sb3_pg.text.language_model import LanguageModelPolicy
+from sb3_pg.text.environment import TextTask, check_task
+from sb3_pg.text.language_model import LanguageModelPolicy, check_policy
 from sb3_pg.text.policies import CausalLMPolicy
 from sb3_pg.text.spaces import EMPTY
 
@@ -84,6 +84,7 @@ def train(
     :return: the loss of each step, nats per token
     :raises ArgumentError: there is nothing to learn from, or it does not fit the policy
     """
+    check_policy(policy)
     check_count("n_steps", n_steps, low=0)
     check_count("batch_size", batch_size)
     check_number("weight_decay", weight_decay)
@@ -138,7 +139,14 @@ def pretrain(
     :param rows: what to imitate, as for :func:`train`; None takes the task's examples
     :param training: arguments of :func:`train`
     :return: the folder
+    :raises ArgumentError: as :func:`train`
     """
+    if not isinstance(task, TextTask | ChatEnv):
+        check_task(task)
+    if rows is None and isinstance(task, ChatEnv):
+        raise ArgumentError("A ChatEnv has no examples to learn from. Pass rows=env.turns_of(conversations).")
+    if not isinstance(policy_class, type) or not issubclass(policy_class, LanguageModelPolicy):
+        raise ArgumentError(f"`policy_class` must be CausalLMPolicy or Seq2SeqLMPolicy, not {policy_class!r}.")
     th.manual_seed(seed)
     policy = policy_class(task.observation_space, task.action_space, lambda _: 0.0, model=model, reference_kl_coef=None)
     train(policy, task if rows is None else rows, seed=seed, **training)  # type: ignore[arg-type]
