@@ -36,8 +36,9 @@ class Ends:
         if tokenizer.eos_token_id is None:
             raise ArgumentError("`tokenizer` has no end token (eos_token), so no response would ever end.")
         strings = checked_strings(stop_strings)
-        if isinstance(end_tokens, str):
-            raise ArgumentError(f"`end_tokens` must be a list of tokens, not one text: {end_tokens!r}.")
+        if isinstance(end_tokens, str) or not isinstance(end_tokens, Sequence | np.ndarray):
+            its = f"one text: {end_tokens!r}" if isinstance(end_tokens, str) else repr(end_tokens)
+            raise ArgumentError(f"`end_tokens` must be a list of tokens, not {its}.")
         numbers = [tokenizer.eos_token_id, *(_number_of(tokenizer, end) for end in end_tokens)]
         return cls(tokenizer, tuple(dict.fromkeys(numbers)), strings)
 

@@ -1,7 +1,7 @@
 """Look at a language model on prompts that it is not trained on: figures and texts."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from sb3_pg.text.environment import TextTask, check_task
 from sb3_pg.text.language_model import LanguageModelPolicy, check_policy
 from sb3_pg.text.prompts import Prompt, listed_prompts, read_prompts, shown
 from sb3_pg.text.rewards import TOKEN_IDS, RewardFunction, as_rewards, scored
+from sb3_pg.text.settings import checked_settings
 
 #: Prompts completed at once.
 BATCH = 64
@@ -28,6 +29,11 @@ def complete(policy: LanguageModelPolicy, task: TextTask, numbers: Sequence[int]
         for start in range(0, len(numbers), BATCH)
     ]
     return task.cut(np.concatenate(batches))
+
+
+def _sampling(settings: Any) -> dict[str, Any]:
+    """Return settings of generate, checked, which sample by default."""
+    return checked_settings({"do_sample": True, **settings} if isinstance(settings, Mapping) else settings)
 
 
 def evaluate_texts(
@@ -51,7 +57,7 @@ def evaluate_texts(
     check_policy(policy)
     check_task(task)
     metrics.check_names(names, task.references is not None)
-    settings = {"do_sample": True, **settings}
+    settings = _sampling(settings)
     if n_prompts is not None:
         check_count("n_prompts", n_prompts)
     count = min(n_prompts or len(task.prompts), len(task.prompts))
@@ -171,6 +177,7 @@ class TextEvalCallback(EventCallback):
         check_task(task)
         check_count("eval_freq", eval_freq)
         check_count("n_texts", n_texts, low=0)
+        _sampling({} if settings is None else settings)
         if n_prompts is not None:
             check_count("n_prompts", n_prompts)
         metrics.check_names(names, task.references is not None)

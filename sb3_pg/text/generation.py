@@ -9,7 +9,7 @@ import numpy as np
 import torch as th
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from sb3_pg.common.errors import ArgumentError, check_count
+from sb3_pg.common.errors import ArgumentError
 from sb3_pg.text.ends import Ends, check_tokenizer
 from sb3_pg.text.prompts import Prompt, prompt_rows
 from sb3_pg.text.sequences import flush_right
@@ -32,7 +32,6 @@ def answers(policy: "LanguageModelPolicy", prompts: Sequence[Prompt], settings: 
     if not len(prompts):
         return []
     tokenizer, longest = required_tokenizer(policy), settings.get("max_new_tokens", policy.response_length)
-    check_count("max_new_tokens", longest)
     rows = prompt_rows(tokenizer, prompts)
     window = None if policy.lm.config.is_encoder_decoder else getattr(policy.lm.config, "max_position_embeddings", None)
     if window is not None and rows.shape[1] + longest > window:
@@ -66,14 +65,16 @@ def generated(policy: "LanguageModelPolicy", rows: np.ndarray, longest: int, set
     :param settings: of ``policy.generate``
     """
     end, ends = policy.end_token, ends_of(policy, settings)
+    if not len(rows):
+        return np.full((0, longest), EMPTY)
     tokens, lengths = flush_right(rows, end)
     mask = np.arange(tokens.shape[1]) >= tokens.shape[1] - lengths[:, None]
     options: dict[str, Any] = {
         "do_sample": False,
-        "max_new_tokens": longest,
         "pad_token_id": end,
         **{name: value for name, value in settings.items() if name not in ("stop_strings", "tokenizer")},
         "eos_token_id": list(ends.tokens),
+        "max_new_tokens": min(longest, settings.get("max_new_tokens", longest)),
     }
     n_before = policy.skipped(tokens.shape[1])
     if ends.strings:
@@ -110,8 +111,10 @@ def ends_of(policy: "LanguageModelPolicy", settings: Mapping[str, Any]) -> Ends:
         tokenizer = required_tokenizer(policy)
     else:
         tokenizer = policy.tokenizer
-    ends = policy.end_tokens if tokens is None else [int(end) for end in np.ravel(tokens)]
-    return Ends(tokenizer, tuple(ends), strings)
+    ends = np.ravel(policy.end_tokens if tokens is None else tokens)
+    if ends.dtype.kind not in "iu" or ((ends < 0) | (ends >= policy.n_tokens)).any():
+        raise ArgumentError(f"`eos_token_id` must be numbers of tokens, 0 to {policy.n_tokens - 1}, not {tokens!r}.")
+    return Ends(tokenizer, tuple(ends.tolist()), strings)
 
 
 class _Stopping(StoppingCriteria):

@@ -33,11 +33,12 @@ from sb3_pg.text.ends import Ends, check_tokenizer
 from sb3_pg.text.generation import answers, generated, required_tokenizer, settings_to_save
 from sb3_pg.text.graphs import checkpointing, enable_checkpointing, graph_bytes, release_memory
 from sb3_pg.text.kept import KeptTokenizer
-from sb3_pg.text.models import freeze, make_model, with_adapter
-from sb3_pg.text.prompts import Prompt, are_texts, listed_prompts
+from sb3_pg.text.models import check_options, freeze, make_model, with_adapter
+from sb3_pg.text.prompts import Prompt, are_texts, given_rows, listed_prompts
 from sb3_pg.text.reference import ReferenceSettings, mix
 from sb3_pg.text.rows import Piece, TokenRows
 from sb3_pg.text.sequences import last_tokens
+from sb3_pg.text.settings import checked_settings
 from sb3_pg.text.spaces import Vocabulary, prompt_length_of
 from sb3_pg.text.truncation import IMPOSSIBLE, Truncation
 
@@ -165,6 +166,8 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
             ref_model_mixup_alpha,
             is_adapter=lora is not None,
         )
+        check_options("lora", lora, "{'r': 8}")
+        check_options("model_kwargs", model_kwargs, "{'dtype': torch.bfloat16}")
         if use_sde or not isinstance(action_space, spaces.Discrete):
             raise ArgumentError(f"A language model chooses tokens (Discrete actions, no gSDE), not {action_space}.")
         self.prompt_length = prompt_length_of(observation_space)
@@ -765,23 +768,21 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         :param prompts: a list of texts, or of conversations (lists of messages) for the tokenizer's chat template, each
             as long as the model's window allows, or a data set's column of them; or prompts as the environment shows
             them, (n, prompt_length + response_length)
-        :param settings: those of transformers' ``GenerationConfig``. Greedy by default. Sampling:
-            ``do_sample=True``, narrowed by ``top_k``, ``top_p``, ``min_p``; beam search: ``num_beams=4``; against
-            repetition: ``repetition_penalty``, ``no_repeat_ngram_size``; several responses for each prompt, which
-            then follow one another: ``num_return_sequences``; of texts also longer responses: ``max_new_tokens``.
-            ``stop_strings`` and ``eos_token_id`` take the place of the environment's ends, which hold by default
+        :param settings: those of transformers' ``GenerationConfig``, or one as ``generation_config``. Greedy by
+            default. Sampling: ``do_sample=True``, narrowed by ``top_k``, ``top_p``, ``min_p``; beam search:
+            ``num_beams=4``; against repetition: ``repetition_penalty``, ``no_repeat_ngram_size``; several responses for
+            each prompt, which then follow one another: ``num_return_sequences``; of texts also longer responses:
+            ``max_new_tokens``. ``stop_strings`` and ``eos_token_id`` take the place of the environment's ends
         :return: n * num_return_sequences texts without the token that ends them, or as many rows of response tokens,
             empty columns -1, (n * num_return_sequences, response_length)
-        :raises ArgumentError: there are texts or stop strings but no tokenizer, or a text cannot be read
+        :raises ArgumentError: there are texts or stop strings but no tokenizer, a text cannot be read, or a setting
+            cannot work
         """
         self.set_training_mode(False)
-        prompts = listed_prompts(prompts)
+        prompts, settings = listed_prompts(prompts), checked_settings(settings)
         if are_texts(prompts):
             return answers(self, prompts, settings)
-        rows = to_rows(prompts)
-        if rows.ndim != 2:
-            raise ArgumentError(f"`prompts` must be texts, conversations or rows of tokens, not of shape {rows.shape}.")
-        return generated(self, rows[:, : self.prompt_length], self.response_length, settings)
+        return generated(self, given_rows(prompts)[:, : self.prompt_length], self.response_length, settings)
 
     @abstractmethod
     def skipped(self, n_prompt: int) -> int:

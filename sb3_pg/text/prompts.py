@@ -69,6 +69,23 @@ def listed_prompts(prompts: Any) -> Any:
     return _as_list("prompts", prompts)
 
 
+def given_rows(prompts: Any) -> np.ndarray:
+    """Return prompts that are no texts as rows of tokens, (n, columns).
+
+    :raises ArgumentError: they are none
+    """
+    try:
+        rows = prompts.cpu().numpy() if isinstance(prompts, th.Tensor) else np.asarray(prompts)
+    except ValueError:  # lists of different lengths
+        rows = np.array(None)
+    if rows.ndim != 2 or rows.dtype.kind not in "iu":
+        its = " ".join(repr(prompts).split())[:60]
+        raise ArgumentError(
+            f"`prompts` must be texts, conversations (lists of messages) or rows of tokens, integers, not {its}."
+        )
+    return rows
+
+
 def prompt_rows(tokenizer: Any, prompts: Sequence[Prompt]) -> np.ndarray:
     """Return the tokens of prompts at the right end of rows, (n, tokens of the longest); empty columns are -1.
 
