@@ -8,7 +8,16 @@ import gymnasium as gym
 import numpy as np
 
 from sb3_pg.common.errors import ArgumentError, NonFiniteError, as_number, check_count, check_number, is_finite
-from sb3_pg.text.chat import Message, check_messages, check_template, continuation, rendered, tokens_of, turn_end
+from sb3_pg.text.chat import (
+    Message,
+    check_form,
+    check_messages,
+    check_template,
+    continuation,
+    rendered,
+    tokens_of,
+    turn_end,
+)
 from sb3_pg.text.ends import Ends, check_known
 from sb3_pg.text.prompts import shown
 from sb3_pg.text.spaces import EMPTY, text_space
@@ -161,6 +170,7 @@ class ChatEnv(gym.Env[np.ndarray, np.integer[Any]]):
         """
         rows = []
         for messages in conversations:
+            check_form("What `turns_of` is given", messages)
             turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
             if not turns:
                 raise ArgumentError(f"The conversation {shown(messages)!r} has no message of the assistant.")
@@ -170,7 +180,7 @@ class ChatEnv(gym.Env[np.ndarray, np.integer[Any]]):
                 prompt = self._first_prompt(before) if row is None else self._next_prompt(row, Reply(before))
                 row, last = self._whole(prompt, messages[number]["content"]), number + 1
                 rows.append(row)
-        return np.array(rows)
+        return np.array(rows, dtype=np.int32).reshape(-1, self.width + self.response_length)
 
     def _whole(self, prompt: list[int], text: str) -> np.ndarray:
         """Return a prompt with a response that ends."""

@@ -157,6 +157,7 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
             check_count("micro_batch_tokens", micro_batch_tokens)
         check_choice("mask_truncated_completions", mask_truncated_completions, (True, False))
         check_choice("save_base", save_base, (True, False))
+        check_choice("gradient_checkpointing", gradient_checkpointing, (True, False))
         self.reference_settings = ReferenceSettings(
             reference_kl_coef,
             reference_kl_target,

@@ -28,11 +28,25 @@ def _lists(completions: Texts, references: References) -> list[list[str]]:
     :raises ArgumentError: one has none, or they are no texts, or not as many as the completions
     """
     _check_numbers(completions, references)
-    lists = [[r] if isinstance(r, str) else list(r) if isinstance(r, list | tuple) else [] for r in references]
-    for number, some in enumerate(lists):
-        if not some or not all(isinstance(r, str) for r in some):
-            raise ArgumentError(f"Reference {number} must be a text or a list of texts, not {references[number]!r}.")
+    lists = []
+    for number, reference in enumerate(references):
+        some = _texts(reference)
+        if some is None:
+            raise ArgumentError(f"Reference {number} must be a text or a list of texts, not {reference!r}.")
+        lists.append(some)
     return lists
+
+
+def _are_texts(references: References) -> bool:
+    """Return whether each is a text or a list of texts, and not what only a reward can read, such as a number."""
+    return all(_texts(r) for r in references)
+
+
+def _texts(reference: Any) -> list[str] | None:
+    """Return the texts of a reference; None if it has none."""
+    some = [reference] if isinstance(reference, str) else reference
+    is_list = isinstance(some, list | tuple) and len(some) > 0
+    return list(some) if is_list and all(isinstance(r, str) for r in some) else None
 
 
 def _check_numbers(completions: Any, references: Any) -> None:
@@ -247,12 +261,13 @@ def measure(
     :param completions: texts, at least one
     :param references: one (or a list) for each, or None
     :param names: of :data:`WITH_REFERENCES`, :data:`WITHOUT` and :data:`ON_REQUEST`, and functions of your own, which
-        go by their names; None takes all of the first two that can be computed
+        go by their names; None takes all of the first two that can be computed: those with references if these are
+        texts
     :raises ArgumentError: there is no such metric, it needs references, or the numbers of texts differ
     """
     _check_numbers(completions, completions if references is None else references)
     check_names(names, references is not None)
-    known = [*WITHOUT, *(WITH_REFERENCES if references is not None else [])]
+    known = [*WITHOUT, *(WITH_REFERENCES if references is not None and _are_texts(references) else [])]
     found: dict[str, float] = {}
     for metric in known if names is None else names:
         name = metric if isinstance(metric, str) else name_of(metric, "metric")

@@ -133,6 +133,8 @@ def _as_list(name: str, given: Any) -> list[Any] | None:
 def _check_kinds(prompts: list[Any]) -> None:
     if not prompts:
         raise ArgumentError("`prompts` is empty: an episode begins with one of them.")
+    if isinstance(prompts[0], Mapping) and "prompt" in prompts[0]:
+        raise ArgumentError("`prompts` must be texts or conversations, not rows of a data set. Pass Dataset.from_list.")
     if isinstance(prompts[0], Mapping) and is_chat(prompts):
         raise ArgumentError("`prompts` must be a list of conversations, not the messages of one. Pass [messages].")
     chats = is_chat(prompts[0])

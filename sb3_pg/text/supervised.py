@@ -87,6 +87,7 @@ def train(
     check_policy(policy)
     check_count("n_steps", n_steps, low=0)
     check_count("batch_size", batch_size)
+    check_number("learning_rate", learning_rate)
     check_number("weight_decay", weight_decay)
     check_number("dropout", dropout, high=0.99)
     rows = examples(task) if isinstance(task, TextTask) else np.asarray(task)
@@ -100,6 +101,8 @@ def train(
             f"`task` must be a TextTask, or rows of tokens of shape (n, {policy.observation_space.shape[0]}), such as "  # type: ignore[index]
             f"ChatEnv.turns_of returns them, not {type(task).__name__} of shape {rows.shape} and type {rows.dtype}."
         )
+    if rows.max() >= policy.n_tokens or (rows < 0).all(axis=1).any():
+        raise ArgumentError(f"`task` has rows that are empty, or tokens that the policy's {policy.n_tokens} are not.")
     rng, losses = np.random.default_rng(seed), []
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = th.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)

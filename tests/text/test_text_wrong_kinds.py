@@ -9,7 +9,7 @@ from text_models import letters_task, make
 
 from sb3_pg import PPO
 from sb3_pg.common.errors import ArgumentError
-from sb3_pg.text import TextEnv, TextEvalCallback, TextVecEnv, best_of_n, evaluate_texts, metrics
+from sb3_pg.text import TextEnv, TextEvalCallback, TextVecEnv, best_of_n, evaluate_texts, metrics, word_tokenizer
 from sb3_pg.text.raters import export_pairs, preferences
 from sb3_pg.text.supervised import pretrain, train
 
@@ -139,3 +139,46 @@ def test_a_prompt_that_is_not_there(number):
     env = TextEnv(letters_task())
     refused("There is no prompt .* numbers < 5", env.reset, options={"prompt": number})
     assert env.reset(options={"prompt": np.int64(4)})[0] is not None
+
+
+def test_turns_of_what_is_no_list_of_conversations():
+    env, turns = echo(), [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    message = "What `turns_of` is given must be a list of messages"
+    refused(message, env.turns_of, turns)
+    refused(message, env.turns_of, ["a"])
+    refused("'role' and 'content' must be texts", env.turns_of, [[{"content": "a"}]])
+    assert env.turns_of([]).shape == (0, 44) and env.turns_of([turns]).shape == (1, 44)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("give me tea", r"must be a list of words, not one text: 'give me tea'. Pass text\.split\(\)"),
+        (["give me"], "`words` has 'give me', which is no word"),
+        ([1], "`words` has 1, which is no word"),
+        ([""], "`words` has '', which is no word"),
+    ],
+)
+def test_words(words, message):
+    refused(message, word_tokenizer, words)
+
+
+def test_a_supervised_start():
+    policy, task = make("gpt2").policy, letters_task(references=list("abcde"))
+    refused("`learning_rate` must be a finite number >= 0, not -1", train, policy, task, learning_rate=-1)
+    refused("`learning_rate` must be a number, not '1'", train, policy, task, learning_rate="1")
+    refused("rows that are empty, or tokens that the policy's 11 are not", train, policy, np.full((2, 10), 11))
+    refused("rows that are empty", train, policy, np.full((2, 10), -1))
+    refused("`gradient_checkpointing` must be one of", make, "gpt2", policy_kwargs={"gradient_checkpointing": "yes"})
+
+
+def test_references_for_rewards_alone():
+    """Metrics of texts leave them out, unless they are asked for."""
+    task = letters_task(references=[1, 2, 3, None, 5])
+    figures, _ = evaluate_texts(make("gpt2").policy, task)
+    assert "distinct_1" in figures and "bleu" not in figures
+    refused("Reference 0 must be a text", evaluate_texts, make("gpt2").policy, task, names=["bleu"])
+
+
+def test_rows_of_a_data_set_are_no_prompts():
+    refused("not rows of a data set. Pass Dataset.from_list", letters_task, prompts=[{"prompt": "a"}])
