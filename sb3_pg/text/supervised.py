@@ -20,6 +20,8 @@ from sb3_pg.text.spaces import EMPTY
 def examples(task: TextTask) -> np.ndarray:
     """Whole rows of prompt, example and end token, (n, prompt_length + response_length), one for each example.
 
+    One that has an end of its own, such as a stop string, ends there, as the environment would end it.
+
     :raises ArgumentError: the task has no examples, or one that is too long
     """
     given = task.references if task.examples is None else task.examples
@@ -36,6 +38,7 @@ def examples(task: TextTask) -> np.ndarray:
                 f"{task.response_length}. Shorten it or raise `response_length`."
             )
         row[task.width : task.width + len(ids) + 1] = [*ids, task.answer_end]
+    rows[:, task.width :] = task.cut(rows[:, task.width :])
     return rows
 
 

@@ -18,6 +18,7 @@ from sb3_pg.text import TextVecEnv, evaluate_texts, word_tokenizer
 from sb3_pg.text.engine import TextEngine
 from sb3_pg.text.policies import CausalLMPolicy
 from sb3_pg.text.spaces import Vocabulary, vocabulary_of
+from sb3_pg.text.supervised import examples
 
 STOPS = ["d a", "b b d"]
 
@@ -230,3 +231,22 @@ def test_figures_count_turns_that_end_by_a_stop_string():
     assert len(turns) > 5 and np.mean(ended) > 0
     assert model.logger.name_to_value["text/ended"] == pytest.approx(np.mean(ended))
     assert model.logger.name_to_value["text/response_length"] == pytest.approx((turns[-1] + 1) / len(turns))
+
+
+def test_a_supervised_start_imitates_what_the_environment_would_show():
+    task = letters_task(prompts=["a", "b"], examples=[["b c", "b c d"], "b d"], stop_strings=["b c"])
+    b, c, d = task.tokenizer.convert_tokens_to_ids(list("bcd"))
+    expected = [[b, c, -1, -1, -1, -1], [b, c, -1, -1, -1, -1], [b, d, task.end_token, -1, -1, -1]]
+    assert examples(task)[:, task.width :].tolist() == expected
+
+
+def test_turns_to_imitate_end_as_those_that_are_acted():
+    from test_text_conversation import echo, message
+
+    env = echo(stop_strings=["b"])
+    talk = [message(role, text) for role, text in zip(["user", "assistant"] * 2, ["a", "a b", "c", "c"], strict=True)]
+    first, second = env.turns_of([talk])
+    a, b, c = env.tokenizer.convert_tokens_to_ids(list("abc"))
+    assert first[40:].tolist() == [a, b, -1, -1] and second[40:].tolist() == [c, env.turn_end, -1, -1]
+    said, after = first[first >= 0].tolist(), second[:40][second[:40] >= 0].tolist()
+    assert after[: len(said) + 1] == [*said, env.turn_end]  # the template writes its own end behind the stop

@@ -147,6 +147,8 @@ def test_turns_of_what_is_no_list_of_conversations():
     refused(message, env.turns_of, turns)
     refused(message, env.turns_of, ["a"])
     refused("'role' and 'content' must be texts", env.turns_of, [[{"content": "a"}]])
+    refused("Message 2 of .* is the assistant's, but answers none", env.turns_of, [[*turns, turns[1]]])
+    refused("Message 0 of .* is the assistant's, but answers none", env.turns_of, [turns[1:]])
     assert env.turns_of([]).shape == (0, 44) and env.turns_of([turns]).shape == (1, 44)
 
 
