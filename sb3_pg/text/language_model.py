@@ -26,7 +26,7 @@ try:
 except ImportError as error:
     raise ImportError("Language models need the extra `text`: pip install 'sb3_pg[text]'") from error
 
-from sb3_pg.text.base import Base, can_be_named, fingerprint, n_bytes, name_of, read_base, require_same
+from sb3_pg.text.base import Base, can_be_named, fingerprint, from_elsewhere, n_bytes, name_of, read_base, require_same
 from sb3_pg.text.checks import check_fit, check_reading, half_precision
 from sb3_pg.text.decoding import Decoder, Memory
 from sb3_pg.text.ends import Ends, check_tokenizer
@@ -362,16 +362,7 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
 
         A base is only read if it is here already, and only its weights, see :mod:`sb3_pg.text.base`.
         """
-        model, lora = policy_kwargs.get("model"), policy_kwargs.get("lora") or {}
-        if policy_kwargs.get("model_kwargs") or not isinstance(model, dict | None):
-            return f"the model would be loaded from elsewhere ({model!r}, {policy_kwargs.get('model_kwargs')!r})"
-        base = policy_kwargs.get("base") or {"name": "", "fingerprint": ""}
-        if not isinstance(base, dict) or {name: type(x) for name, x in base.items()} != _OF_BASE:
-            return f"its base model would be {base!r}"
-        for name in [*_keys(model), *_keys(lora)]:
-            if any(part in name for part in _FROM_ELSEWHERE):
-                return f"the model's configuration has {name!r}, which may run code from elsewhere"
-        return None
+        return from_elsewhere(policy_kwargs)
 
     @staticmethod
     def n_elsewhere(policy_kwargs: dict[str, Any]) -> int:
@@ -801,21 +792,6 @@ def check_policy(policy: Any) -> None:
             f"`policy` must be that of a language model (CausalLMPolicy, Seq2SeqLMPolicy), not a "
             f"{type(policy).__name__}.{advice}"
         )
-
-
-#: In names of configurations: of code that transformers and peft would import or download.
-_FROM_ELSEWHERE = ("auto_map", "implementation", "kernel", "megatron", "quantization", "remote")
-
-
-#: What an archive says of a base.
-_OF_BASE = {"name": str, "fingerprint": str}
-
-
-def _keys(configuration: Any) -> Iterator[str]:
-    """Yield all keys of dictionaries within dictionaries."""
-    for key, value in configuration.items() if isinstance(configuration, dict) else ():
-        yield str(key)
-        yield from _keys(value)
 
 
 def _some(
