@@ -77,7 +77,7 @@ from sb3_pg.common.registry import BUFFER_PLACES, entered_for
 from sb3_pg.common.returned import checked_observations, checked_step, is_usual
 from sb3_pg.common.rollout import Rollout, Step
 from sb3_pg.common.sequences import Memory
-from sb3_pg.common.spaces import check_spaces, shifted
+from sb3_pg.common.spaces import check_spaces, environments_own, shifted
 from sb3_pg.common.threads import threads_to_choose
 from sb3_pg.common.vec_env import DummyVecEnv, as_vec_env, take_over
 from sb3_pg.common.vec_env.adapters import is_vectorised
@@ -192,7 +192,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         return OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """SB3's.
+        """SB3's ``set_env``; what the environment's actions tell besides what is compared holds from here on.
 
         :raises ArgumentError: a callback of ``learn`` calls it, whose rollout is of the environments before
         """
@@ -202,6 +202,8 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
                 "callback return False, call set_env(env) then, and learn(..., reset_num_timesteps=False)."
             )
         super().set_env(env, force_reset)
+        assert self.env is not None
+        self.action_space = self.policy.action_space = environments_own(self.action_space, self.env.action_space)
 
     def _setup_model(self) -> None:
         if getattr(self, "observation_space", None) is None:

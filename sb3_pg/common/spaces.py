@@ -31,6 +31,15 @@ def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Spac
     _check_actions(action_space)
 
 
+def environments_own(known: spaces.Space[Any], given: spaces.Space[Any]) -> spaces.Space[Any]:
+    """Return the space of an environment in place of an equal one, if it may tell more than is compared.
+
+    :param known: the model's
+    :param given: the environment's
+    """
+    return given if type(given) is type(known) and type(given) not in PLAIN_SPACES else known
+
+
 def _check_observations(what: str, space: spaces.Space[Any]) -> None:
     if not isinstance(space, PLAIN_SPACES):
         raise SpaceError(

@@ -5,7 +5,7 @@ configuration that the archive holds, and what is read must be what the archive 
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,12 @@ from typing import Any
 import torch as th
 
 from sb3_pg.common.errors import ArgumentError
+
+#: In names of configurations: of code that transformers and peft would import or download.
+_FROM_ELSEWHERE = ("auto_map", "implementation", "kernel", "megatron", "quantization", "remote")
+
+#: What an archive says of a base.
+_OF_BASE = {"name": str, "fingerprint": str}
 
 #: Ways in which LoRA begins that leave the weights of the base as they are.
 _BEGINNINGS = (True, False, "gaussian", None)
@@ -28,6 +34,27 @@ class Base:
 
     name: str
     fingerprint: str
+
+
+def from_elsewhere(policy_kwargs: Mapping[str, Any]) -> str | None:
+    """Return which of a policy's arguments would load a model, or code, from elsewhere; None if none would."""
+    model, lora = policy_kwargs.get("model"), policy_kwargs.get("lora") or {}
+    if policy_kwargs.get("model_kwargs") or not isinstance(model, dict | None):
+        return f"the model would be loaded from elsewhere ({model!r}, {policy_kwargs.get('model_kwargs')!r})"
+    base = policy_kwargs.get("base") or {"name": "", "fingerprint": ""}
+    if not isinstance(base, dict) or {name: type(x) for name, x in base.items()} != _OF_BASE:
+        return f"its base model would be {base!r}"
+    for name in [*_keys(model), *_keys(lora)]:
+        if any(part in name for part in _FROM_ELSEWHERE):
+            return f"the model's configuration has {name!r}, which may run code from elsewhere"
+    return None
+
+
+def _keys(configuration: Any) -> Iterator[str]:
+    """Yield all keys of dictionaries within dictionaries."""
+    for key, value in configuration.items() if isinstance(configuration, dict) else ():
+        yield str(key)
+        yield from _keys(value)
 
 
 def can_be_named(model: Any, model_kwargs: Any, lora: Any) -> bool:

@@ -20,11 +20,11 @@ def is_chat(x: Any) -> bool:
     return isinstance(x, list | tuple) and all(isinstance(message, Mapping) for message in x)
 
 
-def check_messages(what: str, messages: Any) -> None:
-    """Check a conversation that the model is to answer.
+def check_form(what: str, messages: Any) -> None:
+    """Check a conversation.
 
     :param what: the conversation is, for the error
-    :raises ArgumentError: it has no messages, one of another form, an empty one, or the model itself had the last word
+    :raises ArgumentError: it has no messages, one of another form, or an empty one
     """
     if not is_chat(messages) or not messages:
         raise ArgumentError(f"{what} must be a list of messages with 'role' and 'content', not {messages!r}.")
@@ -33,6 +33,14 @@ def check_messages(what: str, messages: Any) -> None:
             raise ArgumentError(f"{what} has the message {message!r}: 'role' and 'content' must be texts.")
         if not message["content"].strip():
             raise ArgumentError(f"{what} has an empty message of the role {message['role']!r}.")
+
+
+def check_messages(what: str, messages: Any) -> None:
+    """Check a conversation that the model is to answer.
+
+    :raises ArgumentError: as :func:`check_form`, or the model itself had the last word
+    """
+    check_form(what, messages)
     if messages[-1]["role"] == "assistant":
         raise ArgumentError(
             f"{what} ends with a message of the assistant, so there is nothing to answer. Leave it out."

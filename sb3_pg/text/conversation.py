@@ -8,7 +8,16 @@ import gymnasium as gym
 import numpy as np
 
 from sb3_pg.common.errors import ArgumentError, NonFiniteError, as_number, check_count, check_number, is_finite
-from sb3_pg.text.chat import Message, check_messages, check_template, continuation, rendered, tokens_of, turn_end
+from sb3_pg.text.chat import (
+    Message,
+    check_form,
+    check_messages,
+    check_template,
+    continuation,
+    rendered,
+    tokens_of,
+    turn_end,
+)
 from sb3_pg.text.ends import Ends, check_known
 from sb3_pg.text.prompts import shown
 from sb3_pg.text.spaces import EMPTY, text_space
@@ -161,19 +170,24 @@ class ChatEnv(gym.Env[np.ndarray, np.integer[Any]]):
         """
         rows = []
         for messages in conversations:
+            check_form("What `turns_of` is given", messages)
             turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
             if not turns:
                 raise ArgumentError(f"The conversation {shown(messages)!r} has no message of the assistant.")
             row, last = None, 0
             for number in turns:
                 before = messages[last:number]
+                if not before:
+                    raise ArgumentError(
+                        f"Message {number} of {shown(messages)!r} is the assistant's, but answers none."
+                    )
                 prompt = self._first_prompt(before) if row is None else self._next_prompt(row, Reply(before))
                 row, last = self._whole(prompt, messages[number]["content"]), number + 1
                 rows.append(row)
-        return np.array(rows)
+        return np.array(rows, dtype=np.int32).reshape(-1, self.width + self.response_length)
 
     def _whole(self, prompt: list[int], text: str) -> np.ndarray:
-        """Return a prompt with a response that ends."""
+        """Return a prompt with a response, up to its first end."""
         ids = [*tokens_of(self.tokenizer, text), self.turn_end]
         check_known(self.tokenizer, "A turn", text, ids)
         for what, n, most in (("prompt", len(prompt), self.width), ("response", len(ids), self.response_length)):
@@ -181,6 +195,7 @@ class ChatEnv(gym.Env[np.ndarray, np.integer[Any]]):
                 raise ArgumentError(f"The turn {text!r} has {n} tokens in its {what}; raise {what}_length={most}.")
         row = self._shown(prompt)
         row[self.width : self.width + len(ids)] = ids
+        row[self.width :] = self.ends.cut(row[None, self.width :])[0]
         return row
 
     def _first_prompt(self, messages: Sequence[Message]) -> list[int]:

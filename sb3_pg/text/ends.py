@@ -9,7 +9,7 @@ import numpy as np
 
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.text.sequences import last_tokens
-from sb3_pg.text.spaces import EMPTY, Vocabulary
+from sb3_pg.text.spaces import EMPTY, Vocabulary, checked_strings
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Ends:
         check_tokenizer(tokenizer)
         if tokenizer.eos_token_id is None:
             raise ArgumentError("`tokenizer` has no end token (eos_token), so no response would ever end.")
-        if isinstance(stop_strings, str) or not all(isinstance(stop, str) and stop for stop in stop_strings):
-            raise ArgumentError(f"`stop_strings` must be a list of texts that are not empty, not {stop_strings!r}.")
-        if isinstance(end_tokens, str):
-            raise ArgumentError(f"`end_tokens` must be a list of tokens, not one text: {end_tokens!r}.")
+        strings = checked_strings(stop_strings)
+        if isinstance(end_tokens, str) or not isinstance(end_tokens, Sequence | np.ndarray):
+            its = f"one text: {end_tokens!r}" if isinstance(end_tokens, str) else repr(end_tokens)
+            raise ArgumentError(f"`end_tokens` must be a list of tokens, not {its}.")
         numbers = [tokenizer.eos_token_id, *(_number_of(tokenizer, end) for end in end_tokens)]
-        return cls(tokenizer, tuple(dict.fromkeys(numbers)), tuple(stop_strings))
+        return cls(tokenizer, tuple(dict.fromkeys(numbers)), strings)
 
     def with_token(self, token: int) -> "Ends":
         """Return the same with a token more."""
@@ -49,7 +49,7 @@ class Ends:
     @property
     def vocabulary(self) -> Vocabulary:
         """The space of actions."""
-        return Vocabulary(len(self.tokenizer), self.tokens[0], self.tokens[1:], self.tokenizer)
+        return Vocabulary(len(self.tokenizer), self.tokens[0], self.tokens[1:], self.tokenizer, self.strings)
 
     def is_end(self, tokens: Any) -> np.ndarray:
         """Return which tokens end a response."""
@@ -79,15 +79,14 @@ class Ends:
         return texts_of(self.tokenizer, responses, self.tokens)
 
     def cut(self, responses: np.ndarray) -> np.ndarray:
-        """Return responses, (n, response_length), without what follows their first stop string."""
-        if not self.strings:
-            return responses
-        out = responses.copy()
-        for row, text in zip(out, self.decode(out), strict=True):
-            if any(stop in text for stop in self.strings):
-                prefixes = np.where(np.tri(len(row), dtype=bool), row, EMPTY)  # environments look after each token
-                stops = np.flatnonzero(self.have_ended(prefixes))
-                row[stops[0] + 1 if len(stops) else len(row) :] = EMPTY
+        """Return responses, (n, response_length), without what follows their first end."""
+        is_end = self.is_end(responses)
+        out: np.ndarray = np.where(np.cumsum(is_end, axis=1) > is_end, EMPTY, responses)
+        for row in out if self.strings else ():
+            length = int((row != EMPTY).sum())
+            prefixes = np.where(np.tri(length, len(row), dtype=bool), row, EMPTY)  # environments look after each token
+            stops = np.flatnonzero(self.have_ended(prefixes))
+            row[stops[0] + 1 if len(stops) else len(row) :] = EMPTY
         return out
 
 

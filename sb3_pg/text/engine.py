@@ -25,6 +25,9 @@ from sb3_pg.text.language_model import CHUNK_LOGITS, LanguageModelPolicy, to_row
 from sb3_pg.text.rewards import at_their_tokens, mean_by_name
 from sb3_pg.text.rows import TokenRows
 
+#: Rows that are written out at once to look for ends.
+ROWS = 1 << 12
+
 
 class TextEngine(AutogradEngine):
     """Autograd, with what a language model does differently.
@@ -95,14 +98,30 @@ class TextEngine(AutogradEngine):
         :param going: whether a token was added to each
         """
         figures, tokens = TextFigures(), rollout.column("actions").reshape(-1)
-        stops = np.isin(tokens, self.policy.end_tokens)
+        ended = np.zeros(len(rows), dtype=bool)
+        ended[going] = self._have_ended(rows[going], tokens[going])
         is_longest = rows.length + 1 == self.policy.response_length
-        over = rollout.dones.ravel() | (going & (stops | is_longest))  # a conversation goes on after a turn
+        over = rollout.dones.ravel() | (going & (ended | is_longest))  # a conversation goes on after a turn
         if over.any():
             figures.score = float(rollout.column("rewards")[over].mean())
             figures.response_length = float(rows.length[over].mean()) + 1
-            figures.ended = float((stops | ~is_longest)[over].mean())
+            figures.ended = float((ended | ~is_longest)[over].mean())
         return figures
+
+    def _have_ended(self, rows: TokenRows, tokens: np.ndarray) -> np.ndarray:
+        """Return which responses have an end after one more token, (n,).
+
+        :param rows: before it
+        :param tokens: (n,)
+        """
+        ends = self.policy.ends
+        ended = ends.is_end(tokens)
+        for start in range(0, len(rows), ROWS) if ends.strings else ():  # not all are written out at once
+            some = slice(start, start + ROWS)
+            responses = np.asarray(rows[some])[:, self.policy.prompt_length :]
+            responses[np.arange(len(responses)), rows.length[some]] = tokens[some]
+            ended[some] = ends.have_ended(responses)
+        return ended
 
     def _with_penalty(
         self, judged: Judged, figures: TextFigures, rows: TokenRows, actions: th.Tensor, going: np.ndarray
@@ -196,11 +215,11 @@ class TextEngine(AutogradEngine):
         return batch
 
     def _truncated(self, rollout: Rollout) -> np.ndarray:
-        """Return the numbers of the stretches that have ended by the greatest length, without an end token."""
+        """Return the numbers of the stretches that have ended by the greatest length, without an end."""
         rows = TokenRows.of(rollout.column("observations"), self.policy.prompt_length)
-        is_last = rollout.dones.ravel() & (np.ravel(rows.length) + 1 == self.policy.response_length)
-        has_end = np.isin(rollout.column("actions").ravel(), self.policy.end_tokens)
-        numbers: np.ndarray = rollout.stretches.numbers.ravel()[is_last & ~has_end]
+        longest = np.flatnonzero(rollout.dones.ravel() & (rows.length + 1 == self.policy.response_length))
+        ended = self._have_ended(rows[longest], rollout.column("actions").ravel()[longest])
+        numbers: np.ndarray = rollout.stretches.numbers.ravel()[longest[~ended]]
         return numbers
 
     def evaluate(self, batch: Batch) -> "TextEvaluation":

@@ -121,7 +121,7 @@ class TextTask:
         return self.ends.decode(responses)
 
     def cut(self, responses: np.ndarray) -> np.ndarray:
-        """Return responses, (n, response_length), of those who do not know the stop strings, up to the first one."""
+        """Return responses, (n, response_length), of those who do not know the ends, up to the first one."""
         return self.ends.cut(responses)
 
     def score(self, numbers: Sequence[int], responses: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -169,15 +169,33 @@ class TextTask:
         return info
 
 
+def check_task(task: Any) -> None:
+    """Refuse what is not a TextTask, such as an environment.
+
+    :raises ArgumentError: says what to do with it
+    """
+    if isinstance(task, TextTask):
+        return
+    its = f"a {type(task).__name__}"
+    advice = "Make one: TextTask(prompts, reward, tokenizer)."
+    if isinstance(task, TextEnv | TextVecEnv):
+        advice = "Pass its task: env.task."
+    elif isinstance(task, gym.Env | VecEnv):
+        advice = "Environments, conversations too, are learned as they are, and evaluated by SB3's EvalCallback."
+    raise ArgumentError(f"`task` must be a TextTask, not {its}. {advice}")
+
+
 class TextEnv(gym.Env[np.ndarray, np.integer[Any]]):
     """One prompt after the other. For training prefer :class:`TextVecEnv`, which scores many responses at once.
 
     :param task: prompts, tokenizer and reward
+    :raises ArgumentError: it is no TextTask; of ``reset``, there is no prompt with the number of ``options``
     """
 
     metadata = {"render_modes": ["ansi"]}  # noqa: RUF012  # as gymnasium declares it
 
     def __init__(self, task: TextTask, render_mode: str | None = None) -> None:
+        check_task(task)
         self.task = task
         self.observation_space = task.observation_space
         self.action_space = task.action_space
@@ -191,7 +209,12 @@ class TextEnv(gym.Env[np.ndarray, np.integer[Any]]):
         """Show a new prompt; ``options={"prompt": number}`` chooses it."""
         super().reset(seed=seed)
         drawn = int(self.np_random.integers(len(self.task.prompts)))
-        self._number = (options or {}).get("prompt", drawn)
+        number = (options or {}).get("prompt", drawn)
+        if not isinstance(number, int | np.integer) or not 0 <= number < len(self.task.prompts):
+            raise ArgumentError(
+                f"There is no prompt {number!r}: `options` may have numbers < {len(self.task.prompts)}."
+            )
+        self._number = int(number)
         self._length = 0
         self._row = self.task.observations([self._number])[0]
         return self._row.copy(), {}
@@ -247,6 +270,7 @@ class TextVecEnv(VecEnv):
         in_order: bool = False,
         seed: int | None = None,
     ) -> None:
+        check_task(task)
         check_count("n_envs", n_envs)
         check_count("completions_per_prompt", completions_per_prompt)
         if n_envs % completions_per_prompt:

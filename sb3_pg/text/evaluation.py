@@ -1,7 +1,7 @@
 """Look at a language model on prompts that it is not trained on: figures and texts."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from stable_baselines3.common.callbacks import BaseCallback, EventCallback
 from sb3_pg.common.errors import ArgumentError, check_count
 from sb3_pg.text import metrics
 from sb3_pg.text.chat import is_chat
-from sb3_pg.text.environment import TextTask
-from sb3_pg.text.language_model import LanguageModelPolicy
-from sb3_pg.text.prompts import Prompt, shown
+from sb3_pg.text.environment import TextTask, check_task
+from sb3_pg.text.language_model import LanguageModelPolicy, check_policy
+from sb3_pg.text.prompts import Prompt, listed_prompts, read_prompts, shown
 from sb3_pg.text.rewards import TOKEN_IDS, RewardFunction, as_rewards, scored
+from sb3_pg.text.settings import checked_settings
 
 #: Prompts completed at once.
 BATCH = 64
@@ -22,11 +23,17 @@ BATCH = 64
 
 def complete(policy: LanguageModelPolicy, task: TextTask, numbers: Sequence[int], **settings: Any) -> np.ndarray:
     """Responses to the prompts with these numbers, (n, response_length); settings as for ``policy.generate``."""
+    settings = {"stop_strings": task.ends.strings, "tokenizer": task.tokenizer, **settings}
     batches = [
         policy.generate(task.observations(list(numbers[start : start + BATCH])), **settings)
         for start in range(0, len(numbers), BATCH)
     ]
     return task.cut(np.concatenate(batches))
+
+
+def _sampling(settings: Any) -> dict[str, Any]:
+    """Return settings of generate, checked, which sample by default."""
+    return checked_settings({"do_sample": True, **settings} if isinstance(settings, Mapping) else settings)
 
 
 def evaluate_texts(
@@ -45,8 +52,12 @@ def evaluate_texts(
         task allows
     :param settings: of ``policy.generate``; by default it samples as in training. ``do_sample=False`` is greedy
     :return: figures, among them "score" (the task's reward) and "length" in tokens, and a record of each answer
+    :raises ArgumentError: an argument is of another kind, or there is no such metric or setting
     """
-    settings = {"do_sample": True, **settings}
+    check_policy(policy)
+    check_task(task)
+    metrics.check_names(names, task.references is not None)
+    settings = _sampling(settings)
     if n_prompts is not None:
         check_count("n_prompts", n_prompts)
     count = min(n_prompts or len(task.prompts), len(task.prompts))
@@ -85,18 +96,21 @@ def best_of_n(
     :param references: for the reward, one for each prompt
     :param settings: of ``policy.generate``; by default it samples as in training
     :return: the texts, one for each prompt, and their rewards, float64 (n_prompts,)
-    :raises ArgumentError: the reward returns something else than a number for each
+    :raises ArgumentError: an argument is of another kind, there are not as many references as prompts, or the reward
+        returns something else than a number for each
     :raises NonFiniteError: it returns one that is not finite
     """
+    check_policy(policy)
     check_count("n", n)
-    rewards = as_rewards(reward, None, [])
+    rewards, prompts = as_rewards(reward, None, []), listed_prompts(prompts)
     if not len(prompts):
         return [], np.zeros(0)
+    references = read_prompts(prompts, references, None, None).references or [None] * len(prompts)
     texts = policy.generate(prompts, **{"do_sample": True, **settings, "num_return_sequences": n})
     given = {
         "prompts": [prompt for prompt in prompts for _ in range(n)],
         "completions": texts,
-        "references": [reference for reference in references or [None] * len(prompts) for _ in range(n)],
+        "references": [reference for reference in references for _ in range(n)],
         TOKEN_IDS: policy.tokenizer(texts, add_special_tokens=False)["input_ids"],
     }
     scores = scored(rewards, given).totals
@@ -140,7 +154,8 @@ class TextEvalCallback(EventCallback):
         stopping
     :param verbose: 1 prints figures and texts
     :param log_name: in place of "eval" in the log, to tell several evaluations apart
-    :raises ArgumentError: ``best_by`` is not among the metrics
+    :raises ArgumentError: an argument is of another kind, or there is no such metric or setting; before training, the
+        policy is no language model or ``best_by`` not among the metrics
     """
 
     def __init__(
@@ -159,8 +174,17 @@ class TextEvalCallback(EventCallback):
         verbose: int = 0,
         log_name: str = "eval",
     ) -> None:
-        super().__init__(callback_after_eval, verbose=verbose)
+        check_task(task)
         check_count("eval_freq", eval_freq)
+        check_count("n_texts", n_texts, low=0)
+        _sampling({} if settings is None else settings)
+        if n_prompts is not None:
+            check_count("n_prompts", n_prompts)
+        metrics.check_names(names, task.references is not None)
+        for name, callback in {"after_eval": callback_after_eval, "on_new_best": callback_on_new_best}.items():
+            if not isinstance(callback, BaseCallback | None):
+                raise ArgumentError(f"`callback_{name}` must be a callback of SB3, not {callback!r}.")
+        super().__init__(callback_after_eval, verbose=verbose)
         self.callback_on_new_best = callback_on_new_best
         if callback_on_new_best is not None:
             callback_on_new_best.parent = self
@@ -180,6 +204,7 @@ class TextEvalCallback(EventCallback):
 
     def _init_callback(self) -> None:
         super()._init_callback()
+        check_policy(self.model.policy)
         if self.callback_on_new_best is not None:
             self.callback_on_new_best.init_callback(self.model)
 
@@ -197,8 +222,8 @@ class TextEvalCallback(EventCallback):
 
     def evaluate(self) -> bool:
         """Evaluate now; False if one of the two callbacks wants to stop."""
-        assert isinstance(self.model.policy, LanguageModelPolicy)
-        figures, records = evaluate_texts(self.model.policy, self.task, self.n_prompts, self.names, **self.settings)
+        policy: Any = self.model.policy
+        figures, records = evaluate_texts(policy, self.task, self.n_prompts, self.names, **self.settings)
         self.history.append({"timesteps": self.num_timesteps, **figures})
         texts = table(records[: self.n_texts])
         for name, value in figures.items():

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from sb3_pg.common.errors import ArgumentError, check_count
-from sb3_pg.text.ends import texts_of
+from sb3_pg.common.errors import ArgumentError
+from sb3_pg.text.ends import Ends, check_tokenizer
 from sb3_pg.text.prompts import Prompt, prompt_rows
 from sb3_pg.text.sequences import flush_right
-from sb3_pg.text.spaces import EMPTY, Vocabulary
+from sb3_pg.text.spaces import EMPTY, Vocabulary, checked_strings
 
 if TYPE_CHECKING:
     from sb3_pg.text.language_model import LanguageModelPolicy
@@ -32,7 +32,6 @@ def answers(policy: "LanguageModelPolicy", prompts: Sequence[Prompt], settings: 
     if not len(prompts):
         return []
     tokenizer, longest = required_tokenizer(policy), settings.get("max_new_tokens", policy.response_length)
-    check_count("max_new_tokens", longest)
     rows = prompt_rows(tokenizer, prompts)
     window = None if policy.lm.config.is_encoder_decoder else getattr(policy.lm.config, "max_position_embeddings", None)
     if window is not None and rows.shape[1] + longest > window:
@@ -42,7 +41,7 @@ def answers(policy: "LanguageModelPolicy", prompts: Sequence[Prompt], settings: 
             f"is {window}. Shorten the prompt or pass a smaller max_new_tokens."
         )
     parts = [generated(policy, rows[start : start + BATCH], longest, settings) for start in range(0, len(rows), BATCH)]
-    return texts_of(tokenizer, np.concatenate(parts), policy.end_tokens)
+    return ends_of(policy, settings).decode(np.concatenate(parts))
 
 
 def required_tokenizer(policy: "LanguageModelPolicy") -> Any:
@@ -65,16 +64,22 @@ def generated(policy: "LanguageModelPolicy", rows: np.ndarray, longest: int, set
     :param longest: most tokens of a response
     :param settings: of ``policy.generate``
     """
-    end = policy.end_token
+    end, ends = policy.end_token, ends_of(policy, settings)
+    if not len(rows):
+        return np.full((0, longest), EMPTY)
     tokens, lengths = flush_right(rows, end)
     mask = np.arange(tokens.shape[1]) >= tokens.shape[1] - lengths[:, None]
     options: dict[str, Any] = {
         "do_sample": False,
-        "max_new_tokens": longest,
-        "eos_token_id": policy.end_tokens,
         "pad_token_id": end,
-        **settings,
+        **{name: value for name, value in settings.items() if name not in ("stop_strings", "tokenizer")},
+        "eos_token_id": list(ends.tokens),
+        "max_new_tokens": min(longest, settings.get("max_new_tokens", longest)),
     }
+    n_before = policy.skipped(tokens.shape[1])
+    if ends.strings:
+        own = [*(settings.get("stopping_criteria") or ()), _Stopping(ends, n_before)]
+        options["stopping_criteria"] = StoppingCriteriaList(own)
     options = {**policy.generation_settings(options["do_sample"]), **options}
     n_known = policy.lm.get_output_embeddings().out_features
     if n_known > policy.n_tokens:
@@ -85,7 +90,42 @@ def generated(policy: "LanguageModelPolicy", rows: np.ndarray, longest: int, set
             attention_mask=th.as_tensor(mask, device=policy.device).long(),
             **options,
         )
-    return policy.responses(out.cpu().numpy(), tokens.shape[1], longest)
+    new = out[:, n_before:].cpu().numpy()[:, :longest]
+    responses = np.full((len(new), longest), EMPTY)
+    responses[:, : new.shape[1]] = ends.cut(new)
+    return responses
+
+
+def ends_of(policy: "LanguageModelPolicy", settings: Mapping[str, Any]) -> Ends:
+    """Return what ends responses: the policy's ends, and those of the settings in place of them.
+
+    :param settings: of ``policy.generate``: ``stop_strings``, ``eos_token_id``, ``tokenizer``
+    :raises ArgumentError: they are none, or there are strings but no tokenizer
+    """
+    strings, tokens = settings.get("stop_strings", policy.stop_strings), settings.get("eos_token_id")
+    strings = checked_strings([strings] if isinstance(strings, str) else strings or ())
+    tokenizer = settings.get("tokenizer")
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
+    elif strings:
+        tokenizer = required_tokenizer(policy)
+    else:
+        tokenizer = policy.tokenizer
+    ends = np.ravel(policy.end_tokens if tokens is None else tokens)
+    if ends.dtype.kind not in "iu" or ((ends < 0) | (ends >= policy.n_tokens)).any():
+        raise ArgumentError(f"`eos_token_id` must be numbers of tokens, 0 to {policy.n_tokens - 1}, not {tokens!r}.")
+    return Ends(tokenizer, tuple(ends.tolist()), strings)
+
+
+class _Stopping(StoppingCriteria):
+    """Ends responses as environments do. Transformers' own rule for stop strings looks into prompts, too."""
+
+    def __init__(self, ends: Ends, n_before: int) -> None:
+        self._ends, self._n_before = ends, n_before
+
+    def __call__(self, input_ids: th.Tensor, scores: Any, **_: Any) -> th.Tensor:
+        ended = self._ends.have_ended(input_ids[:, self._n_before :].cpu().numpy())
+        return th.as_tensor(ended, device=input_ids.device)
 
 
 @contextmanager
@@ -103,6 +143,7 @@ def settings_to_save(policy: "LanguageModelPolicy") -> Any:
     """Return the model's own settings for generating, with the ends and the length of the environment's responses."""
     settings = copy.deepcopy(policy.lm.generation_config)
     settings.eos_token_id = policy.end_tokens
+    settings.stop_strings = list(policy.stop_strings) or None
     if settings.pad_token_id is None:
         settings.pad_token_id = policy.end_token
     if settings.max_new_tokens is None:

@@ -11,6 +11,7 @@ from typing import Any, overload
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
@@ -25,19 +26,20 @@ try:
 except ImportError as error:
     raise ImportError("Language models need the extra `text`: pip install 'sb3_pg[text]'") from error
 
-from sb3_pg.text.base import Base, can_be_named, fingerprint, n_bytes, name_of, read_base, require_same
+from sb3_pg.text.base import Base, can_be_named, fingerprint, from_elsewhere, n_bytes, name_of, read_base, require_same
 from sb3_pg.text.checks import check_fit, check_reading, half_precision
 from sb3_pg.text.decoding import Decoder, Memory
-from sb3_pg.text.ends import check_tokenizer
-from sb3_pg.text.generation import answers, generated, settings_to_save
+from sb3_pg.text.ends import Ends, check_tokenizer
+from sb3_pg.text.generation import answers, generated, required_tokenizer, settings_to_save
 from sb3_pg.text.graphs import checkpointing, enable_checkpointing, graph_bytes, release_memory
 from sb3_pg.text.kept import KeptTokenizer
-from sb3_pg.text.models import freeze, make_model, with_adapter
-from sb3_pg.text.prompts import Prompt, are_texts
+from sb3_pg.text.models import check_options, freeze, make_model, with_adapter
+from sb3_pg.text.prompts import Prompt, are_texts, given_rows, listed_prompts
 from sb3_pg.text.reference import ReferenceSettings, mix
 from sb3_pg.text.rows import Piece, TokenRows
 from sb3_pg.text.sequences import last_tokens
-from sb3_pg.text.spaces import EMPTY, Vocabulary, prompt_length_of
+from sb3_pg.text.settings import checked_settings
+from sb3_pg.text.spaces import Vocabulary, prompt_length_of
 from sb3_pg.text.truncation import IMPOSSIBLE, Truncation
 
 #: Tokens of one forward pass. More in a pass are not faster, and their activations would need more memory at once.
@@ -155,6 +157,7 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
             check_count("micro_batch_tokens", micro_batch_tokens)
         check_choice("mask_truncated_completions", mask_truncated_completions, (True, False))
         check_choice("save_base", save_base, (True, False))
+        check_choice("gradient_checkpointing", gradient_checkpointing, (True, False))
         self.reference_settings = ReferenceSettings(
             reference_kl_coef,
             reference_kl_target,
@@ -164,6 +167,8 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
             ref_model_mixup_alpha,
             is_adapter=lora is not None,
         )
+        check_options("lora", lora, "{'r': 8}")
+        check_options("model_kwargs", model_kwargs, "{'dtype': torch.bfloat16}")
         if use_sde or not isinstance(action_space, spaces.Discrete):
             raise ArgumentError(f"A language model chooses tokens (Discrete actions, no gSDE), not {action_space}.")
         self.prompt_length = prompt_length_of(observation_space)
@@ -250,6 +255,20 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
     def end_token(self) -> int:
         """The first of the tokens that end a response."""
         return self.end_tokens[0]
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The texts that end a response which contains one: the environment's."""
+        return self.action_space.stop_strings if isinstance(self.action_space, Vocabulary) else ()
+
+    @property
+    def ends(self) -> Ends:
+        """All that ends a response.
+
+        :raises ArgumentError: there are stop strings, but no tokenizer to look for them with
+        """
+        tokenizer = required_tokenizer(self) if self.stop_strings else self.tokenizer
+        return Ends(tokenizer, tuple(self.end_tokens), self.stop_strings)
 
     @property
     def own_end_tokens(self) -> list[int]:
@@ -343,16 +362,7 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
 
         A base is only read if it is here already, and only its weights, see :mod:`sb3_pg.text.base`.
         """
-        model, lora = policy_kwargs.get("model"), policy_kwargs.get("lora") or {}
-        if policy_kwargs.get("model_kwargs") or not isinstance(model, dict | None):
-            return f"the model would be loaded from elsewhere ({model!r}, {policy_kwargs.get('model_kwargs')!r})"
-        base = policy_kwargs.get("base") or {"name": "", "fingerprint": ""}
-        if not isinstance(base, dict) or {name: type(x) for name, x in base.items()} != _OF_BASE:
-            return f"its base model would be {base!r}"
-        for name in [*_keys(model), *_keys(lora)]:
-            if any(part in name for part in _FROM_ELSEWHERE):
-                return f"the model's configuration has {name!r}, which may run code from elsewhere"
-        return None
+        return from_elsewhere(policy_kwargs)
 
     @staticmethod
     def n_elsewhere(policy_kwargs: dict[str, Any]) -> int:
@@ -748,52 +758,40 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         other uses.
 
         :param prompts: a list of texts, or of conversations (lists of messages) for the tokenizer's chat template, each
-            as long as the model's window allows; or prompts as the environment shows them, (n, prompt_length +
-            response_length)
-        :param settings: those of transformers' ``GenerationConfig``. Greedy by default. Sampling:
-            ``do_sample=True``, narrowed by ``top_k``, ``top_p``, ``min_p``; beam search: ``num_beams=4``; against
-            repetition: ``repetition_penalty``, ``no_repeat_ngram_size``; several responses for each prompt, which
-            then follow one another: ``num_return_sequences``; of texts also longer responses: ``max_new_tokens``
-        :return: n * num_return_sequences texts without their end, or as many rows of response tokens, empty columns
-            -1, (n * num_return_sequences, response_length)
-        :raises ArgumentError: there are texts but no tokenizer, or a text cannot be read
+            as long as the model's window allows, or a data set's column of them; or prompts as the environment shows
+            them, (n, prompt_length + response_length)
+        :param settings: those of transformers' ``GenerationConfig``, or one as ``generation_config``. Greedy by
+            default. Sampling: ``do_sample=True``, narrowed by ``top_k``, ``top_p``, ``min_p``; beam search:
+            ``num_beams=4``; against repetition: ``repetition_penalty``, ``no_repeat_ngram_size``; several responses for
+            each prompt, which then follow one another: ``num_return_sequences``; of texts also longer responses:
+            ``max_new_tokens``. ``stop_strings`` and ``eos_token_id`` take the place of the environment's ends
+        :return: n * num_return_sequences texts without the token that ends them, or as many rows of response tokens,
+            empty columns -1, (n * num_return_sequences, response_length)
+        :raises ArgumentError: there are texts or stop strings but no tokenizer, a text cannot be read, or a setting
+            cannot work
         """
         self.set_training_mode(False)
+        prompts, settings = listed_prompts(prompts), checked_settings(settings)
         if are_texts(prompts):
             return answers(self, prompts, settings)
-        return generated(self, to_rows(prompts)[:, : self.prompt_length], self.response_length, settings)
-
-    def responses(self, out: np.ndarray, n_prompt: int, longest: int) -> np.ndarray:
-        """Return the new tokens up to the first end token, in rows of ``longest`` columns.
-
-        :param out: what the model's ``generate`` has returned
-        :param n_prompt: columns of the prompts that it was given
-        """
-        new = out[:, self._skipped(n_prompt) :][:, :longest]
-        is_end = np.isin(new, self.end_tokens)
-        ended = np.cumsum(is_end, axis=1) - is_end > 0
-        rows = np.full((len(new), longest), EMPTY)
-        rows[:, : new.shape[1]] = np.where(ended, EMPTY, new)
-        return rows
+        return generated(self, given_rows(prompts)[:, : self.prompt_length], self.response_length, settings)
 
     @abstractmethod
-    def _skipped(self, n_prompt: int) -> int:
+    def skipped(self, n_prompt: int) -> int:
         """Columns of ``generate``'s output before the response."""
 
 
-#: In names of configurations: of code that transformers and peft would import or download.
-_FROM_ELSEWHERE = ("auto_map", "implementation", "kernel", "megatron", "quantization", "remote")
+def check_policy(policy: Any) -> None:
+    """Refuse what is not the policy of a language model.
 
-
-#: What an archive says of a base.
-_OF_BASE = {"name": str, "fingerprint": str}
-
-
-def _keys(configuration: Any) -> Iterator[str]:
-    """Yield all keys of dictionaries within dictionaries."""
-    for key, value in configuration.items() if isinstance(configuration, dict) else ():
-        yield str(key)
-        yield from _keys(value)
+    :raises ArgumentError: says what to pass
+    """
+    if not isinstance(policy, LanguageModelPolicy):
+        advice = " Pass model.policy." if isinstance(policy, BaseAlgorithm) else ""
+        raise ArgumentError(
+            f"`policy` must be that of a language model (CausalLMPolicy, Seq2SeqLMPolicy), not a "
+            f"{type(policy).__name__}.{advice}"
+        )
 
 
 def _some(

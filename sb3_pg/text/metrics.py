@@ -7,12 +7,13 @@ list of texts of which the best match counts.
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from sb3_pg.common.errors import ArgumentError, check_count, did_you_mean
+from sb3_pg.common.errors import ArgumentError, as_number, check_choice, check_count, check_parameters, did_you_mean
+from sb3_pg.text.rewards import name_of
 
 Texts = Sequence[str]
 References = Sequence[Any]
@@ -21,13 +22,46 @@ References = Sequence[Any]
 Metric = Callable[[Texts, Any], float | dict[str, float]]
 
 
-def _lists(references: References) -> list[list[str]]:
-    return [[r] if isinstance(r, str) else list(r) for r in references]
+def _lists(completions: Texts, references: References) -> list[list[str]]:
+    """Return the references of each completion.
+
+    :raises ArgumentError: one has none, or they are no texts, or not as many as the completions
+    """
+    _check_numbers(completions, references)
+    lists = []
+    for number, reference in enumerate(references):
+        some = _texts(reference)
+        if some is None:
+            raise ArgumentError(f"Reference {number} must be a text or a list of texts, not {reference!r}.")
+        lists.append(some)
+    return lists
 
 
-def _columns(references: References) -> list[list[str]]:
+def _are_texts(references: References) -> bool:
+    """Return whether each is a text or a list of texts, and not what only a reward can read, such as a number."""
+    return all(_texts(r) for r in references)
+
+
+def _texts(reference: Any) -> list[str] | None:
+    """Return the texts of a reference; None if it has none."""
+    some = [reference] if isinstance(reference, str) else reference
+    is_list = isinstance(some, list | tuple) and len(some) > 0
+    return list(some) if is_list and all(isinstance(r, str) for r in some) else None
+
+
+def _check_numbers(completions: Any, references: Any) -> None:
+    for name, given in (("completions", completions), ("references", references)):
+        if isinstance(given, str) or not hasattr(given, "__len__"):
+            raise ArgumentError(f"`{name}` must be a list, not {given!r}.")
+    if not len(completions):
+        raise ArgumentError("There are no completions to measure.")
+    if len(references) != len(completions):
+        raise ArgumentError(f"There are {len(completions)} completions, but {len(references)} references.")
+
+
+def _columns(completions: Texts, references: References) -> list[list[str]]:
     """Return references as sacrebleu takes them: the first of every completion, the second of every, ..."""
-    lists = _lists(references)
+    lists = _lists(completions, references)
     longest = max(map(len, lists))
     return [[some[min(i, len(some) - 1)] for some in lists] for i in range(longest)]
 
@@ -36,21 +70,23 @@ def bleu(completions: Texts, references: References) -> float:
     """Corpus BLEU of sacrebleu, 0 to 100."""
     import sacrebleu
 
-    return float(sacrebleu.corpus_bleu(list(completions), _columns(references)).score)
+    return float(sacrebleu.corpus_bleu(list(completions), _columns(completions, references)).score)
 
 
 def chrf(completions: Texts, references: References) -> float:
     """Corpus chrF of sacrebleu, 0 to 100."""
     import sacrebleu
 
-    return float(sacrebleu.corpus_chrf(list(completions), _columns(references)).score)
+    return float(sacrebleu.corpus_chrf(list(completions), _columns(completions, references)).score)
 
 
 def rouge(kind: str) -> Callable[[Texts, References], float]:
     """Mean F1 of ROUGE by rouge-score, 0 to 1.
 
-    :param kind: "rouge1", "rouge2" or "rougeL"
+    :param kind: "rouge1", "rouge2" (and so on to 9) or "rougeL"
+    :raises ArgumentError: it is another
     """
+    check_choice("kind", kind, [*(f"rouge{n}" for n in range(1, 10)), "rougeL", "rougeLsum"])
 
     def mean(completions: Texts, references: References) -> float:
         from rouge_score.rouge_scorer import RougeScorer
@@ -58,7 +94,7 @@ def rouge(kind: str) -> Callable[[Texts, References], float]:
         scorer = RougeScorer([kind])
         best = [
             scorer.score_multi(some, text)[kind].fmeasure
-            for text, some in zip(completions, _lists(references), strict=True)
+            for text, some in zip(completions, _lists(completions, references), strict=True)
         ]
         return float(np.mean(best))
 
@@ -74,13 +110,13 @@ def normalized(text: str) -> str:
 
 def exact_match(completions: Texts, references: References) -> float:
     """Share of completions that are a reference to the letter, but for white space."""
-    pairs = zip(completions, _lists(references), strict=True)
+    pairs = zip(completions, _lists(completions, references), strict=True)
     return float(np.mean([text.split() in [r.split() for r in some] for text, some in pairs]))
 
 
 def accuracy(completions: Texts, references: References) -> float:
     """Share of completions that are a reference after :func:`normalized`."""
-    pairs = zip(completions, _lists(references), strict=True)
+    pairs = zip(completions, _lists(completions, references), strict=True)
     return float(np.mean([normalized(text) in [normalized(r) for r in some] for text, some in pairs]))
 
 
@@ -99,7 +135,7 @@ def _token_metric(which: int, name: str, doc: str) -> Callable[[Texts, Reference
     def mean(completions: Texts, references: References) -> float:
         best = [
             max((_overlap(text, r) for r in some), key=lambda scores: scores[2])[which]
-            for text, some in zip(completions, _lists(references), strict=True)
+            for text, some in zip(completions, _lists(completions, references), strict=True)
         ]
         return float(np.mean(best))
 
@@ -156,7 +192,7 @@ def classification(completions: Texts, references: References, labels: Sequence[
     """
     given, written = [normalized(text) for text in completions], dict[str, str]()
     right = []
-    for text, some in zip(given, _lists(references), strict=True):
+    for text, some in zip(given, _lists(completions, references), strict=True):
         plain = [normalized(r) for r in some]
         right.append(text if text in plain else plain[0])
         written.setdefault(right[-1], some[plain.index(right[-1])])
@@ -225,32 +261,49 @@ def measure(
     :param completions: texts, at least one
     :param references: one (or a list) for each, or None
     :param names: of :data:`WITH_REFERENCES`, :data:`WITHOUT` and :data:`ON_REQUEST`, and functions of your own, which
-        go by their names; None takes all of the first two that can be computed
+        go by their names; None takes all of the first two that can be computed: those with references if these are
+        texts
     :raises ArgumentError: there is no such metric, it needs references, or the numbers of texts differ
     """
-    if not len(completions):
-        raise ArgumentError("There are no completions to measure.")
-    if references is not None and len(references) != len(completions):
-        raise ArgumentError(f"There are {len(completions)} completions, but {len(references)} references.")
-    known = [*WITHOUT, *(WITH_REFERENCES if references is not None else [])]
+    _check_numbers(completions, completions if references is None else references)
+    check_names(names, references is not None)
+    known = [*WITHOUT, *(WITH_REFERENCES if references is not None and _are_texts(references) else [])]
     found: dict[str, float] = {}
     for metric in known if names is None else names:
-        name = metric if isinstance(metric, str) else metric.__name__
+        name = metric if isinstance(metric, str) else name_of(metric, "metric")
         value = _measured(metric, completions, references)
         found.update({f"{name}/{part}": x for part, x in value.items()} if isinstance(value, dict) else {name: value})
     return found
 
 
+def check_names(names: Sequence[str | Metric] | None, has_references: bool) -> None:
+    """Check the argument ``names`` of :func:`measure`.
+
+    :raises ArgumentError: there is no such metric, or it needs references
+    """
+    if isinstance(names, str) or not isinstance(names, Iterable | None):
+        raise ArgumentError(f"`names` must be a list of metrics, not {names!r}.")
+    compared, alone = [*WITH_REFERENCES, *ON_REQUEST], list[Any](WITHOUT.values())
+    for metric in names or ():
+        if callable(metric):
+            if metric not in alone:
+                check_parameters("names", metric, "completions", "references")
+        elif metric not in (*WITHOUT, *compared):
+            known = [*WITHOUT, *compared]
+            hint = did_you_mean(str(metric), known)
+            raise ArgumentError(f"There is no metric {metric!r}. There are {', '.join(known)}, and functions.{hint}")
+        elif metric in compared and not has_references:
+            raise ArgumentError(f"The metric {metric!r} needs references, which the task does not have.")
+
+
 def _measured(metric: str | Metric, completions: Texts, references: References | None) -> float | dict[str, float]:
-    if not isinstance(metric, str):
-        return metric(completions, references)
-    if metric in WITHOUT:
-        return WITHOUT[metric](completions[:100] if metric == "self_bleu" else completions)
-    compared: dict[str, Metric] = {**WITH_REFERENCES, **ON_REQUEST}
-    if metric not in compared:
-        known = [*WITHOUT, *compared]
-        hint = did_you_mean(metric, known)
-        raise ArgumentError(f"There is no metric {metric!r}. There are {', '.join(known)}, and functions.{hint}")
-    if references is None:
-        raise ArgumentError(f"The metric {metric!r} needs references, which the task does not have.")
-    return compared[metric](completions, references)
+    every: dict[str, Any] = {**WITHOUT, **WITH_REFERENCES, **ON_REQUEST}
+    function: Any = every[metric] if isinstance(metric, str) else metric
+    if function in list[Any](WITHOUT.values()):
+        return float(function(completions[:100] if function is self_bleu else completions))
+    value: float | dict[str, float] = function(completions, references)
+    for number in value.values() if isinstance(value, dict) else [value]:
+        if as_number(number) is None:
+            name = metric if isinstance(metric, str) else name_of(metric, "metric")
+            raise ArgumentError(f"The metric {name!r} must return a number, or several by name, not {value!r}.")
+    return value

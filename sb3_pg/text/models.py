@@ -6,10 +6,23 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.text.base import Base, read_base
+
+
+def check_options(name: str, given: Any, example: str) -> None:
+    """Refuse options that are no dictionary, and those that would be passed over.
+
+    :raises ArgumentError: says what to pass
+    """
+    if not isinstance(given, Mapping | None):
+        is_peft = type(given).__module__.startswith("peft")
+        its = f"a {type(given).__name__}: pass its arguments" if is_peft else repr(given)
+        raise ArgumentError(f"`{name}` must be a dictionary of options, such as {example}, not {its}.")
+    if "torch_dtype" in (given or {}):
+        raise ArgumentError(f"`{name}` has 'torch_dtype', which transformers calls 'dtype' now. Pass that.")
 
 
 def make_model(auto_model: Any, model: Any, model_kwargs: Mapping[str, Any], base: Base | None = None) -> Any:
@@ -28,6 +41,8 @@ def make_model(auto_model: Any, model: Any, model_kwargs: Mapping[str, Any], bas
         )
     if isinstance(model, str | Path):
         return _not_quantised(auto_model, _loaded(auto_model, model, model_kwargs))
+    if isinstance(model, PreTrainedConfig):
+        raise ArgumentError(f"`model` is a {type(model).__name__}: pass it as a dictionary, config.to_dict().")
     if not isinstance(model, Mapping) or "model_type" not in model:
         raise ArgumentError(f"`model` as a dictionary needs a 'model_type', such as 'gpt2' or 't5'; got {model!r}.")
     try:
@@ -112,9 +127,15 @@ def _is_layer(module: th.nn.Module) -> bool:
 
 
 def with_adapter(lm: Any, lora: Mapping[str, Any]) -> Any:
-    """Return the model with low-rank adapters in it, the only part that is trained."""
+    """Return the model with low-rank adapters in it, the only part that is trained.
+
+    :raises ArgumentError: peft does not take these options, or finds no place for them in the model
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError("`lora` needs the extra `text`: pip install 'sb3_pg[text]'") from error
-    return get_peft_model(lm, LoraConfig(**lora))
+    try:
+        return get_peft_model(lm, LoraConfig(**lora))
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"`lora` {dict(lora)!r} cannot be used: {_first_line(error)}") from error

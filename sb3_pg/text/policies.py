@@ -83,7 +83,7 @@ class CausalLMPolicy(LanguageModelPolicy):
         )
         return out.last_hidden_state[:, -1], (Memory(memory.cache, memory.lengths + more),)
 
-    def _skipped(self, n_prompt: int) -> int:
+    def skipped(self, n_prompt: int) -> int:
         return n_prompt
 
 
@@ -171,5 +171,5 @@ class Seq2SeqLMPolicy(LanguageModelPolicy):
         hidden: th.Tensor = out.last_hidden_state[:, -1]
         return hidden
 
-    def _skipped(self, n_prompt: int) -> int:
+    def skipped(self, n_prompt: int) -> int:
         return 1  # the start token

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import numpy as np
+import torch as th
 
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.text.chat import Messages, check_messages, check_template, is_chat, rendered, tokens_of
@@ -51,6 +52,40 @@ def _is_conversation(x: Any) -> bool:
     return isinstance(x, list | tuple) and any(isinstance(message, dict) for message in x)
 
 
+def _is_dataset(x: Any) -> bool:
+    """Return whether something is a data set, and not a column of one, which is a sequence."""
+    return type(x).__module__.partition(".")[0] == "datasets" and not isinstance(x, Sequence)
+
+
+def listed_prompts(prompts: Any) -> Any:
+    """Return prompts as a list where they are in a data set, a column of one, or anything else that gives them.
+
+    :raises ArgumentError: they are none
+    """
+    if isinstance(prompts, np.ndarray | th.Tensor | str | Mapping | list | tuple):
+        return prompts
+    if _is_dataset(prompts):
+        return read_prompts(prompts, None, None, None).prompts
+    return _as_list("prompts", prompts)
+
+
+def given_rows(prompts: Any) -> np.ndarray:
+    """Return prompts that are no texts as rows of tokens, (n, columns).
+
+    :raises ArgumentError: they are none
+    """
+    try:
+        rows = prompts.cpu().numpy() if isinstance(prompts, th.Tensor) else np.asarray(prompts)
+    except ValueError:  # lists of different lengths
+        rows = np.array(None)
+    if rows.ndim != 2 or rows.dtype.kind not in "iu":
+        its = " ".join(repr(prompts).split())[:60]
+        raise ArgumentError(
+            f"`prompts` must be texts, conversations (lists of messages) or rows of tokens, integers, not {its}."
+        )
+    return rows
+
+
 def prompt_rows(tokenizer: Any, prompts: Sequence[Prompt]) -> np.ndarray:
     """Return the tokens of prompts at the right end of rows, (n, tokens of the longest); empty columns are -1.
 
@@ -65,9 +100,11 @@ def read_prompts(prompts: Any, references: Any, examples: Any, columns: Mapping[
     :param prompts: texts, lists of messages, or a data set with a column "prompt" of either kind
     :raises ArgumentError: they are of another kind, empty, mixed, given twice, or not as many as the prompts
     """
-    if type(prompts).__module__.partition(".")[0] == "datasets":
+    if _is_dataset(prompts):
         given = _of_dataset(prompts, references, examples, columns)
     else:
+        if not isinstance(columns, Mapping | None):
+            raise ArgumentError(f"`columns` must be a dictionary of lists by name, not {columns!r}.")
         named = {"prompts": prompts, "references": references, "examples": examples, **(columns or {})}
         lists = {name: _as_list(name, its) for name, its in named.items()}
         texts = lists.pop("prompts") or []
@@ -87,14 +124,17 @@ def _as_list(name: str, given: Any) -> list[Any] | None:
     if isinstance(given, str):
         raise ArgumentError(f"`{name}` must be a list of texts, not one text: {given[:60]!r}.")
     if isinstance(given, Mapping) or not hasattr(given, "__iter__"):
+        its = " ".join(repr(given).split())[:60]
         also = ", of lists of messages, or a datasets.Dataset" if name == "prompts" else ""
-        raise ArgumentError(f"`{name}` must be a list of texts{also}, not {type(given).__name__} {given!r}.")
+        raise ArgumentError(f"`{name}` must be a list of texts{also}, not {type(given).__name__} {its}.")
     return list(given)
 
 
 def _check_kinds(prompts: list[Any]) -> None:
     if not prompts:
         raise ArgumentError("`prompts` is empty: an episode begins with one of them.")
+    if isinstance(prompts[0], Mapping) and "prompt" in prompts[0]:
+        raise ArgumentError("`prompts` must be texts or conversations, not rows of a data set. Pass Dataset.from_list.")
     if isinstance(prompts[0], Mapping) and is_chat(prompts):
         raise ArgumentError("`prompts` must be a list of conversations, not the messages of one. Pass [messages].")
     chats = is_chat(prompts[0])

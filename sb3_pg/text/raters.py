@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sb3_pg.common.errors import ArgumentError
+from sb3_pg.text.prompts import Prompt, shown
 
 #: Names of the two files in the folder: what people see and fill in, and what they must not see.
 PAIRS, KEY = "pairs.csv", "key.csv"
@@ -15,7 +16,7 @@ PAIRS, KEY = "pairs.csv", "key.csv"
 
 def export_pairs(
     folder: str | Path,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     first: Sequence[str],
     second: Sequence[str],
     names: tuple[str, str] = ("first", "second"),
@@ -26,14 +27,21 @@ def export_pairs(
     People write A, B or a tie into the column "better" of ``pairs.csv``; :func:`preferences` counts.
 
     :param folder: is made if there is none
-    :param prompts: one for each pair
+    :param prompts: one for each pair, texts or conversations
     :param first: responses of one model
     :param second: of the other
-    :param names: of the two models, for the key
+    :param names: of the two models, for the key; "tie" is none
     :param seed: of order and sides
     :return: the path of ``pairs.csv``
-    :raises ArgumentError: the numbers of texts differ
+    :raises ArgumentError: the numbers of texts differ or are 0, or the names are not two different ones
     """
+    for name, given in {"prompts": prompts, "first": first, "second": second}.items():
+        if isinstance(given, str):
+            raise ArgumentError(f"`{name}` must be a list of texts, not one text: {given[:60]!r}.")
+    if isinstance(names, str) or len(names) != 2 or len({*names, "tie"}) < 3:
+        raise ArgumentError(f"`names` must be two different names, neither of them 'tie', not {names!r}.")
+    if not len(prompts):
+        raise ArgumentError("`prompts` is empty: there is nothing to compare.")
     if not len(prompts) == len(first) == len(second):
         raise ArgumentError(f"There are {len(prompts)} prompts, but {len(first)} and {len(second)} responses.")
     folder, rng = Path(folder), np.random.default_rng(seed)
@@ -42,7 +50,7 @@ def export_pairs(
     for number, i in enumerate(rng.permutation(len(prompts)).tolist()):
         swapped = bool(rng.integers(2))
         a, b = (second[i], first[i]) if swapped else (first[i], second[i])
-        pairs.append([number, prompts[i], a, b, ""])
+        pairs.append([number, shown(prompts[i]), a, b, ""])
         key.append([number, *(reversed(names) if swapped else names)])
     _write(folder / KEY, ["number", "A", "B"], key)
     return _write(folder / PAIRS, ["number", "prompt", "A", "B", "better"], pairs)
@@ -52,8 +60,10 @@ def preferences(folder: str | Path) -> dict[str, float]:
     """Return how often each model was found better, and how often neither, 0 to 1, of the pairs that are filled in.
 
     :param folder: of :func:`export_pairs`
-    :raises ArgumentError: none is filled in, or with something else than A, B and tie
+    :raises ArgumentError: there are none, none is filled in, or with something else than A, B and tie
     """
+    if not (Path(folder) / KEY).exists():
+        raise ArgumentError(f"`folder` {str(folder)!r} has no {KEY}: export_pairs writes it, next to {PAIRS}.")
     key = {row["number"]: row for row in _read(Path(folder) / KEY)}
     first = next(iter(key.values()), {"A": "first", "B": "second"})
     counts = Counter({first["A"]: 0, first["B"]: 0, "tie": 0})

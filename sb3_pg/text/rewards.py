@@ -150,7 +150,7 @@ def as_rewards(reward: Any, weights: Sequence[float] | None, columns: Sequence[s
             raise ArgumentError(f"`columns` has {name!r}, which rewards are given anyway. Give it another name.")
     made: list[Reward] = []
     for function, weight in zip(functions, weights, strict=True):
-        name = base = _name_of(function)
+        name = base = name_of(function, "reward")
         while any(other.name == name for other in made):
             name = f"{base}_{sum(other.name.startswith(base) for other in made) + 1}"
         label = "`reward`" if len(functions) == 1 else f"The reward {name!r}"
@@ -158,11 +158,15 @@ def as_rewards(reward: Any, weights: Sequence[float] | None, columns: Sequence[s
     return made
 
 
-def _name_of(function: Any) -> str:
+def name_of(function: Any, nameless: str) -> str:
+    """Return what to call a function in the log.
+
+    :param nameless: the name of one that has none
+    """
     if isinstance(function, functools.partial):
-        return _name_of(function.func)
+        return name_of(function.func, nameless)
     name: str = getattr(function, "__name__", type(function).__name__)
-    return "reward" if name == "<lambda>" else name
+    return nameless if name == "<lambda>" else name
 
 
 def _asked(label: str, function: Any, columns: Sequence[str]) -> tuple[bool, tuple[str, ...]]:

@@ -19,14 +19,27 @@ class Vocabulary(spaces.Discrete):
     :param n: number of tokens
     :param end_token: number of the token that ends a response
     :param more_end_tokens: others that do, too
-    :param tokenizer: whose tokens they are, so that a policy reads and writes texts; it takes no part in comparisons
+    :param tokenizer: whose tokens they are, so that a policy reads and writes texts
+    :param stop_strings: texts that end a response when it contains one. Like the tokenizer they take no part in
+        comparisons
     """
 
-    def __init__(self, n: int, end_token: int, more_end_tokens: Sequence[int] = (), tokenizer: Any = None) -> None:
+    #: of those that were pickled before there were any
+    stop_strings: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        n: int,
+        end_token: int,
+        more_end_tokens: Sequence[int] = (),
+        tokenizer: Any = None,
+        stop_strings: Sequence[str] = (),
+    ) -> None:
         super().__init__(n)
         self.end_token = int(end_token)
         self.more_end_tokens = tuple(int(end) for end in more_end_tokens)
         self.kept_tokenizer = tokenizer if isinstance(tokenizer, KeptTokenizer) else KeptTokenizer(tokenizer)
+        self.stop_strings = checked_strings(stop_strings)
 
     @property
     def tokenizer(self) -> Any:
@@ -40,6 +53,7 @@ class Vocabulary(spaces.Discrete):
 
     def __repr__(self) -> str:
         more = f", more_end_tokens={self.more_end_tokens}" if self.more_end_tokens else ""
+        more += f", stop_strings={self.stop_strings}" if self.stop_strings else ""
         return f"Vocabulary({self.n}, end_token={self.end_token}{more})"
 
     def __eq__(self, other: object) -> bool:
@@ -50,12 +64,24 @@ class Vocabulary(spaces.Discrete):
     __hash__ = None  # type: ignore[assignment]  # as gymnasium's spaces
 
 
+def checked_strings(stop_strings: Any) -> tuple[str, ...]:
+    """Return texts that end a response.
+
+    :raises ArgumentError: they are no list of texts, or one is empty
+    """
+    is_list = isinstance(stop_strings, list | tuple)
+    if not is_list or not all(isinstance(stop, str) and stop for stop in stop_strings):
+        raise ArgumentError(f"`stop_strings` must be a list of texts that are not empty, not {stop_strings!r}.")
+    return tuple(stop_strings)
+
+
 def vocabulary_of(state: dict[str, Any]) -> Vocabulary:
     """Return the space that an archive holds by its attributes."""
     kept = state.get("kept_tokenizer")
     if not isinstance(kept, KeptTokenizer | None):
         raise TypeError(f"a tokenizer that is a {type(kept).__name__}")
-    return Vocabulary(int(state["n"]), int(state["end_token"]), state.get("more_end_tokens", ()), kept)
+    more, strings = state.get("more_end_tokens", ()), state.get("stop_strings", ())
+    return Vocabulary(int(state["n"]), int(state["end_token"]), more, kept, strings)
 
 
 def text_space(prompt_length: int, response_length: int, n_tokens: int) -> spaces.Box:

@@ -11,14 +11,16 @@ from sb3_pg.common.errors import ArgumentError, check_count, check_number
 from sb3_pg.text.conversation import ChatEnv
 from sb3_pg.text.dropout import dropping
 from sb3_pg.text.ends import check_known
-from sb3_pg.text.environment import TextTask
-from sb3_pg.text.language_model import LanguageModelPolicy
+from sb3_pg.text.environment import TextTask, check_task
+from sb3_pg.text.language_model import LanguageModelPolicy, check_policy
 from sb3_pg.text.policies import CausalLMPolicy
 from sb3_pg.text.spaces import EMPTY
 
 
 def examples(task: TextTask) -> np.ndarray:
     """Whole rows of prompt, example and end token, (n, prompt_length + response_length), one for each example.
+
+    One that has an end of its own, such as a stop string, ends there, as the environment would end it.
 
     :raises ArgumentError: the task has no examples, or one that is too long
     """
@@ -36,6 +38,7 @@ def examples(task: TextTask) -> np.ndarray:
                 f"{task.response_length}. Shorten it or raise `response_length`."
             )
         row[task.width : task.width + len(ids) + 1] = [*ids, task.answer_end]
+    rows[:, task.width :] = task.cut(rows[:, task.width :])
     return rows
 
 
@@ -84,8 +87,10 @@ def train(
     :return: the loss of each step, nats per token
     :raises ArgumentError: there is nothing to learn from, or it does not fit the policy
     """
+    check_policy(policy)
     check_count("n_steps", n_steps, low=0)
     check_count("batch_size", batch_size)
+    check_number("learning_rate", learning_rate)
     check_number("weight_decay", weight_decay)
     check_number("dropout", dropout, high=0.99)
     rows = examples(task) if isinstance(task, TextTask) else np.asarray(task)
@@ -99,6 +104,8 @@ def train(
             f"`task` must be a TextTask, or rows of tokens of shape (n, {policy.observation_space.shape[0]}), such as "  # type: ignore[index]
             f"ChatEnv.turns_of returns them, not {type(task).__name__} of shape {rows.shape} and type {rows.dtype}."
         )
+    if rows.max() >= policy.n_tokens or (rows < 0).all(axis=1).any():
+        raise ArgumentError(f"`task` has rows that are empty, or tokens that the policy's {policy.n_tokens} are not.")
     rng, losses = np.random.default_rng(seed), []
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = th.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
@@ -138,7 +145,14 @@ def pretrain(
     :param rows: what to imitate, as for :func:`train`; None takes the task's examples
     :param training: arguments of :func:`train`
     :return: the folder
+    :raises ArgumentError: as :func:`train`
     """
+    if not isinstance(task, TextTask | ChatEnv):
+        check_task(task)
+    if rows is None and isinstance(task, ChatEnv):
+        raise ArgumentError("A ChatEnv has no examples to learn from. Pass rows=env.turns_of(conversations).")
+    if not isinstance(policy_class, type) or not issubclass(policy_class, LanguageModelPolicy):
+        raise ArgumentError(f"`policy_class` must be CausalLMPolicy or Seq2SeqLMPolicy, not {policy_class!r}.")
     th.manual_seed(seed)
     policy = policy_class(task.observation_space, task.action_space, lambda _: 0.0, model=model, reference_kl_coef=None)
     train(policy, task if rows is None else rows, seed=seed, **training)  # type: ignore[arg-type]

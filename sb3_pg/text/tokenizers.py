@@ -6,6 +6,8 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from sb3_pg.common.errors import ArgumentError
+
 #: In this order, so that their numbers are 0, 1 and 2, as T5's are.
 SPECIAL = ("<pad>", "<end>", "<unknown>")
 
@@ -24,8 +26,14 @@ def word_tokenizer(words: Iterable[str], chat: bool = False) -> PreTrainedTokeni
 
     :param words: each becomes a token; in sorted order, without repetition
     :param chat: add a chat template and tokens for its roles: assistant, system, tool and user
+    :raises ArgumentError: they are one text, or one is no word
     """
+    if isinstance(words, str) and len(words.split()) > 1:
+        raise ArgumentError(f"`words` must be a list of words, not one text: {words[:60]!r}. Pass text.split().")
     words = {*words, *ROLES} if chat else set(words)
+    for word in words:
+        if not isinstance(word, str) or word.split() != [word]:
+            raise ArgumentError(f"`words` has {word!r}, which is no word: spaces separate them in texts.")
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *sorted(words)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sb3_pg import PPO, REINFORCE
 from sb3_pg.common.errors import ArgumentError
-from sb3_pg.text import TextEnv, TextEvalCallback, TextTask, TextVecEnv, evaluate_texts, word_tokenizer
+from sb3_pg.text import TextEnv, TextEvalCallback, TextTask, TextVecEnv, best_of_n, evaluate_texts, word_tokenizer
 from sb3_pg.text.chat import continuation, turn_end
 from sb3_pg.text.evaluation import table
 from sb3_pg.text.supervised import examples, train
@@ -334,3 +334,15 @@ def test_prompts_without_a_data_set_need_no_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     task = TextTask(["a"], count_a, word_tokenizer(LETTERS))
     assert task.rows.shape == (1, 1)
+
+
+def test_prompts_may_be_a_column_of_a_data_set():
+    data = dataset(prompt=["a", "b c"], answer=["c", "d"], level=[1, 2])
+    task = letters_task(prompts=data["prompt"], references=data["answer"], columns={"level": data["level"]})
+    assert (task.prompts, task.references, task.columns) == (["a", "b c"], ["c", "d"], {"level": [1, 2]})
+    policy = learner(task).policy
+    expected = policy.generate(["a", "b c"])
+    for prompts in (data["prompt"], data, iter(["a", "b c"]), np.array(["a", "b c"])):
+        assert policy.generate(prompts) == expected
+    texts, rewards = best_of_n(policy, data["prompt"], count_a, n=2, references=data["answer"])
+    assert len(texts) == len(rewards) == 2

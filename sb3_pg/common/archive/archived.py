@@ -36,6 +36,7 @@ from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.groups import has_critic_group, with_one_group, with_two_groups
 from sb3_pg.common.rollout import Rollout
 from sb3_pg.common.sequences import Memory
+from sb3_pg.common.spaces import environments_own
 
 SelfArchived = TypeVar("SelfArchived", bound="Archived")
 
@@ -188,6 +189,7 @@ class Archived(OnPolicyAlgorithm):
         if env is not None:
             env = cls._wrap_env(env, data.get("verbose", 0))
             check_for_correct_spaces(env, data["observation_space"], data["action_space"])
+            data["action_space"] = environments_own(data["action_space"], env.action_space)
             data["n_envs"] = env.num_envs
             if force_reset:  # SB3 issue 597
                 data["_last_obs"] = None
