@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout
+from ctypes.util import find_library
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -117,6 +118,23 @@ def check_runs(command: str, options: list[str]) -> None:
         )
 
 
+def has_screen() -> bool:
+    """Return whether windows can be opened; anywhere but on Linux one can only try."""
+    return not sys.platform.startswith("linux") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
+
+
+def do_without_screen(command: str, options: list[str]) -> list[str]:
+    """Return options that need no screen, and let MuJoCo draw without one: it would end the program."""
+    if command == "enjoy" and not {"--no-render", "-h", "--help"} & {*options}:
+        print("There is no screen: nothing is shown, as with --no-render; record_video films it.", flush=True)
+        return [*options, "--no-render"]
+    if command in ("record_video", "record_training") and "MUJOCO_GL" not in os.environ:
+        library = next((name for name in ("EGL", "OSMesa") if find_library(name)), None)
+        if library is not None:
+            os.environ["MUJOCO_GL"] = library.lower()
+    return options
+
+
 def run(command: str, options: list[str]) -> None:
     """Run a script of rl_zoo3 as if from the command line, with our algorithms in it and in its children."""
     trusted, options = TRUSTED in options, [option for option in options if option != TRUSTED]
@@ -124,6 +142,8 @@ def run(command: str, options: list[str]) -> None:
         options = ["--help"]
     if command == "record_training" and shutil.which("ffmpeg") is None and not {"-h", "--help"} & {*options}:
         raise ArgumentError("record_training joins its videos with the program ffmpeg, which is not installed.")
+    if not has_screen():
+        options = do_without_screen(command, options)
     if command in DRAWN and not {"-h", "--help"} & {*options}:
         check_runs(command, options)
     register()
@@ -167,6 +187,9 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, (ArgumentError, NonFiniteError, gym.error.Error)):
         return message.replace("trusted=True", TRUSTED)
     package = package_that_raised(error.__traceback__)
+    if type(error).__name__ == "FatalError" and "OpenGL" in message:
+        hint = "Install EGL or OSMesa (Debian: libegl1, libosmesa6), or use xvfb-run."
+        return f"MuJoCo cannot draw here ({message.rstrip('.')}). {hint}"
     if package.startswith(("huggingface_hub", "requests", "httpx", "urllib3")):
         hint = "Name the folder of your own by -f (benchmark: with --no-hub), or look at the connection."
         return f"rl-zoo's agents cannot be downloaded ({message}). {hint}"

@@ -1,13 +1,15 @@
 """What wrong input to the commands gets."""
 
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 from zoo_tools import python
 
 from sb3_pg import PPO
-from sb3_pg.zoo.__main__ import COMMANDS, main
+from sb3_pg.zoo.__main__ import COMMANDS, do_without_screen, explain, has_screen, main
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_what_is_not_the_users_mistake_keeps_its_traceback(tmp_path, monkeypatch
 @pytest.mark.parametrize("module", ["rl_zoo3", "optuna"])
 def test_missing_extra_is_one_line(module):
     done = python(
-        f"import sys; sys.modules[{module!r}] = None\nfrom sb3_pg.zoo.__main__ import COMMANDS, main; sys.exit(main())",
+        f"import sys; sys.modules[{module!r}] = None\nfrom sb3_pg.zoo.__main__ import main; sys.exit(main())",
         "train",
     )
     assert done.returncode == 2
@@ -128,6 +130,29 @@ def test_help_needs_nothing_else_installed(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             main(command)
         assert stop.value.code == 0 and "usage:" in capsys.readouterr().out
+
+
+def test_without_a_screen_nothing_is_rendered_to_one(monkeypatch, capsys):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert not has_screen()
+    assert do_without_screen("enjoy", ["-n", "5"]) == ["-n", "5", "--no-render"]
+    assert "There is no screen" in capsys.readouterr().out
+    assert do_without_screen("enjoy", ["--no-render"]) == ["--no-render"]
+    monkeypatch.setattr("sb3_pg.zoo.__main__.find_library", lambda name: name == "OSMesa")
+    assert do_without_screen("record_video", ["-n", "5"]) == ["-n", "5"]
+    assert os.environ["MUJOCO_GL"] == "osmesa"
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    do_without_screen("record_video", [])
+    assert os.environ["MUJOCO_GL"] == "egl"
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert has_screen()
+
+
+def test_where_mujoco_cannot_draw_there_is_one_line():
+    error = type("FatalError", (Exception,), {})("an OpenGL platform library has not been loaded into this process")
+    assert "libegl1" in explain(error)
 
 
 def test_help_says_what_each_command_does(capsys):
