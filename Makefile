@@ -87,7 +87,8 @@ benchmark-learning: $(STAMP)  ## learning curves of ours and the peers (hours; r
 benchmark-report: $(STAMP)  ## draw the learning curves and write their table
 	$(BIN)/python benchmarks/learning.py report $(LEARNING)
 
-pictures: $(STAMP)  ## draw the pictures of the README and of docs/log.md (minutes)
+pictures: $(STAMP)  ## draw the pictures of the README, docs/log.md and docs/how_it_works.md (minutes)
+	$(BIN)/python benchmarks/draw_how_it_works.py
 	$(BIN)/python benchmarks/draw_readme.py
 	$(BIN)/python benchmarks/draw_runs.py
 

@@ -8,11 +8,15 @@ import argparse
 import importlib.util
 import math
 import os
+import re
+import shlex
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -22,10 +26,12 @@ from stable_baselines3.common.callbacks import CallbackList, ConvertCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import CSVOutputFormat, Logger
+from stable_baselines3.common.policies import ActorCriticCnnPolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import sync_envs_normalization
 
 from sb3_pg import PPO, REINFORCE, TRPO
+from sb3_pg.command_line import CommandError, Parser, make_writable, missing_package, seed_number, whole
 from sb3_pg.common import workers
 from sb3_pg.common.archive.container import read_archive
 from sb3_pg.common.errors import NonFiniteError
@@ -66,46 +72,37 @@ TARGET_KL_PER_ACTION_DIMENSION = 0.04
 #: (environments, steps in all): the defaults
 CONTINUOUS_SIZE, DISCRETE_SIZE = (2, 204_800), (4, 50_000)
 
-EVALUATION_EPISODES = 10
+EVALUATION_EPISODES, IMAGE_EVALUATION_EPISODES = 10, 3
+
+#: Of an episode in an environment without a time limit: an untrained policy may never reach its end.
+EVALUATION_STEPS = 1_000
+
+#: After how many seconds of the first evaluation the length of the training is foreseen, and from how many minutes on
+#: it is told.
+PACE_SECONDS, LONG_MINUTES = 2.0, 5.0
 
 FILES = {"model": "model.zip", "statistics": "vecnormalize.pkl", "curve": "learning_curve.png", "log": "progress.csv"}
 FILES["episodes"] = "episodes.csv"  # step and return of each
-
-
-class DemoError(Exception):
-    """Something the user can put right; the message is one line."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises what is wrong, without the list of all options."""
-
-    def error(self, message: str) -> NoReturn:
-        raise DemoError(message)
-
-
-def whole(text: str, low: int = 0) -> int:
-    """Return a whole number from ``low`` on."""
-    if not text.isdecimal() or int(text) < low:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= {low}, not {text!r}")
-    return int(text)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     positive = partial(whole, low=1)
     parser = Parser(prog=PROGRAM, description=__doc__.split("\n")[0])
-    parser.add_argument("--algo", default="trpo", choices=ALGORITHMS, help="default: trpo")
+    parser.add_argument("--algo", type=str.lower, default="trpo", choices=ALGORITHMS, help="default: trpo")
     parser.add_argument("--env", default="HalfCheetah-v5", metavar="ID", help="default: HalfCheetah-v5 (needs mujoco)")
-    parser.add_argument("--timesteps", type=positive, metavar="N", help="environment steps in all")
-    parser.add_argument("--n-envs", type=positive, metavar="N", help="parallel environments")
+    parser.add_argument(
+        "--timesteps", type=positive, metavar="N", help="environment steps in all; default: about a minute's"
+    )
+    parser.add_argument("--n-envs", type=positive, metavar="N", help="environments side by side; default: 2 or 4")
     parser.add_argument("--workers", type=positive, default=1, metavar="N", help="processes that train together")
-    parser.add_argument("--seed", type=whole, default=1, metavar="S", help="default: 1")
+    parser.add_argument("--seed", type=seed_number, default=1, metavar="S", help="default: 1")
     parser.add_argument("--trusted", action="store_true", help="when loading, run the code that the files hold")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, up to --timesteps")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/ALGO-ENV-SEED")
     options = parser.parse_args(arguments)
     if options.out is None:
-        options.out = Path("runs") / f"{options.algo}-{options.env.replace('/', '_')}-{options.seed}"
+        options.out = Path("runs") / f"{options.algo}-{re.sub('[/:]', '_', options.env)}-{options.seed}"
     return options
 
 
@@ -126,12 +123,16 @@ def quieten_mujoco() -> None:
 def inspect_environment(env_id: str) -> tuple[str, bool]:
     """Return the policy that reads its observations, and whether it is control from vector to vector."""
     try:
-        env = gym.make(env_id)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is out of date")  # comes again where the environment is used
+            env = gym.make(env_id)
     except (gym.error.Error, ImportError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).rstrip(".") + "."
         if isinstance(error, (gym.error.DependencyNotInstalled, ImportError)):
-            reason += " For MuJoCo: pip install 'sb3_pg[mujoco]'."
-        raise DemoError(f"cannot make environment {env_id!r}: {reason}") from None
+            reason += missing_package(error)
+        elif isinstance(error, gym.error.NamespaceNotFound):
+            reason += " An id may begin with the module that registers it: ale_py:ALE/Pong-v5."
+        raise CommandError(f"cannot make environment {env_id!r}: {reason}") from None
     env.close()
     if isinstance(env.observation_space, spaces.Dict):
         return "MultiInputPolicy", False
@@ -145,6 +146,10 @@ def set_up(options: argparse.Namespace) -> PolicyGradientAlgorithm:
     policy, continuous = inspect_environment(options.env)
     n_envs, timesteps = CONTINUOUS_SIZE if continuous else DISCRETE_SIZE
     options.timesteps = options.timesteps or timesteps
+    if (options.n_envs or 0) > options.timesteps:
+        raise CommandError(
+            f"--n-envs {options.n_envs} cannot share --timesteps {options.timesteps}: pass fewer environments"
+        )
     device = "auto" if policy == "CnnPolicy" else "cpu"
     if options.resume:
         return set_up_again(options, continuous, device)
@@ -161,14 +166,14 @@ def set_up_again(options: argparse.Namespace, continuous: bool, device: str) -> 
     """Return the model that a run has saved in the folder, on new environments."""
     path = options.out / FILES["model"]
     if not path.exists():
-        raise DemoError(f"nothing to resume: there is no {path}")
+        raise CommandError(f"nothing to resume: there is no {path}")
     n_envs = options.n_envs or read_archive(path).data["n_envs"]
     env = make_vec_env(options.env, n_envs=n_envs)
     if continuous:
         env = VecNormalize.load(options.out / FILES["statistics"], env, trusted=options.trusted)
     model = ALGORITHMS[options.algo].load(path, env=env, device=device, trusted=options.trusted)
     if model.num_timesteps >= options.timesteps:
-        raise DemoError(f"{path} has {model.num_timesteps:,} steps already: pass --timesteps with more")
+        raise CommandError(f"{path} has {model.num_timesteps:,} steps already: pass --timesteps with more")
     return model
 
 
@@ -176,11 +181,8 @@ def prepare(folder: Path, resume: bool = False) -> None:
     """Make the folder of the results, and forget an earlier run's statistics unless it is resumed."""
     missing = [name for name in ("matplotlib", "rich", "tqdm") if importlib.util.find_spec(name) is None]
     if missing:
-        raise DemoError(f"{', '.join(missing)} not installed: pip install 'sb3_pg[extra]'")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DemoError(f"cannot write to {folder}: {error.strerror}") from None
+        raise CommandError(f"{', '.join(missing)} not installed: pip install 'sb3_pg[extra]'")
+    make_writable(folder)
     for name in () if resume else ("statistics", "episodes"):
         (folder / FILES[name]).unlink(missing_ok=True)
 
@@ -208,14 +210,53 @@ def train(model: PolicyGradientAlgorithm, timesteps: int, folder: Path, episodes
     return seconds
 
 
-def evaluate(model: PolicyGradientAlgorithm, env_id: str, seed: int) -> tuple[float, float]:
-    """Return mean and standard deviation of the true return: the model's statistics, the same starts for a seed."""
-    env = make_vec_env(env_id, n_envs=1, seed=seed)
+class Pace:
+    """Says how long the training will take once that can be foreseen, if it is long; a callback of evaluations.
+
+    :param n_steps: of the training
+    """
+
+    def __init__(self, n_steps: int) -> None:
+        self._n_steps, self._n_done, self._start, self._is_told = n_steps, 0, time.perf_counter(), False
+
+    def __call__(self, *_: Any) -> None:
+        """Count a step."""
+        self._n_done += 1
+        seconds = time.perf_counter() - self._start
+        if self._is_told or seconds < PACE_SECONDS:
+            return
+        self._is_told, per_step = True, seconds / self._n_done
+        minutes = per_step * self._n_steps / 60
+        if minutes >= LONG_MINUTES:
+            print(
+                f"A step takes {1000 * per_step:.3g} ms here, so {self._n_steps:,} steps take {minutes:,.0f} minutes "
+                "or more. Ctrl-C ends it at any time; --timesteps makes it shorter",
+                flush=True,
+            )
+
+
+def n_evaluation_episodes(model: PolicyGradientAlgorithm) -> int:
+    """Return on how many episodes it is evaluated: fewer of images, whose steps are slow."""
+    return IMAGE_EVALUATION_EPISODES if isinstance(model.policy, ActorCriticCnnPolicy) else EVALUATION_EPISODES
+
+
+def evaluate(
+    model: PolicyGradientAlgorithm, env_id: str, seed: int, callback: Callable[..., None] | None = None
+) -> tuple[float, float]:
+    """Return mean and standard deviation of the true return: the model's statistics, the same starts for a seed.
+
+    Episodes without a time limit get one.
+    """
+    assert model.env is not None
+    (spec,) = model.env.get_attr("spec", 0)
+    limit = {} if spec.max_episode_steps else {"max_episode_steps": EVALUATION_STEPS}
+    env = make_vec_env(env_id, n_envs=1, seed=seed, env_kwargs=limit)
     statistics = model.get_vec_normalize_env()
     if statistics is not None:
         env = VecNormalize(env, training=False, norm_reward=False)
         sync_envs_normalization(statistics, env)
-    mean, std = evaluate_policy(model, env, n_eval_episodes=EVALUATION_EPISODES, deterministic=True)
+    n = n_evaluation_episodes(model)
+    mean, std = evaluate_policy(model, env, n_eval_episodes=n, deterministic=True, callback=callback)
     return float(np.mean(mean)), float(np.mean(std))
 
 
@@ -231,9 +272,11 @@ def save(model: PolicyGradientAlgorithm, folder: Path, episodes: list[tuple[int,
 def save_for_later(model: PolicyGradientAlgorithm, options: argparse.Namespace, episodes: Any) -> str:
     """Save an interrupted run; return where, and how to go on."""
     save(model, options.out, episodes)
+    of_workers = f" --workers {options.workers}" if options.workers > 1 else ""
     return (
         f"{options.out / FILES['model']} after {model.num_timesteps:,} steps; go on with {PROGRAM} --resume --algo "
-        f"{options.algo} --env {options.env} --timesteps {options.timesteps} --out {options.out}"
+        f"{options.algo} --env {options.env} --timesteps {options.timesteps} --out {shlex.quote(str(options.out))}"
+        f"{of_workers}"
     )
 
 
@@ -302,19 +345,22 @@ def run(options: argparse.Namespace) -> bool:
     print(f"{title}: {options.timesteps:,} steps in {model.n_envs} environments{of_workers}, seed {options.seed}")
     print(f"Network: {model.network.description}")
 
-    untrained = evaluate(model, options.env, seed)
+    n, when = n_evaluation_episodes(model), "before going on" if options.resume else "untrained"
+    print(f"Evaluating the policy {when}, {n} episodes ...", flush=True)
+    untrained = evaluate(model, options.env, seed, Pace(options.timesteps - n_before))
     with saved_when_interrupted(lambda: save_for_later(model, options, episodes)):
         seconds = train(model, options.timesteps, options.out, episodes)
-        trained = evaluate(model, options.env, seed)
         save(model, options.out, episodes)
+        print("Evaluating it trained, and once more as loaded ...", flush=True)
+        trained = evaluate(model, options.env, seed)
     loaded = evaluate(load(options.algo, options.env, options.out, options.trusted), options.env, seed)
     draw(episodes, f"{title}, seed {options.seed}", options.out / FILES["curve"])
 
     print(f"Trained in {seconds:.0f} s, {(model.num_timesteps - n_before) / seconds:,.0f} steps a second")
-    print(f"Score (mean return of {EVALUATION_EPISODES} episodes +/- standard deviation, deterministic actions)")
+    print(f"Score (mean return of {n} episodes +/- standard deviation, deterministic actions)")
     verdict = "  (the same)" if loaded == trained else "  (NOT the same)"
     for when, (mean, std) in {
-        "resumed" if options.resume else "untrained": untrained,
+        "before" if options.resume else "untrained": untrained,
         "trained": trained,
         "loaded": loaded,
     }.items():
@@ -340,7 +386,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted; there is nothing new to save", file=sys.stderr)
         return 130
-    except (DemoError, workers.WorkerError, NonFiniteError, gym.error.Error, OSError, ValueError) as error:
+    except ImportError as error:
+        print(f"{PROGRAM}: {' '.join(str(error).split()).rstrip('.')}.{missing_package(error)}", file=sys.stderr)
+        return 2
+    except (CommandError, workers.WorkerError, NonFiniteError, gym.error.Error, OSError, ValueError) as error:
         print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -94,10 +94,19 @@ def test_every_algorithm_has_settings():
         (["--algo", "a2c"], "a2c"),
         (["--env", "NoSuch-v1"], "NoSuch"),
         (["--env", "no such"], "no such"),
+        (["--env", "Taxi-v3"], "Taxi-v4"),
+        (["--env", "ALE/Pong-v5"], "ale_py:ALE/Pong-v5"),
+        (["--env", "nosuchmodule:Env-v0"], "nosuchmodule"),
+        (["--env", "Blackjack-v1"], "Tuple("),
         (["--timesteps", "0"], "timesteps"),
+        (["--timesteps", "-1"], "timesteps"),
+        (["--timesteps", "1e5"], "timesteps"),
         (["--timesteps", "many"], "many"),
         (["--n-envs", "-1"], "n-envs"),
+        (["--n-envs", "0"], "n-envs"),
+        (["--env", "CartPole-v1", "--n-envs", "1000000000"], "--n-envs 1000000000 cannot share --timesteps 50000"),
         (["--seed", "x"], "seed"),
+        (["--seed", "4294967296"], "from 0 to 4294967295"),
         (["--colour", "red"], "colour"),
     ],
 )
@@ -111,6 +120,47 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, says, tmp_path, caps
     assert code == 2
     assert says in printed.err and printed.err.count("\n") == 1
     assert printed.out == "" and list(tmp_path.iterdir()) == []
+
+
+def test_the_case_of_an_algorithm_does_not_matter():
+    assert parse(["--algo", "TRPO"]).algo == "trpo"
+
+
+def test_folders_are_named_for_every_system():
+    assert parse(["--env", "ale_py:ALE/Pong-v5"]).out.name == "trpo-ale_py_ALE_Pong-v5-1"
+
+
+def test_an_error_names_the_extra_of_the_package_that_is_missing(tmp_path):
+    hide = "import sys; sys.modules['Box2D'] = None; from sb3_pg.demo import main; sys.exit(main())"
+    command = [sys.executable, "-c", hide, "--env", "LunarLander-v3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "pip install 'sb3_pg[zoo]'" in done.stderr and "mujoco" not in done.stderr
+
+
+def test_an_episode_without_end_is_cut_when_evaluating(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sb3_pg.demo, "EVALUATION_STEPS", 50)
+    model = PPO("MlpPolicy", "CliffWalking-v1", n_steps=64)
+    monkeypatch.setattr(PPO, "predict", lambda self, observation, **_: (np.full(len(observation), 3), None))
+    assert sb3_pg.demo.evaluate(model, "CliffWalking-v1", 1) == (-50.0, 0.0)  # to the left, where it stays
+
+
+def test_the_evaluations_are_announced_and_a_long_training_is_foreseen(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sb3_pg.demo, "PACE_SECONDS", 0.0)
+    monkeypatch.setattr(sb3_pg.demo, "train", lambda *_: 1.0)
+    arguments = ["--algo", "ppo", "--env", "CartPole-v1", "--out", str(tmp_path), "--timesteps"]
+    assert main([*arguments, "1000000000"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search("untrained, 2 episodes ...\nA step takes .* ms here, so 1,000,000,000 steps take", printed)
+    assert "Evaluating it trained" in printed and printed.count("A step takes") == 1
+    assert main([*arguments, "1000"]) == 0
+    assert "A step takes" not in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_to_is_noticed_before_anything_is_evaluated(capsys, monkeypatch):
+    monkeypatch.setattr(sb3_pg.demo, "evaluate", None)
+    assert main(["--env", "CartPole-v1", "--out", "/proc"]) == 2
+    assert "cannot write to /proc: " in capsys.readouterr().err
 
 
 def test_missing_mujoco_is_one_line_that_says_how_to_install_it(tmp_path):

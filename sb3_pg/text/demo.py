@@ -14,18 +14,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch as th
 
 from sb3_pg import PPO, REINFORCE, TRPO
+from sb3_pg.command_line import CommandError, Parser, make_writable, missing_package, seed_number, whole
 from sb3_pg.common.interrupts import Interrupted, interrupts_raised, saved_when_interrupted
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
-from sb3_pg.demo import DemoError, Parser, whole
-from sb3_pg.text.environment import TextTask, TextVecEnv
-from sb3_pg.text.evaluation import evaluate_texts, table
-from sb3_pg.text.supervised import pretrain
-from sb3_pg.text.tasks import TASKS
+
+if TYPE_CHECKING:  # transformers takes seconds, and may be missing: functions import what needs it
+    from sb3_pg.text.environment import TextTask, TextVecEnv
 
 PROGRAM = "python -m sb3_pg.text.demo"
 
@@ -70,7 +69,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 REFERENCE_KL_COEF = 0.05
 
 
-def make_model(algo: str, task: TextTask, folder: Path, seed: int, **changes: Any) -> PolicyGradientAlgorithm:
+def make_model(algo: str, task: "TextTask", folder: Path, seed: int, **changes: Any) -> PolicyGradientAlgorithm:
     """Return the algorithm with the settings above on a pretrained model.
 
     :param changes: of the settings
@@ -80,13 +79,17 @@ def make_model(algo: str, task: TextTask, folder: Path, seed: int, **changes: An
     return ALGORITHMS[algo]("CausalLMPolicy", environments(algo, task, seed), policy_kwargs=kwargs, **settings)
 
 
-def environments(algo: str, task: TextTask, seed: int) -> TextVecEnv:
+def environments(algo: str, task: "TextTask", seed: int) -> "TextVecEnv":
     """Return those that the algorithm is tuned in."""
+    from sb3_pg.text.environment import TextVecEnv
+
     return TextVecEnv(task, N_ENVS, COMPLETIONS_PER_PROMPT[algo], seed=seed)
 
 
-def show(when: str, model: Any, task: TextTask, metric: str) -> dict[str, float]:
+def show(when: str, model: Any, task: "TextTask", metric: str) -> dict[str, float]:
     """Print figures and some texts; all held-out prompts, answers drawn as in training."""
+    from sb3_pg.text.evaluation import evaluate_texts, table
+
     th.manual_seed(0)
     figures, records = evaluate_texts(model.policy, task, 200)
     if metric not in figures:  # the sentiment is the score itself
@@ -99,6 +102,10 @@ def show(when: str, model: Any, task: TextTask, metric: str) -> dict[str, float]
 
 def run(options: argparse.Namespace) -> None:
     """Run the whole demonstration."""
+    if not options.resume:
+        make_writable(options.out)
+    from sb3_pg.text.tasks import TASKS
+
     built_in, path = TASKS[options.task], options.out / "model.zip"
     task, held_out = built_in.make("train"), built_in.make("test")
     timesteps = TIMESTEPS[options.algo] if options.timesteps is None else options.timesteps
@@ -120,10 +127,11 @@ def run(options: argparse.Namespace) -> None:
         print(how_to_ask(model, held_out, path, options.out / "tuned"))
 
 
-def set_up(options: argparse.Namespace, task: TextTask) -> PolicyGradientAlgorithm:
+def set_up(options: argparse.Namespace, task: "TextTask") -> PolicyGradientAlgorithm:
     """Return a model that has been taught the task, to be tuned."""
+    from sb3_pg.text.supervised import pretrain
+
     folder, start = options.out / "supervised", time.perf_counter()
-    options.out.mkdir(parents=True, exist_ok=True)  # where nothing can be written that is known at once
     steps = PRETRAIN_STEPS[options.task] if options.pretrain_steps is None else options.pretrain_steps
     print(f"{options.task}: {len(task.prompts):,} prompts to train on")
     pretrain(task, folder, n_steps=steps, seed=options.seed, report=report_every_hundredth)
@@ -131,10 +139,10 @@ def set_up(options: argparse.Namespace, task: TextTask) -> PolicyGradientAlgorit
     return make_model(options.algo, task, folder, options.seed)
 
 
-def load_again(options: argparse.Namespace, task: TextTask, path: Path) -> PolicyGradientAlgorithm:
+def load_again(options: argparse.Namespace, task: "TextTask", path: Path) -> PolicyGradientAlgorithm:
     """Return the model of an interrupted run."""
     if not path.exists():
-        raise DemoError(f"there is no {path} to go on with: leave out --resume")
+        raise CommandError(f"there is no {path} to go on with: leave out --resume")
     model = ALGORITHMS[options.algo].load(path, env=environments(options.algo, task, options.seed), device="cpu")
     print(f"Going on with {path} after {model.num_timesteps:,} tokens")
     return model
@@ -157,7 +165,7 @@ def report_every_hundredth(step: int, loss: float) -> None:
         print(f"  step {step + 1}: {loss:.3f} nats per token")
 
 
-def how_to_ask(model: Any, task: TextTask, path: Path, folder: Path) -> str:
+def how_to_ask(model: Any, task: "TextTask", path: Path, folder: Path) -> str:
     """Write a folder for transformers; return the lines that load the model and ask it something."""
     model.policy.save_pretrained(folder)
     name = type(model).__name__
@@ -181,11 +189,11 @@ def save_for_later(model: PolicyGradientAlgorithm, path: Path, options: argparse
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(prog=PROGRAM, description=__doc__.split("\n")[0])
-    parser.add_argument("--task", default="translation", choices=TASKS, help="default: translation")
-    parser.add_argument("--algo", default="ppo", choices=ALGORITHMS, help="default: ppo")
-    parser.add_argument("--timesteps", type=whole, metavar="N", help="tokens acted while tuning")
-    parser.add_argument("--pretrain-steps", type=whole, metavar="N", help="supervised gradient steps")
-    parser.add_argument("--seed", type=whole, default=0, metavar="S", help="default: 0")
+    parser.add_argument("--task", default="translation", choices=PRETRAIN_STEPS, help="default: translation")
+    parser.add_argument("--algo", type=str.lower, default="ppo", choices=ALGORITHMS, help="default: ppo")
+    parser.add_argument("--timesteps", type=whole, metavar="N", help="tokens acted while tuning; default: a minute's")
+    parser.add_argument("--pretrain-steps", type=whole, metavar="N", help="supervised gradient steps; 0 for none")
+    parser.add_argument("--seed", type=seed_number, default=0, metavar="S", help="default: 0")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, up to --timesteps")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/text-TASK-ALGO-SEED")
     has_bar = all(importlib.util.find_spec(name) for name in ("tqdm", "rich"))
@@ -197,22 +205,39 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def prepare_transformers() -> None:
+    """Import what the extra ``text`` brings, and keep the bars of transformers off the screen.
+
+    :raises ImportError: a package of the extra ``text`` is missing
+    """
+    from transformers.utils import logging
+
+    import sb3_pg.text.language_model  # noqa: F401
+
+    for package in ("peft", "sacrebleu", "rouge_score", "num2words", "vaderSentiment"):
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"{package} is not installed.", name=package)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the demonstration; the exit code: 0, 2 for input that cannot work, 130 or 143 after ctrl-C or SIGTERM."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not have the letters of a language
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        run(parse(arguments))
+        options = parse(arguments)
+        prepare_transformers()
+        run(options)
     except Interrupted as interrupt:
         return interrupt.exit_status
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted; there is nothing new to save", file=sys.stderr)
         return 130
-    except (DemoError, OSError, ValueError) as error:
+    except ImportError as error:
+        print(f"{PROGRAM}: {' '.join(str(error).split())}{missing_package(error)}", file=sys.stderr)
+        return 2
+    except (CommandError, OSError, ValueError) as error:
         print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

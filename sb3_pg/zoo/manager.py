@@ -131,6 +131,10 @@ class ExperimentManager(exp_manager.ExperimentManager):
             return super().read_hyperparameters()
         except KeyError as key:
             raise ArgumentError(f"{self.config} has no entry {key}.") from None
+        except ValueError as error:
+            if "Hyperparameters not found" not in str(error):
+                raise
+            raise ArgumentError(f"{self.config} has no entry for {self.env_name.gym_id}: add one.") from None
         except (yaml.YAMLError, NameError, SyntaxError) as error:
             raise ArgumentError(f"{self.config} cannot be read: {error}") from None
         except (AttributeError, TypeError) as error:

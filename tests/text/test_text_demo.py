@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sb3_pg import PPO
-from sb3_pg.text.demo import ALGORITHMS, SETTINGS, main, parse
+from sb3_pg.text.demo import ALGORITHMS, PRETRAIN_STEPS, SETTINGS, TIMESTEPS, main, parse
 from sb3_pg.text.tasks import TASKS
 
 
@@ -73,7 +73,7 @@ def test_a_signal_ends_it_with_all_that_was_learned(number, tmp_path, capsys, mo
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_there_is_anything_to_save(number, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sb3_pg.text.demo.pretrain", lambda *_, **__: signal.raise_signal(number))
+    monkeypatch.setattr("sb3_pg.text.supervised.pretrain", lambda *_, **__: signal.raise_signal(number))
     assert main(["--task", "sentiment", "--out", str(tmp_path)]) == 128 + number
     assert capsys.readouterr().err == "python -m sb3_pg.text.demo: interrupted; there is nothing new to save\n"
 
@@ -81,6 +81,34 @@ def test_a_signal_before_there_is_anything_to_save(number, tmp_path, capsys, mon
 def test_a_bar_is_shown_by_default_where_there_is_one():
     assert parse([]).progress == all(importlib.util.find_spec(name) for name in ("tqdm", "rich"))
     assert not parse(["--no-progress"]).progress
+
+
+def test_each_task_and_algorithm_has_its_numbers_of_steps():
+    assert set(PRETRAIN_STEPS) == set(TASKS) and set(TIMESTEPS) == set(SETTINGS) == set(ALGORITHMS)
+
+
+def test_the_case_of_an_algorithm_does_not_matter():
+    assert parse(["--algo", "PPO"]).algo == "ppo"
+
+
+@pytest.mark.parametrize("missing", ["transformers", "peft", "num2words", "vaderSentiment"])
+def test_without_the_extra_there_is_one_line_and_help(missing, tmp_path):
+    code = f"""
+import sys
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+def others(_, name, *more):
+    return None if name.split(".")[0] == {missing!r} else find(name, *more)
+PathFinder.find_spec = classmethod(others)
+from sb3_pg.text.demo import main
+sys.exit(main(sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert "pip install 'sb3_pg[text]'" in done.stderr and done.stderr.count("\n") == 1
+    if missing == "transformers":
+        assert "usage:" in subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
 
 
 def test_zero_steps_are_no_steps(tmp_path, capsys, monkeypatch):
@@ -95,16 +123,18 @@ def test_zero_steps_are_no_steps(tmp_path, capsys, monkeypatch):
     [
         (["--timesteps", "-1"], "must be a whole number >= 0, not '-1'"),
         (["--pretrain-steps", "-5"], "must be a whole number >= 0, not '-5'"),
-        (["--seed", "-1"], "must be a whole number >= 0, not '-1'"),
+        (["--seed", "-1"], "must be a whole number from 0 to 4294967295, not '-1'"),
+        (["--seed", "4294967296"], "must be a whole number from 0 to 4294967295, not '4294967296'"),
         (["--out", "/dev/null/x"], "/dev/null/x"),
-        (["--out", __file__], "exists"),
+        (["--out", __file__], "exists. Pass another folder by --out"),
+        (["--out", "/proc"], "cannot write to /proc"),
         (["--timesteps", "1.5"], "must be a whole number >= 0, not '1.5'"),
         (["--resume", "--out", "/tmp/nowhere"], "there is no /tmp/nowhere/model.zip to go on with: leave out --resume"),
         (["--task", "poems"], "poems"),
     ],
 )
 def test_wrong_input_gets_one_line(arguments, says, capsys, monkeypatch):
-    monkeypatch.setattr("sb3_pg.text.demo.pretrain", None)  # it is noticed before
+    monkeypatch.setattr("sb3_pg.text.supervised.pretrain", None)  # it is noticed before
     assert main(arguments) == 2
     errors = capsys.readouterr().err
     assert says in errors and errors.count("\n") == 1

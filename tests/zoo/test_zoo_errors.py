@@ -1,12 +1,15 @@
 """What wrong input to the commands gets."""
 
+import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
 from zoo_tools import python
 
 from sb3_pg import PPO
-from sb3_pg.zoo.__main__ import main
+from sb3_pg.zoo.__main__ import COMMANDS, do_without_screen, explain, has_screen, main
 
 
 @pytest.mark.parametrize(
@@ -52,7 +55,21 @@ from sb3_pg.zoo.__main__ import main
         ("train -c bare.py", "hyperparams"),
         ("train -c json", "json must hold"),
         ("train -c bare.yml", "n_timesteps"),
+        ("train -c none.yml", "none.yml has no entry for CartPole-v1: add one"),
         ("train -i nosuch.zip", "trained_agent"),
+        ("train -n -5", "-n/--n-timesteps: must be a whole number >= 1, not '-5'"),
+        ("train -n 0", "-n/--n-timesteps: must be a whole number >= 1, not '0'"),
+        ("train -optimize --n-trials 0", "--n-trials: must be a whole number >= 1, not '0'"),
+        ("train -optimize --max-total-trials -1", "--max-total-trials"),
+        ("train --n-eval-envs 0", "--n-eval-envs"),
+        ("train --distributed 0", "--distributed: must be a whole number >= 1, not '0'"),
+        ("train --distributed -2", "--distributed: must be a whole number >= 1, not '-2'"),
+        ("enjoy --env CartPole-v1 -n 0", "--n-timesteps"),
+        ("trian", "Did you mean 'train'?"),
+        ("all_plots -a ppo", "needs -a, -e and -f"),
+        ("all_plots -a PPO -e CartPole-v1 -f .", "nothing in . is named ppo/*CartPole-v1*/evaluations.npz"),
+        ("all_plots -a ppo -e CartPole-v1 -f nosuch", "nothing in nosuch is named"),
+        ("plot_train -a ppo -e CartPole-v1 -f .", "nothing in . is named ppo/*CartPole-v1*/*.monitor.csv"),
         ("train --storage nosuch.log --study-name s --trial-id 0", "no trial 0"),
         ("enjoy --env CartPole-v1 -f nosuch", "nosuch"),
         ("record_video --env CartPole-v1 -f nosuch", "nosuch"),
@@ -62,6 +79,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, says, tmp_path, caps
     monkeypatch.chdir(tmp_path)
     Path("broken.yml").write_text("CartPole-v1: [")
     Path("empty.yml").write_text("Other-v1: {}")
+    Path("none.yml").write_text("Other-v1: {policy: MlpPolicy}")
     Path("list.yml").write_text("[1, 2]")
     Path("void.yml").write_text("")
     Path("entry.yml").write_text("CartPole-v1:")
@@ -89,7 +107,8 @@ def test_what_is_not_the_users_mistake_keeps_its_traceback(tmp_path, monkeypatch
 @pytest.mark.parametrize("module", ["rl_zoo3", "optuna"])
 def test_missing_extra_is_one_line(module):
     done = python(
-        f"import sys; sys.modules[{module!r}] = None\nfrom sb3_pg.zoo.__main__ import main; sys.exit(main())", "train"
+        f"import sys; sys.modules[{module!r}] = None\nfrom sb3_pg.zoo.__main__ import main; sys.exit(main())",
+        "train",
     )
     assert done.returncode == 2
     assert "pip install 'sb3_pg[zoo]'" in done.stderr and done.stderr.count("\n") == 1
@@ -113,6 +132,32 @@ def test_help_needs_nothing_else_installed(monkeypatch, capsys):
         assert stop.value.code == 0 and "usage:" in capsys.readouterr().out
 
 
-def test_help_lists_the_commands(capsys):
-    assert main(["--help"]) == 0 and main([]) == 0
-    assert "record_training" in capsys.readouterr().out
+def test_without_a_screen_nothing_is_rendered_to_one(monkeypatch, capsys):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert not has_screen()
+    assert do_without_screen("enjoy", ["-n", "5"]) == ["-n", "5", "--no-render"]
+    assert "There is no screen" in capsys.readouterr().out
+    assert do_without_screen("enjoy", ["--no-render"]) == ["--no-render"]
+    monkeypatch.setattr("sb3_pg.zoo.__main__.find_library", lambda name: name == "OSMesa")
+    assert do_without_screen("record_video", ["-n", "5"]) == ["-n", "5"]
+    assert os.environ["MUJOCO_GL"] == "osmesa"
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    do_without_screen("record_video", [])
+    assert os.environ["MUJOCO_GL"] == "egl"
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert has_screen()
+
+
+def test_where_mujoco_cannot_draw_there_is_one_line():
+    error = type("FatalError", (Exception,), {})("an OpenGL platform library has not been loaded into this process")
+    assert "libegl1" in explain(error)
+
+
+def test_help_says_what_each_command_does(capsys):
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for command in COMMANDS:
+        assert any(re.match(rf"  {command} +\w+ .{{20}}", line) for line in lines)
+    assert main([]) == 0 and capsys.readouterr().out.splitlines() == lines

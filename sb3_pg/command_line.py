@@ -1,0 +1,63 @@
+"""What the commands of this package share: numbers, folders and missing packages."""
+
+import argparse
+import re
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import gymnasium as gym
+
+#: NumPy's random generators take no larger one.
+LAST_SEED = 2**32 - 1
+
+#: Packages that come with an extra of ours, and which.
+EXTRAS = {"optuna": "zoo", "rl_zoo3": "zoo", "huggingface_sb3": "zoo", "box2d": "zoo", "moviepy": "zoo"}
+EXTRAS |= {"pygame": "zoo", "seaborn": "zoo", "pytablewriter": "zoo", "sb3_contrib": "contrib", "mujoco": "mujoco"}
+EXTRAS |= {"envpool": "envpool", "matplotlib": "extra", "rich": "extra", "tqdm": "extra", "tensorboard": "extra"}
+EXTRAS |= dict.fromkeys(
+    ("transformers", "tokenizers", "peft", "sacrebleu", "rouge_score", "num2words", "vadersentiment"), "text"
+)
+
+
+class CommandError(Exception):
+    """Something the user can put right; the message is one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises what is wrong, without the list of all options."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(message)
+
+
+def whole(text: str, low: int = 0, high: int | None = None) -> int:
+    """Return a whole number from ``low`` to ``high``, of an option."""
+    if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
+        limits = f">= {low}" if high is None else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"must be a whole number {limits}, not {text!r}")
+    return int(text)
+
+
+seed_number = partial(whole, high=LAST_SEED)
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder, and try whether a file can be written there.
+
+    :raises CommandError: it cannot
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CommandError(f"cannot write to {folder}: {error.strerror}. Pass another folder by --out.") from None
+
+
+def missing_package(error: ImportError | gym.error.DependencyNotInstalled) -> str:
+    """Return what to install, as a sentence to go on with, if an extra of ours has it; else nothing."""
+    names = [error.name or ""] if isinstance(error, ImportError) else re.findall(r"\w+", str(error))
+    extras = [EXTRAS[name.split(".")[0].lower()] for name in names if name.split(".")[0].lower() in EXTRAS]
+    return f" Install it with: pip install 'sb3_pg[{extras[0]}]'" if extras else ""
