@@ -38,8 +38,13 @@ class _Postponed:
     def end(self) -> None:
         """Put the handlers back, and let the one whose signal came do its work."""
         _Postponed.is_in_use = False
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        try:
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+        except BaseException:  # of one that came as soon as the first handler was back
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+            raise
         if self._came is not None:
             self._handlers[self._came[0]](*self._came)
 

@@ -1,5 +1,6 @@
 """Processes that end are named, and closing returns."""
 
+import gc
 import os
 import signal
 import threading
@@ -131,6 +132,7 @@ def in_gymnasiums_processes():
 @pytest.mark.parametrize("make", [make, in_gymnasiums_processes])
 def test_an_interrupt_in_learn(make):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of shells
+    gc.disable()  # an interrupt of somebody's callback of it would be lost
     model = tiny(PPO, make())
     model.learn(96)
     for delay in (0.02, 0.05, 0.09):
@@ -138,5 +140,6 @@ def test_an_interrupt_in_learn(make):
         with pytest.raises(KeyboardInterrupt):
             model.learn(10**6, reset_num_timesteps=False)
         model.learn(96, reset_num_timesteps=False)
+    gc.enable()
     signal.signal(signal.SIGINT, before)
     model.env.close()
