@@ -23,7 +23,6 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.common.vec_env.patch_gym import _patch_env
 
 from sb3_pg.common import workers
 from sb3_pg.common.acting import Horizon, Steps, WholeEpisodes, longest_episode
@@ -77,7 +76,7 @@ from sb3_pg.common.registry import BUFFER_PLACES, entered_for
 from sb3_pg.common.returned import checked_observations, checked_step, is_usual
 from sb3_pg.common.rollout import Rollout, Step
 from sb3_pg.common.sequences import Memory
-from sb3_pg.common.spaces import check_spaces, environments_own, shifted
+from sb3_pg.common.spaces import check_spaces, checked_environment, environments_own, shifted
 from sb3_pg.common.threads import threads_to_choose
 from sb3_pg.common.vec_env import DummyVecEnv, as_vec_env, take_over
 from sb3_pg.common.vec_env.adapters import is_vectorised
@@ -180,8 +179,8 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         if is_vectorised(env):
             env = as_vec_env(env)
         if not isinstance(env, VecEnv):
-            check_spaces(env.observation_space, env.action_space)
-            single = _patch_env(env)
+            single = checked_environment(env)
+            check_spaces(single.observation_space, single.action_space)
             if monitor_wrapper and not is_wrapped(single, Monitor):
                 if verbose >= 1:
                     print("Wrapping the env with a `Monitor` wrapper")

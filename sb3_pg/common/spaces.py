@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.vec_env.patch_gym import _patch_env
 
 from sb3_pg.common.errors import ArgumentError
 
@@ -14,6 +16,22 @@ _FLATTEN = "Flatten it (gymnasium.wrappers.FlattenObservation), or use a Dict of
 
 class SpaceError(ArgumentError, NotImplementedError):
     """A space that cannot be learned on. Also a ``NotImplementedError``, which SB3 raises for some."""
+
+
+def checked_environment(env: Any) -> gym.Env[Any, Any]:
+    """Return a single environment of gymnasium's, or of gym's by SB3's adapter.
+
+    :raises ArgumentError: it is none
+    """
+    if isinstance(env, type):
+        raise ArgumentError(f"`env` is the class {env.__name__}: pass an environment, {env.__name__}(...).")
+    try:
+        return _patch_env(env)
+    except ValueError:
+        raise ArgumentError(
+            "`env` must be an environment of gymnasium, a VecEnv, or the id of a registered environment, not a "
+            f"{type(env).__name__}."
+        ) from None
 
 
 def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:

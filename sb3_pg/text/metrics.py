@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sb3_pg.common.errors import ArgumentError, as_number, check_choice, check_count, check_parameters, did_you_mean
+from sb3_pg.text.packages import package
 from sb3_pg.text.rewards import name_of
 
 Texts = Sequence[str]
@@ -68,16 +69,12 @@ def _columns(completions: Texts, references: References) -> list[list[str]]:
 
 def bleu(completions: Texts, references: References) -> float:
     """Corpus BLEU of sacrebleu, 0 to 100."""
-    import sacrebleu
-
-    return float(sacrebleu.corpus_bleu(list(completions), _columns(completions, references)).score)
+    return float(package("sacrebleu").corpus_bleu(list(completions), _columns(completions, references)).score)
 
 
 def chrf(completions: Texts, references: References) -> float:
     """Corpus chrF of sacrebleu, 0 to 100."""
-    import sacrebleu
-
-    return float(sacrebleu.corpus_chrf(list(completions), _columns(completions, references)).score)
+    return float(package("sacrebleu").corpus_chrf(list(completions), _columns(completions, references)).score)
 
 
 def rouge(kind: str) -> Callable[[Texts, References], float]:
@@ -89,9 +86,7 @@ def rouge(kind: str) -> Callable[[Texts, References], float]:
     check_choice("kind", kind, [*(f"rouge{n}" for n in range(1, 10)), "rougeL", "rougeLsum"])
 
     def mean(completions: Texts, references: References) -> float:
-        from rouge_score.rouge_scorer import RougeScorer
-
-        scorer = RougeScorer([kind])
+        scorer = package("rouge_score.rouge_scorer").RougeScorer([kind])
         best = [
             scorer.score_multi(some, text)[kind].fmeasure
             for text, some in zip(completions, _lists(completions, references), strict=True)
@@ -167,9 +162,7 @@ def self_bleu(completions: Texts) -> float:
 
     Grows with the square of their number; the callback takes at most a hundred.
     """
-    import sacrebleu
-
-    texts = list(completions)
+    sacrebleu, texts = package("sacrebleu"), list(completions)
     if len(texts) < 2:
         return 0.0
     scores = [

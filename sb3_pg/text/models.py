@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.text.base import Base, read_base
+from sb3_pg.text.packages import package
 
 
 def check_options(name: str, given: Any, example: str) -> None:
@@ -83,6 +84,10 @@ def _loaded(auto_model: Any, model: str | Path, model_kwargs: Mapping[str, Any])
         raise ArgumentError(f"`model` is {str(model)!r}, but there is no such folder.")
     try:
         return auto_model.from_pretrained(model, **{"dtype": th.float32, **model_kwargs})
+    except ModuleNotFoundError as error:  # of peft, where the folder holds an adapter
+        raise ModuleNotFoundError(
+            f"`model` {str(model)!r} needs {error.name}: pip install 'sb3_pg[text]'", name=error.name
+        ) from error
     except Exception as error:
         raise ArgumentError(
             f"`model` {str(model)!r} cannot be loaded: {_first_line(error)} It must be a folder with a model, as "
@@ -131,11 +136,8 @@ def with_adapter(lm: Any, lora: Mapping[str, Any]) -> Any:
 
     :raises ArgumentError: peft does not take these options, or finds no place for them in the model
     """
+    peft = package("peft")
     try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("`lora` needs the extra `text`: pip install 'sb3_pg[text]'") from error
-    try:
-        return get_peft_model(lm, LoraConfig(**lora))
+        return peft.get_peft_model(lm, peft.LoraConfig(**lora))
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"`lora` {dict(lora)!r} cannot be used: {_first_line(error)}") from error

@@ -1,6 +1,7 @@
 """The two kinds of language model that are policies."""
 
-from typing import Any
+import inspect
+from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
@@ -12,6 +13,8 @@ from sb3_pg.text.sequences import flush_left, flush_right
 
 # isort: split
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, EncoderDecoderCache
+
+Kind = TypeVar("Kind", bound=LanguageModelPolicy)
 
 #: A model of the size that the built-in tasks need; untrained.
 SMALL_CAUSAL: dict[str, Any] = {
@@ -36,11 +39,20 @@ SMALL_SEQ2SEQ: dict[str, Any] = {
 }
 
 
+def _with_arguments(kind: type[Kind]) -> type[Kind]:
+    """Let ``help`` of a kind of policy describe the arguments, which are those of all."""
+    if kind.__doc__ and LanguageModelPolicy.__doc__:  # python -OO leaves none
+        about, general = (inspect.cleandoc(text) for text in (kind.__doc__, LanguageModelPolicy.__doc__))
+        kind.__doc__ = f"{about}\n\n{general[general.index(':param') :]}"
+    return kind
+
+
+@_with_arguments
 class CausalLMPolicy(LanguageModelPolicy):
     """A language model that continues its prompt, such as GPT-2 and Llama.
 
-    Arguments are those of :class:`LanguageModelPolicy`: what to read (``model``, ``model_kwargs``), what to train
-    (``lora``, ``frozen_layers``), how far it may go (``reference_kl_coef``, ``reference_kl_target``), ``temperature``.
+    Arguments say what to read (``model``, ``model_kwargs``), what to train (``lora``, ``frozen_layers``), how far it
+    may go (``reference_kl_coef``, ``reference_kl_target``), and how tokens are chosen (``temperature``).
     """
 
     small_config = SMALL_CAUSAL
@@ -87,11 +99,11 @@ class CausalLMPolicy(LanguageModelPolicy):
         return n_prompt
 
 
+@_with_arguments
 class Seq2SeqLMPolicy(LanguageModelPolicy):
     """A language model whose encoder reads the prompt and whose decoder writes the response, such as T5.
 
     Its positions must be relative, as T5's are; absolute ones would need rows in step.
-    Arguments are those of :class:`LanguageModelPolicy`.
     """
 
     small_config = SMALL_SEQ2SEQ

@@ -16,6 +16,7 @@ import numpy as np
 
 from sb3_pg.common.errors import check_choice
 from sb3_pg.text.environment import TextEnv, TextTask
+from sb3_pg.text.packages import package
 from sb3_pg.text.tokenizers import word_tokenizer, words_of
 
 #: Every fifth example is held out.
@@ -144,9 +145,7 @@ LANGUAGES = {"fr": "french", "es": "spanish"}
 
 @cache
 def _number(n: int, language: str, kind: str = "cardinal") -> str:
-    from num2words import num2words
-
-    words = num2words(n, lang=language, to=kind)
+    words = package("num2words").num2words(n, lang=language, to=kind)
     return " ".join(words.replace("-", " ").replace(",", " ").split())
 
 
@@ -193,8 +192,7 @@ def _flawed(text: str, rng: np.random.Generator) -> str:
 
 def sentence_chrf(prompts: list[str], completions: list[str], references: list[Any]) -> list[float]:
     """Sacrebleu's chrF of each completion, 0 to 1."""
-    import sacrebleu
-
+    sacrebleu = package("sacrebleu")
     pairs = zip(completions, references, strict=True)
     return [sacrebleu.sentence_chrf(text, [reference]).score / 100 for text, reference in pairs]
 
@@ -240,9 +238,7 @@ def sentiment(split: str = "train", seed: int = 0) -> TextTask:
 
 @lru_cache(maxsize=1)
 def _analyzer() -> Any:
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    return SentimentIntensityAnalyzer()
+    return package("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer()
 
 
 def sentiment_of(prompts: list[str], completions: list[str], references: list[Any]) -> list[float]:

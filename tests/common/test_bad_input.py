@@ -9,6 +9,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_pg import PPO, REINFORCE, TRPO
+from sb3_pg.common.archive.container import ArchiveError
 from sb3_pg.common.errors import ArgumentError, NonFiniteError
 
 ALL = pytest.mark.parametrize("algorithm", [PPO, TRPO, REINFORCE])
@@ -246,3 +247,24 @@ def test_a_bad_last_observation_names_its_environment():
     model = PPO("MlpPolicy", env, n_steps=16, batch_size=16, policy_kwargs=TINY)
     with pytest.raises(NonFiniteError, match="value of the terminal observation of environment 1 at step 7"):
         model.learn(48)
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (object(), "`env` must be an environment of gymnasium, a VecEnv, or the id .* not a object"),
+        (gym.Env, r"`env` is the class Env: pass an environment, Env\(\.\.\.\)"),
+        (["CartPole-v1"], "not a list"),
+    ],
+)
+def test_what_is_no_environment(env, message):
+    with pytest.raises(ArgumentError, match=message):
+        PPO("MlpPolicy", env)
+    with pytest.raises(ArgumentError, match=message):
+        PPO("MlpPolicy", "CartPole-v1").set_env(env)
+
+
+def test_a_folder_in_place_of_a_file(tmp_path):
+    for load in (PPO.load, PPO("MlpPolicy", "CartPole-v1").policy.load):
+        with pytest.raises(ArchiveError, match=f"{tmp_path} is a folder.*pass the file that `save` wrote"):
+            load(tmp_path)

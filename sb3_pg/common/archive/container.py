@@ -190,8 +190,13 @@ def read_archive(path: str | pathlib.Path | io.BufferedIOBase) -> Archive:
     :raises FileNotFoundError: there is none
     """
     beside = pathlib.Path(f"{path}.zip")
-    if isinstance(path, str | pathlib.Path) and pathlib.Path(path).is_dir() and beside.is_file():
-        path = beside  # where ``save`` writes then
+    if isinstance(path, str | pathlib.Path) and pathlib.Path(path).is_dir():
+        if not beside.is_file():  # where ``save`` writes then
+            raise ArchiveError(
+                f"{path} is a folder, and there is no {beside}: pass the file that `save` wrote. A language model's "
+                "folder is read by policy_kwargs={'model': ...}."
+            )
+        path = beside
     file = open_path(path, "r", suffix="zip")
     name = str(path) if isinstance(path, str | pathlib.Path) else "the archive"
     try:

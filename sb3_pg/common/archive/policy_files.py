@@ -46,6 +46,11 @@ class SavedPolicy(BasePolicy):
         :param trusted: True runs the code that the file holds, as SB3 does: only for files whose origin you know
         :raises ArchiveError: the file is damaged, or holds what is refused; names the file
         """
+        if isinstance(path, str | Path) and Path(path).is_dir():
+            raise ArchiveError(
+                f"{path} is a folder: pass the file that `save` wrote. A language model's folder is read by the policy "
+                "argument `model`."
+            )
         name, file = (str(path), Path(path).read_bytes()) if isinstance(path, str | Path) else ("The file", path.read())
         try:
             held: Any = th.load(io.BytesIO(file), "cpu", weights_only=False) if trusted else read_tensors(file)
