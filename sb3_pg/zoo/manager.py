@@ -246,6 +246,16 @@ class ExperimentManager(exp_manager.ExperimentManager):
                 stacklevel=2,
             )
 
+    def _maybe_normalize(self, env: sb3.VecEnv, eval_env: bool) -> sb3.VecEnv:
+        """Normalise if the settings say so, but observations only if they are numbers."""
+        space = env.observation_space
+        parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
+        of_numbers = [key for key, part in parts.items() if isinstance(part, spaces.Box)]
+        if self.normalize and len(of_numbers) < len(parts):
+            which = {"norm_obs_keys": of_numbers} if of_numbers else {"norm_obs": False}
+            self.normalize_kwargs = {**which, **self.normalize_kwargs}
+        return super()._maybe_normalize(env, eval_env)
+
     def learn(self, model: BaseAlgorithm) -> None:
         """Train, and keep what was learned if an interrupt or a number that is not finite stops it."""
         try:

@@ -8,8 +8,10 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 import yaml
+from gymnasium import spaces
 from zoo_tools import ALGORITHMS, ROOT, constructor, python
 
 from sb3_pg.zoo import CONFIGS
@@ -101,6 +103,35 @@ def test_every_entry_makes_a_model(algo, name, construct):
     for key, value in given.items():
         if isinstance(value, (int, float)) and hasattr(model, key) and key not in ("n_envs", "clip_range"):
             assert getattr(model, key) == value, key
+
+
+@pytest.mark.parametrize(("env_id", "of_numbers"), [("FrozenLake-v1", False), ("CartPole-v1", True)])
+def test_only_observations_that_are_numbers_are_normalised(env_id, of_numbers, construct):
+    normalized = construct("reinforce", env_id, "-params", "normalize:True").get_vec_normalize_env()
+    assert (normalized.norm_obs, normalized.norm_reward) == (of_numbers, True)
+
+
+def test_of_several_observations_only_numbers_are_normalised(construct):
+    name = "SomeNumbers-v0"
+    gym.register(name, entry_point=SomeNumbers, max_episode_steps=5)
+    params = "normalize:True", "policy:'MultiInputPolicy'"
+    normalized = construct("reinforce", name, "-params", *params).get_vec_normalize_env()
+    assert normalized.norm_obs and normalized.norm_obs_keys == ["numbers"]
+    del gym.registry[name]
+
+
+class SomeNumbers(gym.Env):
+    """Shows two numbers and a choice."""
+
+    observation_space = spaces.Dict({"choice": spaces.Discrete(3), "numbers": spaces.Box(-1, 1, (2,))})
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, False, False, {}
 
 
 def test_rl_zoos_own_settings_run_with_a_warning_where_target_kl_differs(construct):
