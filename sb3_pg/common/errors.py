@@ -58,7 +58,19 @@ class EnvironmentNumberError(NonFiniteError):
 
 
 class EnvironmentProcessError(RuntimeError):
-    """A process that steps an environment has ended."""
+    """A process that steps an environment has ended.
+
+    :param number: of the environment
+    :param owner: the kind of vectorised environment
+    :param how: it has ended, if that is known
+    """
+
+    def __init__(self, number: int, owner: str, how: str = "") -> None:
+        its_end = f" ({how})" if how else ""
+        super().__init__(
+            f"The process of environment {number} has ended{its_end}, so its {owner} can do no more. Mend the cause, "
+            "pass new environments to set_env(), and learning can go on."
+        )
 
 
 def check_number(

@@ -39,14 +39,16 @@ class _Postponed:
         """Put the handlers back, and let the one whose signal came do its work."""
         _Postponed.is_in_use = False
         try:
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
-        except BaseException:  # of one that came as soon as the first handler was back
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
+            self._put_back()
+        except BaseException:  # of a signal that came as soon as the first handler was back
+            self._put_back()
             raise
         if self._came is not None:
             self._handlers[self._came[0]](*self._came)
+
+    def _put_back(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

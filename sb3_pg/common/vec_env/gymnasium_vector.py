@@ -331,10 +331,7 @@ def _whole(env: Any) -> Iterator[None]:
         if None in env.parent_pipes or not numbers_of_ended:
             raise
         env.parent_pipes = [None if i in numbers_of_ended else pipe for i, pipe in enumerate(env.parent_pipes)]
-    raise EnvironmentProcessError(
-        f"The process of environment {env.parent_pipes.index(None)} has ended, so its AsyncVectorEnv can do no more. "
-        "Mend the cause, pass new environments to set_env(), and learning can go on."
-    )
+    raise EnvironmentProcessError(env.parent_pipes.index(None), "AsyncVectorEnv")
 
 
 def _with_masks(info: Any, dones: np.ndarray) -> Any:

@@ -84,10 +84,7 @@ class Remote:
 
     def _error(self) -> EnvironmentProcessError:
         self._process.join(1.0)  # it may be about to end
-        return EnvironmentProcessError(
-            f"The process of environment {self._number} has ended ({_how(self._process.exitcode)}), so its "
-            "SubprocVecEnv can do no more. Mend the cause, pass new environments to set_env(), and learning can go on."
-        )
+        return EnvironmentProcessError(self._number, "SubprocVecEnv", _how(self._process.exitcode))
 
 
 def _how(exit_code: int | None) -> str:
