@@ -22,7 +22,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -219,9 +219,9 @@ def update_cost(algo: str, folder: Path) -> dict[str, float]:
     return {**found, "epochs": getattr(model, "n_epochs", 1), "loaded_mb": loaded, "peak_mb": peak_memory()}
 
 
-def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Of its own, so that peaks of memory are told apart."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+def in_a_process(function: Callable[..., Any], *arguments: Any, start_method: str = "spawn") -> Any:
+    """Of its own, so that peaks of memory are told apart; "fork" spares it the imports."""
+    with multiprocessing.get_context(start_method).Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
@@ -349,6 +349,20 @@ def setup(parser: argparse.ArgumentParser) -> argparse.Namespace:
     transformers.utils.logging.disable_progress_bar()
     th.set_num_threads(1)
     return parser.parse_args()
+
+
+def missing_runs(
+    data: dict[str, Any], path: Path, wanted: Mapping[str, Callable[[], Any]], args: argparse.Namespace
+) -> Iterator[tuple[str, Any]]:
+    """Do the runs that are wanted and not there; yield each when it is in the data and in their file.
+
+    :param wanted: what does each, by name
+    """
+    for name, run in wanted.items():
+        if not args.report and name not in data["runs"] and args.only in name:
+            data["runs"][name] = found = run()
+            path.write_text(json.dumps(data, indent=1))
+            yield name, found
 
 
 def started(models: Path, task: str, seed: int, smoke: bool) -> Path:

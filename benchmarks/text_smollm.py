@@ -11,17 +11,18 @@ a GPU, not how far it can be. Last, one update of 64 responses of 512 tokens is 
 """
 
 import argparse
-import json
 import math
 import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from text import OUT, in_a_process, peak_memory, record, setup  # first, since it pins the threads
+from text import OUT, in_a_process, missing_runs, peak_memory, record, setup  # first, since it pins the threads
 
 # isort: split
 import torch as th
@@ -251,12 +252,10 @@ def main() -> None:
     args = setup(parser)
     path = OUT / "smollm.json"
     data = record(path)
-    wanted: dict[str, tuple[Any, ...]] = {name: (run, name) for name in RUNS}
-    wanted |= {"long half": (in_a_process, run_long, True), "long": (in_a_process, run_long, False)}
-    for name, (function, *arguments) in wanted.items():
-        if name not in data["runs"] and args.only in name and not args.report:
-            data["runs"][name] = function(*arguments)
-            path.write_text(json.dumps(data, indent=1))
+    wanted: dict[str, Callable[[], Any]] = {name: partial(run, name) for name in RUNS}
+    wanted |= {name: partial(in_a_process, run_long, half) for name, half in {"long half": True, "long": False}.items()}
+    for name, _ in missing_runs(data, path, wanted, args):
+        print(name, flush=True)
     report(data)
 
 

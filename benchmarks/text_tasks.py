@@ -13,10 +13,11 @@ finds each number in four turns, who never asks the same twice four of ten, and 
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from text import OUT, SEEDS, make_model, over, record, setup, varied  # first, since it pins the threads
+from text import OUT, SEEDS, make_model, missing_runs, over, record, setup, varied  # first: it pins the threads
 
 # isort: split
 import numpy as np
@@ -234,18 +235,14 @@ def main() -> None:
     args = setup(parser)
     path = OUT / "tasks.json"
     data = record(path)
+    wanted: dict[str, Callable[[], Any]] = {}
     for seed in SEEDS:
-        wanted = [(f"{name} {algo}", run_task, (name, algo)) for name in TASKS for algo in ALGORITHMS]
-        wanted += [(f"game {algo}", run_game, (algo,)) for algo in GAMES]  # type: ignore[list-item,misc]
-        for name, function, arguments in [] if args.report else wanted:
-            name = f"{name} {seed}"
-            if name not in data["runs"] and args.only in name:
-                data["runs"][name] = found = function(*arguments, seed)  # type: ignore[call-arg,arg-type]
-                print(
-                    f"{name}: {json.dumps({w: found[w].get('figures', found[w]) for w in ('before', 'after')})}",
-                    flush=True,
-                )
-                path.write_text(json.dumps(data, indent=1))
+        wanted |= {
+            f"{name} {algo} {seed}": partial(run_task, name, algo, seed) for name in TASKS for algo in ALGORITHMS
+        }
+        wanted |= {f"game {algo} {seed}": partial(run_game, algo, seed) for algo in GAMES}
+    for name, found in missing_runs(data, path, wanted, args):
+        print(f"{name}: {json.dumps({w: found[w].get('figures', found[w]) for w in ('before', 'after')})}", flush=True)
     report(data)
 
 

@@ -19,10 +19,10 @@ numbers among what it writes.
 import argparse
 import contextlib
 import io
-import json
-import multiprocessing
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +33,8 @@ from text import (  # first, since it pins the threads
     PRETRAIN_STEPS,
     TASKS,
     evaluate,
+    in_a_process,
+    missing_runs,
     peak_memory,
     record,
     setup,
@@ -127,12 +129,6 @@ class EvenNumbers:
         self.scores += scores
         self.lengths += [float(len(text.split())) for text in completions]
         return scores
-
-
-def in_a_process(function: Any, *arguments: Any) -> Any:
-    """Of its own, so that peaks of memory are told apart; forked, which spares it the imports."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(function, arguments)
 
 
 def of_updates(values: list[float], updates: int) -> list[float]:
@@ -311,14 +307,18 @@ def report(data: dict[str, Any]) -> None:
     (OUT / "trl.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def wanted_runs(seeds: int) -> list[tuple[str, str, Any, int, str]]:
-    """Return method, task, length (None of a task's), seed and side of all runs, in their order."""
-    runs: list[tuple[str, str, Any, int, str]] = []
+def wanted_runs(seeds: int) -> dict[str, Callable[[], Any]]:
+    """Return what does each run, of tasks and of lengths, by name and in their order."""
+    runs: dict[str, Callable[[], Any]] = {}
     for seed in range(seeds):
         in_turn = SIDES[:: 1 if seed % 2 else -1]
-        tasks = [(method, task, None) for task in ("translation", "sentiment") for method in OURS]
-        lengths = [(method, "lengths", length) for length in LENGTHS for method in OURS] if seed < LENGTH_SEEDS else []
-        runs += [(*what, seed, who) for what in [*tasks, *lengths] for who in in_turn]
+        tasks = [(run_task, (method, task)) for task in ("translation", "sentiment") for method in OURS]
+        lengths = [(run_length, (method, length)) for length in LENGTHS if seed < LENGTH_SEEDS for method in OURS]
+        for function, (method, what) in [*tasks, *lengths]:
+            kind = f"lengths {what}" if function is run_length else what
+            for who in in_turn:
+                run = partial(in_a_process, function, method, what, seed, who, start_method="fork")
+                runs[f"{method} {kind} {seed} {who}"] = run
     return runs
 
 
@@ -329,14 +329,8 @@ def main() -> None:
     args = setup(parser)
     path = OUT / "trl.json"
     data = record(path) | {"trl_version": version("trl")}
-    for method, task, length, seed, who in [] if args.report else wanted_runs(args.seeds):
-        name = " ".join(str(x) for x in (method, task, length, seed, who) if x is not None)
-        if name in data["runs"] or args.only not in name:
-            continue
-        function, what = (run_task, task) if length is None else (run_length, length)
-        data["runs"][name] = found = in_a_process(function, method, what, seed, who)
-        path.write_text(json.dumps(data, indent=1))
-        score = found["scores"][-1] if length else found["after"]["score"]
+    for name, found in missing_runs(data, path, wanted_runs(args.seeds), args):
+        score = found["scores"][-1] if "scores" in found else found["after"]["score"]
         print(f"{name}: {found['seconds_per_update']:.3f} s per update, score {score:.3f}", flush=True)
     report(data)
 
