@@ -315,6 +315,24 @@ def test_a_second_signal_does_not_wait(monkeypatch):
     assert done == [0, 1, 2]
 
 
+def test_a_signal_while_handlers_are_put_back_leaves_none_behind(monkeypatch):
+    usual = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    put, numbers = signal.signal, []
+
+    def put_and_interrupt(number, handler):
+        put(number, handler)
+        numbers.append(number)
+        if len(numbers) == 3:  # the first that is put back
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(signal, "signal", put_and_interrupt)
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        pass
+    monkeypatch.undo()
+    left = [signal.signal(number, handler) for number, handler in usual.items()]
+    assert left == [signal.default_int_handler] * 2
+
+
 def test_interrupted_programs_save(capsys):
     with pytest.raises(Interrupted), saved_when_interrupted(lambda: "a; go on with b"):
         signal.raise_signal(signal.SIGTERM)

@@ -63,6 +63,10 @@ def test_workers_with_unequal_rollouts_take_the_same_steps(found):
     assert found["unequal/is_equal"]
 
 
+def test_each_worker_keeps_to_a_core_if_there_are_as_many(found):
+    assert found["cores/as_they_should_be"]
+
+
 def test_workers_tune_one_language_model(found):
     assert found["texts/is_equal"]
     assert found["texts/has_moved"]

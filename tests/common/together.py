@@ -4,6 +4,7 @@
 """
 
 import atexit
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -221,6 +222,7 @@ def prepare(setattr: Any = setattr) -> None:
 
 if __name__ == "__main__":
     th.set_num_threads(1)
+    allowed = sorted(os.sched_getaffinity(0))
     atexit.register(lambda: print("left" if not messengers() else messengers()))
     workers.join()
     prepare()
@@ -230,5 +232,9 @@ if __name__ == "__main__":
     found |= {f"texts/{key}": x for key, x in texts().items()}
     found |= {f"stopped/{key}": x for key, x in stopped().items()}
     found |= {f"files/{key}": x for key, x in files(sys.argv[2]).items()}
+    own = workers.gathered(sorted(os.sched_getaffinity(0)))
+    found["cores/as_they_should_be"] = own == (
+        [[core] for core in allowed] if len(allowed) == workers.size() else [allowed] * workers.size()
+    )
     if workers.rank() == 0:
         np.savez(sys.argv[1], **found)
