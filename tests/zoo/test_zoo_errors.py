@@ -132,10 +132,24 @@ def test_help_needs_nothing_else_installed(monkeypatch, capsys):
         assert stop.value.code == 0 and "usage:" in capsys.readouterr().out
 
 
-def test_without_a_screen_nothing_is_rendered_to_one(monkeypatch, capsys):
+def without_screen(monkeypatch):
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
     monkeypatch.setattr(sys, "platform", "linux")
+
+
+def test_the_zoo_asks_whether_there_is_a_screen(monkeypatch):
+    pytest.importorskip("rl_zoo3")
+    without_screen(monkeypatch)
+    given = []
+    monkeypatch.setattr("rl_zoo3.enjoy.enjoy", lambda: given.extend(sys.argv[1:]))
+    main(["enjoy", "-n", "5"])
+    assert given == ["-n", "5", "--no-render"]
+
+
+def test_without_a_screen_nothing_is_rendered_to_one(monkeypatch, capsys):
+    without_screen(monkeypatch)
     assert not has_screen()
     assert do_without_screen("enjoy", ["-n", "5"]) == ["-n", "5", "--no-render"]
     assert "There is no screen" in capsys.readouterr().out
