@@ -58,7 +58,7 @@ def make_writable(folder: Path) -> None:
 
 def missing_package(error: ImportError | gym.error.DependencyNotInstalled) -> str:
     """Return what to install, as a sentence to go on with; nothing if no extra of ours has it, or the error says it."""
-    if "pip install" in str(error):
+    if "sb3_pg[" in str(error):
         return ""
     names = [error.name or ""] if isinstance(error, ImportError) else re.findall(r"\w+", str(error))
     extras = [EXTRAS[name.split(".")[0].lower()] for name in names if name.split(".")[0].lower() in EXTRAS]
