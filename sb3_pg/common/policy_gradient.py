@@ -30,7 +30,7 @@ from sb3_pg.common.advantages import SAME_START, Baseline, moving_average
 from sb3_pg.common.archive.archived import Archived
 from sb3_pg.common.archive.peers import unmasked
 from sb3_pg.common.archive.resume import resuming
-from sb3_pg.common.arrays import Column, as_tensors, take
+from sb3_pg.common.arrays import Array, Column, as_tensors, take
 from sb3_pg.common.batch import Batch, epoch, weighted
 from sb3_pg.common.buffers import RolloutBuffer
 from sb3_pg.common.closing import closing, is_learning, learning_alone, screen_logger
@@ -306,9 +306,8 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         """True if rollouts are of whole episodes: without a value network nothing else stands in for their rest."""
         return self.n_episodes is not None or self.baseline != "value"
 
-    @property
-    def _needs_log_probs(self) -> bool:
-        """True if updates compare log-probabilities with those of the policy that acted."""
+    def _needs_log_probs(self, rollout: Rollout) -> bool:
+        """Return whether the update compares log-probabilities with those of the policy that acted."""
         return True
 
     @property
@@ -559,7 +558,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         for name in ("observation", "reward"):
             require_finite(name, take(getattr(buffer, f"{name}s"), slice(0, n)))
         require_sound_policy(self.policy, "action", buffer.actions[:n])
-        rollout.needs_values, rollout.needs_log_probs = self.baseline == "value", self._needs_log_probs
+        rollout.needs_values, rollout.needs_log_probs = self.baseline == "value", self._needs_log_probs(rollout)
         with rollout.changing_rewards():
             judged = self.network.judge(rollout)
             judged = judged._replace(figures=workers.mean_of(judged.figures))
@@ -597,8 +596,23 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
 
     def _batch(self, rollout: Rollout) -> Batch:
         """Return the samples of a judged rollout that are learned from, weighted as ``loss_average`` says."""
+        if not rollout.needs_log_probs and self._needs_log_probs(rollout):  # arguments have been changed since
+            self.judge(rollout)
         batch = self.network.batch(rollout, self.horizon.keep(rollout))
         return weighted(batch, rollout, self.network.asarray, self.loss_average)
+
+    def _first_look(self, rollout: Rollout, minibatch: Batch, log_prob: Array) -> None:
+        """Take the log-probabilities before an update's only step for those of the policy that acted, as they are.
+
+        What judging has left to this look is logged, see ``Rollout.needs_log_probs``.
+        """
+        minibatch.old_log_prob = log_prob
+        figures = self.network.figures(rollout, minibatch)
+        if figures:
+            figures = workers.mean_of(figures)
+            rollout.figures = {**rollout.figures, **figures}
+            for name, value in figures.items():
+                self.logger.record(name, value)
 
     def _may_leave_out(self, batch: Batch) -> bool:
         """Return whether samples whose advantages are zero can be left out of minibatches without changing the others.

@@ -10,13 +10,15 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule
 
+from sb3_pg.common import workers
 from sb3_pg.common.advantages import Baseline
 from sb3_pg.common.arrays import Array
-from sb3_pg.common.batch import Batch, episode_parts, epoch
+from sb3_pg.common.batch import Batch, episode_parts, epoch, has_own_get
 from sb3_pg.common.groups import MaxGradNorm
 from sb3_pg.common.objectives import clipped_squared_error, squared_error
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm, shared
 from sb3_pg.common.presets import takes_preset
+from sb3_pg.common.rollout import Rollout
 from sb3_pg.ppo.figures import Means
 from sb3_pg.ppo.options import Objective, check_arguments, learns_from_advantages_alone, make_objective
 from sb3_pg.ppo.stopping import EarlyStopping, adapted_kl_coef, adapted_learning_rate
@@ -188,6 +190,12 @@ class PPO(PolicyGradientAlgorithm):
         super()._check_arguments()
         check_arguments(self)
 
+    def _needs_log_probs(self, rollout: Rollout) -> bool:
+        """Return False if the update is a single step, from the very policy that acted."""
+        n_pieces = -(-rollout.n_steps * rollout.n_envs // self.batch_size)
+        is_single = self.n_epochs == 1 and self.target_kl is None and workers.least(n_pieces) == 1
+        return not is_single or rollout.n_known > 0 or has_own_get(type(rollout.buffer))
+
     def train(self) -> None:
         """Improve policy and critic by ``n_epochs`` passes over the rollout."""
         rollout, engine = self.rollout, self._refreshed_network()
@@ -206,7 +214,7 @@ class PPO(PolicyGradientAlgorithm):
         has_critic = self.baseline == "value"
         vf_coef = self._coefficient("vf_coef") if has_critic else 0.0
 
-        means = Means(batch.old_log_prob, self._coefficient("clip_range"), by_sequence=self.ratio == "sequence")
+        means = Means(batch.returns, self._coefficient("clip_range"), by_sequence=self.ratio == "sequence")
         options = {
             "normalize": normalizes_minibatches,
             "only_advantages": learns_from_advantages_alone(self, kl_coef, ent_coef) and self._may_leave_out(batch),
@@ -215,6 +223,8 @@ class PPO(PolicyGradientAlgorithm):
             for minibatch in epoch(batch, rollout, engine, self.batch_size, **options):
                 # r = pi(a|s) / pi_old(a|s), by its logarithm
                 evaluation = engine.evaluate(minibatch)
+                if minibatch.old_log_prob is None:
+                    self._first_look(rollout, minibatch, evaluation.log_prob)
                 log_ratio: Any = evaluation.log_prob - minibatch.old_log_prob
                 loss, d_log_prob = objective(log_ratio, minibatch)
                 v_loss, d_v_loss = value_loss(evaluation.value, minibatch)

@@ -16,6 +16,7 @@ from sb3_pg.common.groups import MaxGradNorm
 from sb3_pg.common.objectives import policy_gradient, squared_error, surrogate
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm, shared
 from sb3_pg.common.presets import takes_preset
+from sb3_pg.common.rollout import Rollout
 from sb3_pg.reinforce.figures import REINFORCEFigures
 from sb3_pg.reinforce.options import check_arguments
 from sb3_pg.reinforce.step_limit import StepLimit
@@ -165,8 +166,7 @@ class REINFORCE(PolicyGradientAlgorithm):
     def _learns_from_episodes(self) -> bool:
         return self.n_steps is None
 
-    @property
-    def _needs_log_probs(self) -> bool:
+    def _needs_log_probs(self, rollout: Rollout) -> bool:
         return self.batch_size is not None
 
     def _check_arguments(self) -> None:
@@ -189,6 +189,8 @@ class REINFORCE(PolicyGradientAlgorithm):
         limit = StepLimit(engine, batch, None if self.target_kl is None else self._coefficient("target_kl"))
         for minibatch in self._policy_batches(batch, only_advantages=only_advantages):
             evaluation = engine.evaluate(minibatch)
+            if minibatch.old_log_prob is None:
+                self._first_look(rollout, minibatch, evaluation.log_prob)
             loss, d_log_prob = self._policy_loss(evaluation.log_prob, minibatch)
             value_loss, d_value = squared_error(evaluation.value, minibatch.returns)
             evaluation.backward(d_log_prob, -ent_coef, vf_coef * d_value if vf_coef else None)

@@ -87,7 +87,7 @@ class TextEngine(AutogradEngine):
         judged = Judged(values[:n].reshape(shape), log_probs.reshape(shape), values[n:], rewards.reshape(shape))
         figures = self._figures(rollout, rows[:n], going[:n])
         if policy.has_reference:
-            judged = self._with_penalty(judged, figures, rows[:n], actions, going[:n])
+            judged = self._with_penalty(rollout, judged, figures, rows[:n], actions, going[:n])
         by_name = {f"text/reward/{name}": mean for name, mean in mean_by_name(rollout).items()}
         return judged._replace(figures=figures.named() | by_name)
 
@@ -124,7 +124,13 @@ class TextEngine(AutogradEngine):
         return ended
 
     def _with_penalty(
-        self, judged: Judged, figures: TextFigures, rows: TokenRows, actions: th.Tensor, going: np.ndarray
+        self,
+        rollout: Rollout,
+        judged: Judged,
+        figures: TextFigures,
+        rows: TokenRows,
+        actions: th.Tensor,
+        going: np.ndarray,
     ) -> Judged:
         """Return what was judged with the penalty for leaving the reference, or what the loss needs for it.
 
@@ -136,22 +142,30 @@ class TextEngine(AutogradEngine):
         log_ratio[going] = judged.log_probs.ravel()[going] - log_prob
         penalty: Any = kl_estimate(log_ratio, settings.estimator)[0]
         length = figures.response_length or 1.0
-        figures.kl, figures.kl_coef = float(log_ratio[going].mean()) * length, coef
+        figures.kl_coef = coef
         figures.reference_perplexity = math.exp(min(-float(log_prob.mean()), 700.0))
-        if figures.score is not None:
-            figures.penalised_reward = figures.score - coef * float(penalty[going].mean()) * length
+        if self._judges_log_probs(rollout):
+            figures.kl = float(log_ratio[going].mean()) * length
+            if figures.score is not None:
+                figures.penalised_reward = figures.score - coef * float(penalty[going].mean()) * length
         shape = judged.log_probs.shape
         if settings.kl_in == "loss":
             return judged._replace(reference_log_probs=of_reference.reshape(shape))
         assert judged.rewards is not None
         return judged._replace(rewards=judged.rewards - coef * penalty.reshape(shape))
 
+    def _judges_log_probs(self, rollout: Rollout) -> bool:
+        """Return whether log-probabilities of the policy are needed in the update, or already before it."""
+        policy, settings = self.policy, self.policy.reference_settings
+        is_for_loss = settings.kl_in == "loss" and settings.kl_target is None and policy.reference_kl_coef > 0
+        return rollout.needs_log_probs or (policy.has_reference and not is_for_loss)
+
     def _judge_rows(
         self, rollout: Rollout, rows: TokenRows, actions: th.Tensor, going: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return V of each row, and log pi(a|s) of those of the rollout; zeros where they are not needed."""
         policy, n, known = self.policy, len(actions), rollout.n_known * rollout.n_envs
-        needs_log_probs = rollout.needs_log_probs or policy.has_reference
+        needs_log_probs = self._judges_log_probs(rollout)
         values, log_probs = np.zeros(len(rows), np.float32), np.zeros(n, np.float32)
         values[:known], log_probs[:known] = rollout.column("values")[:known], rollout.column("log_probs")[:known]
         wanted = going.copy()
@@ -212,7 +226,23 @@ class TextEngine(AutogradEngine):
         if policy.mask_truncated_completions:
             ended = ~np.isin(rollout.stretches.numbers.ravel(), self._truncated(rollout))
             batch.weight = self.asarray(ended[batch.rows].astype(np.float32))
+        if not rollout.needs_log_probs:
+            unknown: Any = None
+            batch.old_log_prob = unknown
         return batch
+
+    def figures(self, rollout: Rollout, batch: Batch) -> Mapping[str, float]:
+        """Return the KL of responses, and what it leaves of their scores, where judging has had no need of it."""
+        log_prob: Any = batch.old_log_prob
+        sequences = batch.sequences
+        if batch.reference_log_prob is None or sequences is None or self._judges_log_probs(rollout):
+            return {}
+        found, n_responses = TextFigures(), len(np.unique(sequences))
+        found.kl = float((log_prob - batch.reference_log_prob).sum()) / n_responses
+        score = rollout.figures.get("text/score")
+        if score is not None:
+            found.penalised_reward = score - float(self.penalty(log_prob, batch)[0].sum()) / n_responses
+        return found.named()
 
     def _truncated(self, rollout: Rollout) -> np.ndarray:
         """Return the numbers of the stretches that have ended by the greatest length, without an end."""

@@ -132,9 +132,61 @@ def test_grpo(average, scale, shape):
     model = judged(PPO, shape, reward=words, baseline="group", scale_rewards=scale, loss_average=average)
     its, lm = responses(model), double(model.policy.lm)
     assert len({len(x[1]) for x in its}) > 2
-    averaged(surrogates(lm, its, advantages_of(its, scale)), average).backward()
+    averaged(scores(lm, its, advantages_of(its, scale)), average).backward()
     model.train()
     check_gradients(gradients(model.policy.lm), gradients(lm))
+
+
+@pytest.mark.parametrize("kind", [PPO, REINFORCE])
+@pytest.mark.parametrize("options", [{}, {"mask_truncated_completions": True}])
+def test_a_single_step_is_the_same_without_judging_before(kind, options, monkeypatch):
+    found = []
+    for needs in (True, False):
+        with monkeypatch.context() as patch:
+            if needs:
+                patch.setattr(kind, "_needs_log_probs", lambda *_: True)
+            model = judged(kind, baseline="group", loss_average="sequence", policy_kwargs={**IN_LOSS, **options})
+            assert model.rollout.needs_log_probs == needs
+            assert bool(model.rollout_buffer.log_probs.any()) == needs
+            model.train()
+        log = dict(model.logger.name_to_value)
+        found.append((log, model.policy.parameters_to_vector(), model.rollout.figures))
+    (log, parameters, figures), (its_log, its_parameters, its_figures) = found
+    np.testing.assert_allclose(its_parameters, parameters, atol=1e-6)
+    assert figures["text/kl"] > 0.01 and its_log.keys() == log.keys() and its_figures.keys() == figures.keys()
+    if not options:  # which leaves responses out of the mean
+        for name in ("text/kl", "text/penalised_reward", "text/score"):
+            assert its_log[name] == its_figures[name] == pytest.approx(log[name], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "kwargs"),
+    [
+        ({}, {"reference_kl_target": 0.1}),  # the KL adapts the coefficient before the update
+        ({}, {"reference_kl_in": "reward"}),
+        ({"n_epochs": 2}, {}),
+        ({"batch_size": 20}, {}),
+        ({"target_kl": 0.1}, {}),
+    ],
+)
+def test_who_needs_log_probabilities_before_the_update(options, kwargs):
+    model = judged(PPO, baseline="group", policy_kwargs={**IN_LOSS, **kwargs}, **options)
+    assert model.rollout_buffer.log_probs.any() and "text/kl" in model.rollout.figures
+
+
+@pytest.mark.parametrize(("kind", "changed"), [(PPO, {"n_epochs": 2}), (REINFORCE, {"batch_size": 20})])
+def test_arguments_that_are_changed_after_judging(kind, changed, monkeypatch):
+    """Log-probabilities that are needed after all are found before the update."""
+    found = []
+    for options in ({}, changed):
+        model = judged(kind, baseline="group", policy_kwargs=IN_LOSS, **options)
+        assert model.rollout.needs_log_probs == bool(options)
+        for name, value in changed.items():
+            setattr(model, name, value)
+        np.random.seed(0)
+        model.train()
+        found.append(model.policy.parameters_to_vector())
+    np.testing.assert_array_equal(*found)
 
 
 @pytest.mark.parametrize("average", AVERAGES)
@@ -148,7 +200,8 @@ def test_rloo(average):
 
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("ratio", ["step", "sequence"])
-def test_gspo_and_ppo_away_from_the_policy_that_acted(ratio, average):
+def test_gspo_and_ppo_away_from_the_policy_that_acted(ratio, average, monkeypatch):
+    monkeypatch.setattr(PPO, "_needs_log_probs", lambda *_: True)
     options = {"ratio": ratio, "clip_range": 0.1, "loss_average": average}
     model = judged(PPO, baseline="group", **options)
     model.rollout_buffer.log_probs += np.random.default_rng(0).normal(0.05, 0.2, model.rollout_buffer.log_probs.shape)
@@ -216,7 +269,7 @@ def test_trpo_searches_along_the_penalised_objective():
 
 
 def test_the_reward_is_the_environments_where_the_loss_has_the_penalty():
-    plain, model = judged(PPO, baseline="group"), judged(PPO, baseline="group", policy_kwargs=IN_LOSS)
+    plain, model = (judged(PPO, baseline="group", policy_kwargs=its, n_epochs=2) for its in ({}, IN_LOSS))
     n = model.rollout.n_steps
     np.testing.assert_array_equal(model.rollout_buffer.rewards[:n], plain.rollout_buffer.rewards[:n])
     batch = model._batch(model.rollout)

@@ -89,11 +89,11 @@ class Saving(BaseCallback):
 
 
 @pytest.mark.parametrize("where", ["reward", "loss"])
-@pytest.mark.parametrize("kind", [PPO, TRPO])
-def test_learning_goes_on_exactly(kind, where, tmp_path):
+@pytest.mark.parametrize(("kind", "options"), [(PPO, {}), (PPO, {"n_epochs": 1, "batch_size": 1000}), (TRPO, {})])
+def test_learning_goes_on_exactly(kind, options, where, tmp_path):
     """Also from a rollout that was judged but not learned from, whose reference log-probabilities are kept."""
     kwargs = {**SYNC, "reference_kl_in": where, "mask_truncated_completions": True, "top_p": 0.9}
-    model = make("gpt2", kind, policy_kwargs=kwargs)
+    model = make("gpt2", kind, policy_kwargs=kwargs, **options)
     path = tmp_path / "model.zip"
     model.learn(5 * 13 * 4, callback=Saving(path))
     assert path.exists()

@@ -131,7 +131,7 @@ def _set_global_generators(state: dict[str, Any]) -> None:
 # --------------------------------------------------------------------- rollout
 
 #: What a rollout has besides the buffer's columns.
-_FIELDS = (
+_FIELDS = {
     "last_observations",
     "last_dones",
     "masks",
@@ -143,11 +143,12 @@ _FIELDS = (
     "reference_log_probs",
     "n_known",
     "n_judged",
+    "needs_log_probs",
     "is_paused",
     "figures",
     "n_finished",
     "last_end",
-)
+}
 
 
 def _columns(buffer: Any) -> dict[str, Any]:
@@ -202,7 +203,7 @@ def _rollout_of(buffer: Any, described: dict[str, Any]) -> Rollout | None:
             column[:n] = its
     buffer.pos, buffer.full = n, n == buffer.buffer_size
     rollout = Rollout(buffer, described["last_observations"], described["last_dones"])
-    for name in _FIELDS:
+    for name in _FIELDS & described.keys():  # archives of earlier versions have fewer
         setattr(rollout, name, described[name])
     rollout.cuts = [Cut(*cut) for cut in described["cuts"]]
     rollout.told = [Told(*told) for told in described["told"]]

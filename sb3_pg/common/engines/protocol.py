@@ -160,6 +160,9 @@ class Engine(Protocol):
         :param keep: which samples to use, boolean (n_steps, n_envs); None takes all
         """
 
+    def figures(self, rollout: "Rollout", batch: "Batch") -> Mapping[str, float]:
+        """Return what is to be logged of samples whose log-probabilities the update has found, and judging has not."""
+
     def asarray(self, x: np.ndarray) -> Array:
         """Return numbers of NumPy as an array of this engine's kind, type and place."""
 

@@ -52,6 +52,9 @@ class RowEngine(ABC):
     def batch(self, rollout: Rollout, keep: np.ndarray | None = None) -> Batch:
         return batch_of(rollout, self._asarrays, self.actions, keep)
 
+    def figures(self, rollout: Rollout, batch: Batch) -> Mapping[str, float]:
+        return {}
+
     def thinned(self, batch: Batch, every: int) -> Any:
         """Return the rows of every n-th sample."""
         return slice(None, None, every)
