@@ -279,8 +279,7 @@ def report_lengths(data: dict[str, Any]) -> list[str]:
         f"A new GPT-2 of 4 layers of 256, {COMPLETIONS} responses, {PER_PROMPT} to a prompt. The score is the mean of "
         "each update's responses; peak memory is that of the process.",
         "",
-        "TRL's key/value cache is copied at each token, ours now and then. Before the one pass of GRPO ours reads the "
-        "responses once more, for the old log-probabilities and the KL that it logs; TRL takes those of the pass.",
+        "TRL's key/value cache is copied at each token, ours now and then.",
         "",
         "| method | length | seed | updates | seconds per update: ours | TRL | ratio | first score: ours | TRL "
         "| last: ours | TRL | peak MB: ours | TRL |",
