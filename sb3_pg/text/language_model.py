@@ -40,6 +40,7 @@ from sb3_pg.text.rows import Piece, TokenRows
 from sb3_pg.text.sequences import last_tokens
 from sb3_pg.text.settings import checked_settings
 from sb3_pg.text.spaces import Vocabulary, prompt_length_of
+from sb3_pg.text.token_statistics import TokenStatistics
 from sb3_pg.text.truncation import IMPOSSIBLE, Truncation
 
 #: Tokens of one forward pass. More in a pass are not faster, and their activations would need more memory at once.
@@ -625,9 +626,8 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         def statistics(some: slice) -> tuple[th.Tensor, th.Tensor]:
             chosen = actions[some]
             logits = self.narrowed(self.logits(hidden[some]), *_some(some, lengths, chosen, deciding))
-            log_probs = th.log_softmax(logits, dim=-1)
-            entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
-            return log_probs.gather(1, chosen[:, None])[:, 0], entropy
+            found: tuple[th.Tensor, th.Tensor] = TokenStatistics.apply(logits, chosen)  # type: ignore[no-untyped-call]
+            return found
 
         chunks = self._chunks(len(hidden)) or [slice(0)]
         if len(chunks) == 1:
