@@ -32,8 +32,13 @@ class Parser(argparse.ArgumentParser):
         raise CommandError(message)
 
 
-def whole(text: str, low: int = 0, high: int | None = None) -> int:
-    """Return a whole number from ``low`` to ``high``, of an option."""
+def whole(text: str, low: int = 0, high: int | None = None, besides: int | None = None) -> int:
+    """Return a whole number from ``low`` to ``high``, of an option.
+
+    :param besides: a number that is allowed too, such as one that stands for none
+    """
+    if besides is not None and text == str(besides):
+        return int(text)
     if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
         limits = f">= {low}" if high is None else f"from {low} to {high}"
         raise argparse.ArgumentTypeError(f"must be a whole number {limits}, not {text!r}")

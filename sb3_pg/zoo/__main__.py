@@ -83,7 +83,7 @@ def add_checked(add: Callable[..., argparse.Action]) -> Callable[..., argparse.A
         if "--vec-env" in names:
             settings["choices"] = [*settings["choices"], *VEC_ENVS, POOL]
         for name in {*names} & LOWEST.keys():
-            settings["type"] = partial(whole, low=LOWEST[name])
+            settings["type"] = partial(whole, low=LOWEST[name], besides=settings.get("default"))
         return add(self, *names, **settings)
 
     return add_argument

@@ -1,5 +1,6 @@
 """What wrong input to the commands gets."""
 
+import argparse
 import os
 import re
 import sys
@@ -9,7 +10,7 @@ import pytest
 from zoo_tools import python
 
 from sb3_pg import PPO
-from sb3_pg.zoo.__main__ import COMMANDS, do_without_screen, explain, has_screen, main
+from sb3_pg.zoo.__main__ import COMMANDS, add_checked, do_without_screen, explain, has_screen, main
 
 
 @pytest.mark.parametrize(
@@ -122,6 +123,17 @@ def test_other_missing_packages_are_not_blamed_on_the_extra(capsys):
 def test_settings_that_cannot_work_keep_their_traceback_when_asked(tmp_path):
     with pytest.raises(TypeError, match="norm_ops"):
         main(["train", "-f", str(tmp_path), "-params", "normalize:dict(norm_ops=True)", "--verbose", "2"])
+
+
+def test_rl_zoos_number_for_as_many_steps_as_the_settings_say():
+    parser = argparse.ArgumentParser()
+    add = add_checked(argparse.ArgumentParser.add_argument)
+    add(parser, "-n", "--n-timesteps", default=-1, type=int)
+    add(parser, "--n-trials", default=None, type=int)
+    assert parser.parse_args(["-n", "-1"]).n_timesteps == -1 and parser.parse_args(["-n", "7"]).n_timesteps == 7
+    for wrong in (["-n", "-2"], ["--n-trials", "-1"], ["--n-trials", "None"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(wrong)
 
 
 def test_help_needs_nothing_else_installed(monkeypatch, capsys):
