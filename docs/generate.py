@@ -24,6 +24,7 @@ TABLES = {
     "text_tasks": ("text/tasks.md", "make benchmark-text"),
     "text_trl": ("text/trl.md", "make benchmark-text"),
     "text_smollm": ("text/smollm.md", "make benchmark-text"),
+    "text_chat": ("text/chat.md", "make benchmark-text"),
 }
 
 
