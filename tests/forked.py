@@ -6,28 +6,40 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
 
-def forked(work: Callable[[], Any]) -> subprocess.CompletedProcess[str]:
-    """What a forked process prints while it does ``work``, and the code that it exits with."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+@contextmanager
+def forking(work: Callable[[], Any]) -> Iterator[tuple[BaseProcess, Callable[[], list[str]]]]:
+    """A forked process that does ``work`` and exits with what it returns, and what it has printed so far."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
 
         def working() -> None:
             for number, file in enumerate((out, errors), 1):
                 os.dup2(file.fileno(), number)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
             sys.exit(work())
 
         process = multiprocessing.get_context("fork").Process(target=working)
         process.start()
+        try:
+            yield process, lambda: [os.pread(file.fileno(), 1 << 20, 0).decode() for file in (out, errors)]
+        finally:
+            process.kill()
+            process.join()
+
+
+def forked(work: Callable[[], Any]) -> subprocess.CompletedProcess[str]:
+    """The same when it has ended."""
+    with forking(work) as (process, said):
         process.join()
-        said = [file.seek(0) or file.read() for file in (out, errors)]
-    return subprocess.CompletedProcess(work, process.exitcode, *said)
+        return subprocess.CompletedProcess(work, process.exitcode, *said())
 
 
 def forked_script(path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -41,3 +53,9 @@ def forked_script(path: str, *arguments: str) -> subprocess.CompletedProcess[str
         runpy.run_path(path, run_name="__main__")
 
     return forked(work)
+
+
+def forget(*packages: str) -> None:
+    """Have packages imported anew, or found to be missing; for forked processes."""
+    for name in [name for name in sys.modules if any(f"{name}.".startswith(f"{package}.") for package in packages)]:
+        del sys.modules[name]
