@@ -1,5 +1,6 @@
 """Processes that need not import again what is imported here."""
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -24,7 +25,11 @@ def forking(work: Callable[[], Any]) -> Iterator[tuple[BaseProcess, Callable[[],
             for number, file in enumerate((out, errors), 1):
                 os.dup2(file.fileno(), number)
             sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-            sys.exit(work())
+            atexit._clear()  # multiprocessing calls nothing at the end of a process
+            try:
+                sys.exit(work())
+            finally:
+                atexit._run_exitfuncs()
 
         process = multiprocessing.get_context("fork").Process(target=working)
         process.start()
@@ -42,17 +47,12 @@ def forked(work: Callable[[], Any]) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(work, process.exitcode, *said())
 
 
-def forked_script(path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The same of a script of this repository."""
-
-    def work() -> None:
-        os.chdir(ROOT)
-        os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-        sys.path.insert(0, str(Path(path).parent))
-        sys.argv = [path, *arguments]
-        runpy.run_path(path, run_name="__main__")
-
-    return forked(work)
+def run_script(path: str | Path, *arguments: str) -> None:
+    """Run a script here, as work of a forked process."""
+    os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    sys.path.insert(0, str(Path(path).parent))
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def forget(*packages: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from forked import forked_script
+from forked import forked, run_script
 
 ROOT = Path(__file__).parent.parent
 PAIR = ("--algos", "ppo", "sb3_ppo", "--steps", "1000")
@@ -25,7 +25,7 @@ def learning(command, folder, *options):
 
 def script(name, *options):
     """What a script prints; rl_zoo3 patches gymnasium, hence a process of its own."""
-    done = forked_script(f"benchmarks/{name}", *options)
+    done = forked(lambda: run_script(ROOT / "benchmarks" / name, *options))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
