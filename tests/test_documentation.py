@@ -143,7 +143,7 @@ def test_the_documentation_builds_without_warnings(tmp_path):
     pytest.importorskip("sphinx")
     from sphinx.cmd.build import main
 
-    options = ["-W", "--keep-going", "-q", "-b", "html", "-d", str(tmp_path / "trees")]
+    options = ["-W", "--keep-going", "-q", "-b", "html"]
     done = forked(lambda: main([*options, str(DOCS), str(tmp_path)]))
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "log.html").read_text(encoding="utf-8")

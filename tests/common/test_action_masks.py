@@ -235,7 +235,7 @@ def test_subprocesses_and_action_masker(algorithm):
     model = algorithm("MlpPolicy", DummyVecEnv([masker]), **SETTINGS[algorithm])
     model.learn(60)
     assert model.rollout.masks
-    env = SubprocVecEnv([Guarded, Guarded])
+    env = SubprocVecEnv([Guarded, Guarded], start_method="fork")
     try:
         model = algorithm("MlpPolicy", env, **SETTINGS[algorithm])
         model.learn(60)
@@ -463,7 +463,7 @@ def test_predictions_of_others_within_an_evaluation_are_not_masked():
 
 
 def test_environments_are_let_go_of_after_an_evaluation():
-    model, env = make(PPO), SubprocVecEnv([Guarded])
+    model, env = make(PPO), SubprocVecEnv([Guarded], start_method="fork")
     evaluate_policy(model, env, n_eval_episodes=1, warn=False)
     env.close()
     reference = weakref.ref(env)
