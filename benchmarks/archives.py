@@ -3,10 +3,11 @@
     python benchmarks/archives.py                  # everything, SB3 beside ours; a few minutes
     python benchmarks/archives.py --kills 20 --flips 20 --folder /tmp/archives
 
-Each save or load runs in a process of its own (forked, so Unix only). **Kills**: a process saves over a good archive
+Saves and loads run in processes of their own (forked, so Unix only). **Kills**: a process saves over a good archive
 and is killed at a random moment; lost is what then loads neither as it was nor as it was to become. **Mutations**: an
-archive or a file of VecNormalize is damaged or made to harm, and loaded by the library that wrote it. Where a mutation
-changes what an entry says on purpose, its checksum in our archive is made anew, as who wants to harm would do.
+archive or a file of VecNormalize is damaged or made to harm, and loaded by the library that wrote it: many by one
+process, and by one of its own what harms that process. Where a mutation changes what an entry says on purpose, its
+checksum in our archive is made anew, as who wants to harm would do.
 """
 
 import argparse
@@ -121,20 +122,22 @@ def model_of(side: str, seed: int) -> Any:
 
 
 def fingerprint(model: Any) -> str:
-    """Everything about a model that must be as it was, as text."""
+    """Everything about a model that must be as it was, as a checksum."""
     optimizer = model.policy.optimizer.state_dict()
-    moments = [tuple(np.asarray(x).ravel().tolist()) for its in optimizer["state"].values() for x in its.values()]
+    arrays = [np.asarray(x) for its in optimizer["state"].values() for x in its.values()]
+    arrays.append(th.nn.utils.parameters_to_vector(model.policy.parameters()).numpy(force=True))
     numbers = [model.gamma, model.gae_lambda, model.n_steps, model.batch_size, model.num_timesteps, model.n_epochs]
     numbers += [model.learning_rate, model._n_updates, optimizer["param_groups"][0]["lr"]]
     clip = model.clip_range(1.0) if callable(model.clip_range) else model.clip_range
     actions = model.predict(OBSERVATIONS, deterministic=True)[0]
     spaces_ = [model.observation_space.low.tolist(), model.action_space.high.tolist()]
-    weights = th.nn.utils.parameters_to_vector(model.policy.parameters()).tolist()
-    return checksum(repr((weights, moments, numbers, float(clip), actions.tolist(), spaces_)).encode())
+    sizes = [(str(x.dtype), x.shape) for x in arrays]
+    text = repr((sizes, numbers, float(clip), actions.tolist(), spaces_))
+    return checksum(b"".join([text.encode(), *(x.tobytes() for x in arrays)]))
 
 
 def statistics_fingerprint(env: Any) -> str:
-    """Everything about a VecNormalize that must be as it was, as text."""
+    """Everything about a VecNormalize that must be as it was, as a checksum."""
     statistics = [np.asarray(x).tolist() for rms in (env.obs_rms, env.ret_rms) for x in (rms.mean, rms.var, rms.count)]
     settings = [env.clip_obs, env.clip_reward, env.gamma, env.epsilon, env.norm_obs, env.norm_reward, env.training]
     return checksum(repr((statistics, settings, env.normalize_obs(OBSERVATIONS).tolist())).encode())
@@ -171,14 +174,19 @@ def kills(side: str, what: str, n: int, folder: Path, seed: int = 0) -> dict[str
     duration = sorted(in_a_process(seconds) for _ in range(9))[4]
     becomes = new.same(new.load(path))
     assert good != becomes
-    for _ in range(n):
-        path.write_bytes(before)
-        in_a_process(lambda: new.save(path), kill_after=rng.uniform(0, duration))
+
+    @functools.cache  # the same file loads as the same
+    def loaded(file: bytes) -> str:
         try:
             now = old.same(old.load(path))
         except Exception:
             now = "lost"
-        found[{good: "as before", becomes: "saved"}.get(now, "lost")] += 1
+        return {good: "as before", becomes: "saved"}.get(now, "lost")
+
+    for _ in range(n):
+        path.write_bytes(before)
+        in_a_process(lambda: new.save(path), kill_after=rng.uniform(0, duration))
+        found[loaded(path.read_bytes())] += 1
     return dict(found)
 
 
@@ -561,31 +569,52 @@ def statistics_mutations(file: bytes, n_flips: int, mark: Path) -> Iterator[Muta
         yield Mutation("later version", "format 99", later)
 
 
-def judged(side: str, its: Kept, good: str, mutation: Mutation, path: Path, mark: Path) -> str:
-    """What becomes of a file: refused, equal, wrong, raw (an error that is not one line with the file's name), ..."""
-    path.write_bytes(mutation.file)
+class Good(NamedTuple):
+    """A file as it was saved, and the fingerprint of what it loads as."""
 
-    def load() -> tuple[str, float]:
-        warnings.simplefilter("ignore")
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    file: bytes
+    same: str
+
+
+def judged(its: Kept, good: Good, mutations: list[Mutation], path: Path, mark: Path) -> list[str]:
+    """What becomes of files: refused, equal, wrong, raw (an error that is not one line with the file's name), ...
+
+    One process loads them all, and then the good one. If it died, ran code, took too much memory or could not load
+    the good one any more, each half of them is judged by itself.
+    """
+
+    def load(file: bytes) -> str:
+        path.write_bytes(file)
         try:
-            outcome = "equal" if its.same(its.load(path)) == good else "wrong"
+            return "equal" if its.same(its.load(path)) == good.same else "wrong"
         except Exception as error:
             message = str(error)
             clear = "\n" not in message and path.name in message and isinstance(error, ValueError)
-            outcome = "refused" if clear else f"raw: {type(error).__name__}"
             if os.environ.get("SHOW"):
                 traceback.print_exc()
-        return outcome, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+            return "refused" if clear else f"raw: {type(error).__name__}"
 
-    answer = in_a_process(load, memory=MEMORY)
-    if mark.exists():
+    def load_all() -> tuple[list[str], float, bool]:
+        warnings.simplefilter("ignore")
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        outcomes = [load(mutation.file) for mutation in mutations]
+        megabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        return outcomes, megabytes, len(mutations) == 1 or load(good.file) == "equal"
+
+    answer, ran = in_a_process(load_all, memory=MEMORY), mark.exists()
+    if ran:
         mark.rmdir()
-        return "code ran"
+    outcomes, megabytes, is_whole = answer or ([], 0.0, False)
+    if len(mutations) > 1:
+        if is_whole and not ran and megabytes <= 100:
+            return outcomes
+        middle = len(mutations) // 2
+        return [x for half in (mutations[:middle], mutations[middle:]) for x in judged(its, good, half, path, mark)]
+    if ran:
+        return ["code ran"]
     if answer is None:
-        return "died"
-    outcome, megabytes = answer
-    return f"memory: {megabytes:.0f} MB" if megabytes > 100 + 2 * len(mutation.file) / (1 << 20) else outcome
+        return ["died"]
+    return [f"memory: {megabytes:.0f} MB"] if megabytes > 100 + 2 * len(mutations[0].file) / (1 << 20) else outcomes
 
 
 def mutate(side: str, what: str, n_flips: int, folder: Path) -> list[tuple[str, str, str]]:
@@ -595,14 +624,18 @@ def mutate(side: str, what: str, n_flips: int, folder: Path) -> list[tuple[str, 
     other.save(path)
     of_other = path.read_bytes()
     its.save(path)
-    file, good = path.read_bytes(), its.same(its.load(path))
-    assert judged(side, its, good, Mutation("", "", file), path, mark) == "equal"
+    good = Good(path.read_bytes(), its.same(its.load(path)))
+    assert judged(its, good, [Mutation("", "", good.file)], path, mark) == ["equal"]
     mutations = (
-        archive_mutations(file, of_other, n_flips, mark)
+        archive_mutations(good.file, of_other, n_flips, mark)
         if what == "model"
-        else statistics_mutations(file, n_flips, mark)
+        else statistics_mutations(good.file, n_flips, mark)
     )
-    return [(m.kind, m.what, judged(side, its, good, m, path, mark)) for m in mutations]
+    found = []
+    while some := list(itertools.islice(mutations, 32)):
+        outcomes = judged(its, good, some, path, mark)
+        found += [(m.kind, m.what, outcome) for m, outcome in zip(some, outcomes, strict=True)]
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- report

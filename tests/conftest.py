@@ -1,7 +1,8 @@
 """Thread pinning, and fake environments for every observation and action space."""
 
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -98,6 +99,22 @@ def make_envs(
     envs = DummyVecEnv([maker(rank) for rank in range(n_envs)])
     envs.seed(seed)
     return envs
+
+
+def pairs(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Rows with a value of each axis, in which any two values of two axes are together at least once.
+
+    They are far fewer than the product of all axes, and find what goes wrong with any value or any two of them.
+    """
+    values = [list(axis) for axis in axes]
+    every = [tuple(enumerate(row)) for row in itertools.product(*(range(len(axis)) for axis in values))]
+    together = {row: set(itertools.combinations(row, 2)) for row in every}
+    missing, rows = set().union(*together.values()), []
+    while missing:
+        best = max(every, key=lambda row: len(together[row] & missing))  # the first of the best
+        missing -= together[best]
+        rows.append(tuple(values[axis][i] for axis, i in best))
+    return rows
 
 
 def spelled(value: Any) -> str:

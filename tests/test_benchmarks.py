@@ -5,15 +5,13 @@ import csv
 import importlib
 import importlib.util
 import json
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from forked import forked, run_script
 
 ROOT = Path(__file__).parent.parent
 PAIR = ("--algos", "ppo", "sb3_ppo", "--steps", "1000")
@@ -27,9 +25,7 @@ def learning(command, folder, *options):
 
 def script(name, *options):
     """What a script prints; rl_zoo3 patches gymnasium, hence a process of its own."""
-    call = [sys.executable, f"benchmarks/{name}", *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = forked(lambda: run_script(ROOT / "benchmarks" / name, *options))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -37,6 +33,16 @@ def script(name, *options):
 def results(folder):
     with (folder / "results.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def module():
+    """The module of learning.py, with fewer repetitions of the bootstrap; scripts find imported what it imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        module = importlib.import_module("learning")
+        patch.setattr(module, "REPETITIONS", 50)
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -131,60 +137,51 @@ def plain(settings):
     return {name: "".join(value.split()) if isinstance(value, str) else value for name, value in settings.items()}
 
 
-def test_ours_are_set_beside_the_published_returns(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    learning = importlib.import_module("learning")
+def test_ours_are_set_beside_the_published_returns(module):
     rows = [
         {"steps": "1000", "wall_clock_s": "2", "cpu_s": "2", "mean": str(500 + 100 * (n // 10) + n % 10)}
-        for n in range(5 * learning.EVALUATIONS)
+        for n in range(5 * module.EVALUATIONS)
     ]
     curves = {
-        ("Hopper-v5", 1000): {"reinforce": learning.make_curve(rows), "ppo": learning.make_curve(rows)},
-        ("Walker2d-v5", 1000): {"ppo": learning.make_curve(rows)},
-        ("CartPole-v1", 1000): {"reinforce": learning.make_curve(rows)},
+        ("Hopper-v5", 1000): {"reinforce": module.make_curve(rows), "ppo": module.make_curve(rows)},
+        ("Walker2d-v5", 1000): {"ppo": module.make_curve(rows)},
+        ("CartPole-v1", 1000): {"reinforce": module.make_curve(rows)},
     }
-    rows = [line for line in learning.published_tables(curves) if "-v" in line]
+    rows = [line for line in module.published_tables(curves) if "-v" in line]
     assert [row.split(" | 1,000 | 5 | 709.0 [")[0] for row in rows] == [
         "| Hopper-v5 | 396.0 | 800.0",
         "| Hopper-v5 | 2,410",
         "| Walker2d-v5 | 3,479",
     ]
     assert all(row.endswith("] | 509.0 to 909.0 |") for row in rows)
-    assert learning.published_tables({}) == []
+    assert module.published_tables({}) == []
 
 
-def test_the_time_of_training_is_that_of_the_fastest_seed(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    learning = importlib.import_module("learning")
+def test_the_time_of_training_is_that_of_the_fastest_seed(module):
     rows = [
         {"steps": f"{n}", "wall_clock_s": f"{n * factor}", "cpu_s": f"{n * 3}", "mean": "1"}
         for factor in (5, 3, 4)
-        for n in range(1, learning.EVALUATIONS + 1)
+        for n in range(1, module.EVALUATIONS + 1)
     ]
-    curve = learning.make_curve(rows)
-    assert curve.seconds.tolist() == [3.0 * n for n in range(1, learning.EVALUATIONS + 1)]
-    assert learning.table_row("ppo", {"ppo": curve})[4] == "30"
-    assert learning.disturbed({("Hopper-v5", 10): {"ppo": curve}}).startswith("2 of 3 ")
+    curve = module.make_curve(rows)
+    assert curve.seconds.tolist() == [3.0 * n for n in range(1, module.EVALUATIONS + 1)]
+    assert module.table_row("ppo", {"ppo": curve})[4] == "30"
+    assert module.disturbed({("Hopper-v5", 10): {"ppo": curve}}).startswith("2 of 3 ")
 
 
-def test_a_peer_without_published_settings_does_not_run(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    learning = importlib.import_module("learning")
+def test_a_peer_without_published_settings_does_not_run(module):
     args = argparse.Namespace(seeds=1, tasks=["InvertedPendulum-v5"], algos=["reinforce", "sb3_a2c"], steps=None)
-    assert [run.side for run in learning.wanted_runs(args)] == ["reinforce"]
+    assert [run.side for run in module.wanted_runs(args)] == ["reinforce"]
 
 
-def test_a_task_counts_once_in_the_average_of_all(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    learning = importlib.import_module("learning")
-
+def test_a_task_counts_once_in_the_average_of_all(module):
     def curve(score):
         row = {"steps": "1", "wall_clock_s": "1", "cpu_s": "1", "mean": str(score)}
-        return learning.make_curve([row] * learning.MIN_SEEDS * learning.EVALUATIONS)
+        return module.make_curve([row] * module.MIN_SEEDS * module.EVALUATIONS)
 
     won, lost = {"ppo": curve(2), "sb3_ppo": curve(1)}, {"ppo": curve(1), "sb3_ppo": curve(2)}
     curves = {("Hopper-v5", 10): won, ("Swimmer-v5", 10): won, ("Swimmer-v5", 30): lost}
-    assert learning.make_table(curves)[-1].startswith("| all 2 | | PPO | | | | | 1.00 ")
+    assert module.make_table(curves)[-1].startswith("| all 2 | | PPO | | | | | 1.00 ")
 
 
 def test_vectorised_environments_are_timed_and_reported(tmp_path):

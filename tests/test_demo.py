@@ -1,4 +1,5 @@
 import contextlib
+import importlib
 import os
 import pty
 import re
@@ -8,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from forked import forget, forked
 from tiny_models import weights
 
 import sb3_pg.demo
@@ -130,10 +132,16 @@ def test_folders_are_named_for_every_system():
     assert parse(["--env", "ale_py:ALE/Pong-v5"]).out.name == "trpo-ale_py_ALE_Pong-v5-1"
 
 
+def demo_without(package, folder, *arguments):
+    """Run the demo anew in the folder as if a package were not installed; for forked processes."""
+    forget("sb3_pg.demo", "gymnasium.envs", package)
+    sys.modules[package] = None
+    os.chdir(folder)
+    return importlib.import_module("sb3_pg.demo").main(list(arguments))
+
+
 def test_an_error_names_the_extra_of_the_package_that_is_missing(tmp_path):
-    hide = "import sys; sys.modules['Box2D'] = None; from sb3_pg.demo import main; sys.exit(main())"
-    command = [sys.executable, "-c", hide, "--env", "LunarLander-v3"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = forked(lambda: demo_without("Box2D", tmp_path, "--env", "LunarLander-v3"))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "pip install 'sb3_pg[zoo]'" in done.stderr and "mujoco" not in done.stderr
 
@@ -164,8 +172,7 @@ def test_a_folder_that_cannot_be_written_to_is_noticed_before_anything_is_evalua
 
 
 def test_missing_mujoco_is_one_line_that_says_how_to_install_it(tmp_path):
-    hide = "import sys; sys.modules['mujoco'] = None; from sb3_pg.demo import main; sys.exit(main())"
-    done = subprocess.run([sys.executable, "-c", hide], cwd=tmp_path, capture_output=True, text=True)
+    done = forked(lambda: demo_without("mujoco", tmp_path))
     assert done.returncode == 2
     assert "pip install 'sb3_pg[mujoco]'" in done.stderr
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1

@@ -3,12 +3,12 @@
 import json
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import gymnasium as gym
 import pytest
+from forked import forked
 
 import sb3_pg
 from sb3_pg.common import errors
@@ -141,8 +141,10 @@ def test_what_is_generated_says_so_where_nothing_was_measured(tmp_path):
 
 def test_the_documentation_builds_without_warnings(tmp_path):
     pytest.importorskip("sphinx")
-    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(tmp_path)]
-    done = subprocess.run(build, capture_output=True, text=True, cwd=ROOT)
+    from sphinx.cmd.build import main
+
+    options = ["-W", "--keep-going", "-q", "-b", "html"]
+    done = forked(lambda: main([*options, str(DOCS), str(tmp_path)]))
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "log.html").read_text(encoding="utf-8")
     assert "train/kl_divergence_loss" in page and "text/reference_perplexity" in page and "KL(old || new)" in page

@@ -16,10 +16,10 @@ def score(model, env_id, n_episodes=20):
 @pytest.mark.parametrize(
     "algorithm, options, steps, at_least",
     [
-        (PPO, {"n_steps": 256, "batch_size": 64, "learning_rate": 1e-3}, 25_000, 400),
+        (PPO, {"n_steps": 256, "batch_size": 64, "learning_rate": 1e-3}, 18_000, 400),
         (TRPO, {"n_steps": 256, "target_kl": 0.03}, 25_000, 300),
-        (REINFORCE, {}, 60_000, 400),
-        (REINFORCE, {"baseline": "leave_one_out"}, 60_000, 250),
+        (REINFORCE, {}, 40_000, 400),
+        (REINFORCE, {"baseline": "leave_one_out"}, 40_000, 250),
         (REINFORCE, {"n_steps": 128, "gae_lambda": 0.95, "learning_rate": 1e-3}, 60_000, 250),
     ],
 )
@@ -32,20 +32,20 @@ RELU = {"policy_kwargs": {"activation_fn": th.nn.ReLU}}
 
 
 @pytest.mark.parametrize(
-    "algorithm, options, at_least",
+    "algorithm, options, steps",
     [
-        (PPO, {"n_steps": 512, "batch_size": 64, "learning_rate": 1e-3}, -750),
-        (TRPO, {"n_steps": 512, "target_kl": 0.03, "n_critic_updates": 15}, -750),
-        # tanh stays near -1000 in this time, with seeds 1 to 3; ReLU reaches -171, -192 and -139.
-        (REINFORCE, {"n_steps": 16, "gae_lambda": 0.9, "learning_rate": 3e-3, "n_critic_updates": 8, **RELU}, -750),
+        (PPO, {"n_steps": 512, "batch_size": 64, "learning_rate": 1e-3}, 48_000),
+        (TRPO, {"n_steps": 512, "target_kl": 0.03, "n_critic_updates": 15}, 56_000),
+        # tanh stays near -1000 in 80,000 steps, with seeds 1 to 3; ReLU reaches -256, -312 and -346.
+        (REINFORCE, {"n_steps": 16, "gae_lambda": 0.9, "learning_rate": 3e-3, "n_critic_updates": 8, **RELU}, 32_000),
     ],
 )
-def test_pendulum(algorithm, options, at_least):
+def test_pendulum(algorithm, options, steps):
     env = VecNormalize(make_vec_env("Pendulum-v1", 8, seed=1), gamma=0.9)
     model = algorithm("MlpPolicy", env, seed=1, gamma=0.9, **options)
     untrained = evaluated(model, env)
-    model.learn(80_000)
-    assert evaluated(model, env) >= max(at_least, untrained + 50)
+    model.learn(steps)
+    assert evaluated(model, env) >= max(-750, untrained + 50)
 
 
 def evaluated(model, env):

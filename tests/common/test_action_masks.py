@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from conftest import pairs
 from gymnasium import spaces
 from sb3_contrib import MaskablePPO
 from sb3_contrib.common.envs import (
@@ -116,21 +117,15 @@ def make(algorithm, space="discrete", policy="MlpPolicy", n_envs=2, vec=DummyVec
     return algorithm(kind, env, seed=0, **{**SETTINGS[algorithm], **arguments})
 
 
-@ALL
-@EVERY_SPACE
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("algorithm, space, policy", pairs(SETTINGS, SPACES, POLICIES))
 def test_only_allowed_actions_are_chosen(algorithm, space, policy):
-    if policy == "CnnPolicy" and (space != "discrete" or algorithm is not PPO):
-        pytest.skip("slow, and covered by the others")
     model = make(algorithm, space, policy)
     model.learn(100)
     assert model.rollout.masks
     assert (model.network.description == "closed-form") == (policy == "MlpPolicy")
 
 
-@ALL
-@pytest.mark.parametrize("engine", ["auto", "autograd"])
-@EVERY_SPACE
+@pytest.mark.parametrize("algorithm, space, engine", pairs(SETTINGS, SPACES, ["auto", "autograd"]))
 def test_learned_from_is_the_masked_distribution(algorithm, space, engine):
     """Log-probabilities and entropies against sb3-contrib's own masked distributions."""
     from sb3_contrib.common.maskable.distributions import make_masked_proba_distribution
@@ -185,12 +180,8 @@ def test_use_masking_false_ignores_masks(algorithm):
     assert not model._rollout.masks
 
 
-@ALL
-@pytest.mark.parametrize("policy", POLICIES)
-@EVERY_SPACE
+@pytest.mark.parametrize("algorithm, policy, space", pairs(SETTINGS, POLICIES, SPACES))
 def test_predict_with_masks(algorithm, policy, space):
-    if policy == "CnnPolicy" and algorithm is not PPO:
-        pytest.skip("covered by the others")
     model = make(algorithm, space, policy)
     env = model.get_env()
     observations = env.reset()
@@ -244,7 +235,7 @@ def test_subprocesses_and_action_masker(algorithm):
     model = algorithm("MlpPolicy", DummyVecEnv([masker]), **SETTINGS[algorithm])
     model.learn(60)
     assert model.rollout.masks
-    env = SubprocVecEnv([Guarded, Guarded])
+    env = SubprocVecEnv([Guarded, Guarded], start_method="fork")
     try:
         model = algorithm("MlpPolicy", env, **SETTINGS[algorithm])
         model.learn(60)
@@ -472,7 +463,7 @@ def test_predictions_of_others_within_an_evaluation_are_not_masked():
 
 
 def test_environments_are_let_go_of_after_an_evaluation():
-    model, env = make(PPO), SubprocVecEnv([Guarded])
+    model, env = make(PPO), SubprocVecEnv([Guarded], start_method="fork")
     evaluate_policy(model, env, n_eval_episodes=1, warn=False)
     env.close()
     reference = weakref.ref(env)

@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from conftest import make_envs
+from conftest import make_envs, pairs
 from gymnasium import spaces
 from slow import slow_advantages, slow_leave_one_out, slow_leave_one_out_within, slow_within_group
 from stable_baselines3.common.callbacks import BaseCallback
@@ -160,9 +160,7 @@ def make(algorithm, env, **more):
 # ------------------------------------------------------------------ advantages
 
 
-@pytest.mark.parametrize("n_envs", [1, 2, 3])
-@pytest.mark.parametrize("baseline", BASELINES)
-@ALL
+@pytest.mark.parametrize("algorithm, baseline, n_envs", pairs(ALGORITHMS, BASELINES, [1, 2, 3]))
 def test_advantages_are_those_of_the_definition(algorithm, baseline, n_envs):
     model, recorder = make(algorithm, same_starts(n_envs), baseline=baseline, ema_decay=0.7), Recorder()
     model.learn(40 * n_envs, callback=recorder)
@@ -244,10 +242,9 @@ def test_samples_that_do_not_count_are_not_in_the_batch(algorithm, baseline, eng
 CRITIC = {"plain": {}, "weight decay": {"policy_kwargs": {"optimizer_kwargs": {"weight_decay": 0.1}}}}
 
 
-@pytest.mark.parametrize("optimizer", CRITIC)
-@pytest.mark.parametrize("engine", ["auto", "autograd"])
-@pytest.mark.parametrize("baseline", BASELINES)
-@ALL
+@pytest.mark.parametrize(
+    "algorithm, baseline, engine, optimizer", pairs(ALGORITHMS, BASELINES, ["auto", "autograd"], CRITIC)
+)
 def test_the_value_network_stays_as_it_was(algorithm, baseline, engine, optimizer):
     model = make(algorithm, same_starts(), baseline=baseline, engine=engine, **CRITIC[optimizer])
     before = {name: x.clone() for name, x in model.policy.state_dict().items()}

@@ -6,11 +6,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from conftest import make_envs, silent
+from conftest import make_envs, pairs, silent
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
-from tiny_models import ALL, tiny, weights
+from tiny_models import ALGORITHMS, ALL, tiny, weights
 
 from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.common.buffers import RolloutBuffer
@@ -132,12 +132,12 @@ BROKEN = [
 # --------------------------------------------------------------- the policy is broken
 
 
-@ALL
 @pytest.mark.parametrize(
-    ("engine", "event"), [("auto", "start"), ("auto", "middle"), ("auto", "end"), ("autograd", "middle")]
+    "algorithm, when, broken",
+    pairs(ALGORITHMS, [("auto", "start"), ("auto", "middle"), ("auto", "end"), ("autograd", "middle")], BROKEN),
 )
-@pytest.mark.parametrize("name, value", BROKEN)
-def test_a_broken_parameter_is_named(algorithm, engine, event, name, value):
+def test_a_broken_parameter_is_named(algorithm, when, broken):
+    (engine, event), (name, value) = when, broken
     model, callback = sound_model(algorithm, engine=engine), Breaking(set_to(name, value), event)
     with pytest.raises(NonFiniteError) as caught:
         model.learn(1000, callback)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch as th
-from conftest import OBSERVATION_SPACES, FakeEnv, make_envs
+from conftest import OBSERVATION_SPACES, FakeEnv, make_envs, pairs
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from tiny_models import ALL, tiny, weights
@@ -37,9 +37,7 @@ def check(result):
     assert all(answers.values()), (answers, result.notes, result.message)
 
 
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("normalized", [False, True])
-@pytest.mark.parametrize("what", faults.ENVIRONMENT)
+@pytest.mark.parametrize("side, what, normalized", pairs(SIDES, faults.ENVIRONMENT, [False, True]))
 def test_faults_of_environments(side, what, normalized):
     check(faults.run(side, what, MOMENTS.get(what, 40), normalized))
 

@@ -143,7 +143,8 @@ def test_sb3_callbacks(algorithm, tmp_path):
 
 @ALL
 def test_wrappers_and_loggers(algorithm, tmp_path):
-    env = VecNormalize(VecFrameStack(VecMonitor(make_vec_env("Pendulum-v1", 2, vec_env_cls=SubprocVecEnv)), 3))
+    processes = SubprocVecEnv([lambda: gym.make("Pendulum-v1")] * 2, start_method="fork")
+    env = VecNormalize(VecFrameStack(VecMonitor(processes), 3))
     model = small(algorithm, env, tensorboard_log=str(tmp_path))
     model.learn(450, tb_log_name="run")
     assert list(tmp_path.glob("run_1/events*"))

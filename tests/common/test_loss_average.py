@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from conftest import silent
+from conftest import pairs, silent
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 
@@ -110,10 +110,9 @@ SCALES = ["group", "batch", None]
 ENGINES = pytest.mark.parametrize("engine", ["auto", "autograd"])
 
 
-@ENGINES
-@pytest.mark.parametrize("ratio", ["step", "sequence"])
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize(
+    "average, scale, ratio, engine", pairs(AVERAGES, SCALES, ["step", "sequence"], ["auto", "autograd"])
+)
 def test_an_update_of_grpo_and_of_gspo(average, scale, ratio, engine):
     clip = 0.2 if ratio == "step" else 0.02
     options = {"loss_average": average, "scale_rewards": scale, "ratio": ratio, "clip_range": clip, "engine": engine}

@@ -1,9 +1,9 @@
-"""Every algorithm x action space x observation space trains, saves, loads, predicts and goes on."""
+"""Every algorithm on every action space and every observation space trains, saves, loads, predicts and goes on."""
 
 import numpy as np
 import pytest
 import torch as th
-from conftest import ACTION_SPACES, OBSERVATION_SPACES, make_envs, policy_for
+from conftest import ACTION_SPACES, OBSERVATION_SPACES, make_envs, pairs, policy_for
 from torch.nn.utils import parameters_to_vector
 
 from sb3_pg import PPO, REINFORCE, TRPO
@@ -60,10 +60,9 @@ def check_life(model, path, **of_load):
     assert th.equal(weights(model), trained)
 
 
-@pytest.mark.parametrize("n_envs", [1, 2])
-@pytest.mark.parametrize("observation", OBSERVATION_SPACES)
-@pytest.mark.parametrize("action", ACTION_SPACES)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    "algorithm, action, observation, n_envs", pairs(ALGORITHMS, ACTION_SPACES, OBSERVATION_SPACES, [1, 2])
+)
 def test_spaces(algorithm, action, observation, n_envs, tmp_path):
     check_life(make(algorithm, make_envs(observation, action, n_envs), observation), tmp_path / "model")
 
@@ -75,18 +74,14 @@ def test_separate_features(algorithm, observation, tmp_path):
     check_life(model, tmp_path / "model")
 
 
-@pytest.mark.parametrize("observation", ["box", "image"])
-@pytest.mark.parametrize("squash_output", [False, True])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm, squash_output, observation", pairs(ALGORITHMS, [False, True], ["box", "image"]))
 def test_gsde(algorithm, squash_output, observation, tmp_path):
     env = make_envs(observation, n_envs=2)
     options = {"use_sde": True, "sde_sample_freq": 4, "policy_kwargs": {"squash_output": squash_output}}
     check_life(make(algorithm, env, observation, **options), tmp_path / "model")
 
 
-@pytest.mark.parametrize("engine", ["auto", "autograd"])
-@pytest.mark.parametrize("action", ACTION_SPACES)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm, action, engine", pairs(ALGORITHMS, ACTION_SPACES, ["auto", "autograd"]))
 def test_the_same_seed_gives_the_same_run(algorithm, action, engine):
     runs = [make(algorithm, make_envs("box", action, 2), "box", engine=engine).learn(32) for _ in range(2)]
     other = make(algorithm, make_envs("box", action, 2), "box", engine=engine, seed=1).learn(32)

@@ -8,7 +8,7 @@ import cloudpickle
 import numpy as np
 import pytest
 import torch as th
-from conftest import ACTION_SPACES, OBSERVATION_SPACES, FakeEnv
+from conftest import ACTION_SPACES, OBSERVATION_SPACES, FakeEnv, pairs
 from gymnasium import spaces
 from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
@@ -35,9 +35,7 @@ def make(algorithm, env="CartPole-v1", policy="MlpLstmPolicy", policy_kwargs=Non
     return algorithm(policy, env, seed=0, policy_kwargs=options, **{**SETTINGS[algorithm], **arguments})
 
 
-@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
-@pytest.mark.parametrize("n_envs", [1, 3])
-@pytest.mark.parametrize("clip_range_vf", [None, 0.2])
+@pytest.mark.parametrize("env, n_envs, clip_range_vf", pairs(["CartPole-v1", "Pendulum-v1"], [1, 3], [None, 0.2]))
 def test_the_run_is_recurrent_ppos_where_both_do_the_same(env, n_envs, clip_range_vf, monkeypatch):
     """A minibatch is the whole rollout, which RecurrentPPO cuts at a random place: here at the start."""
     n_steps = 60

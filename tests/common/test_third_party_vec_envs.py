@@ -4,10 +4,10 @@ import functools
 
 import numpy as np
 import pytest
-from conftest import OBSERVATION_SPACES
+from conftest import OBSERVATION_SPACES, pairs
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
-from tiny_models import ALL, tiny, weights
+from tiny_models import ALGORITHMS, ALL, tiny, weights
 
 from sb3_pg import REINFORCE
 from sb3_pg.common import vec_env as ours
@@ -236,11 +236,10 @@ def test_vectors(algorithm, form):
     check_same(learned(model_on(algorithm, Scripted(**FORMS[form]))), plain(algorithm, "vector"))
 
 
-@ALL
-@pytest.mark.parametrize(
-    "form", ["observations float64", "observations reused", "dones reused", "all reused", "several"]
-)
-@pytest.mark.parametrize("kind", ["dict", "matrix"])
+OTHER_FORMS = ["observations float64", "observations reused", "dones reused", "all reused", "several"]
+
+
+@pytest.mark.parametrize("algorithm, kind, form", pairs(ALGORITHMS, ["dict", "matrix"], OTHER_FORMS))
 def test_observations_of_other_spaces(algorithm, kind, form):
     check_same(learned(model_on(algorithm, Scripted(kind, **FORMS[form]))), plain(algorithm, kind))
 

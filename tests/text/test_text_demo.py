@@ -1,12 +1,15 @@
 import ast
 import importlib.util
+import os
+import runpy
 import shlex
 import signal
-import subprocess
 import sys
 import time
+from importlib.machinery import PathFinder
 
 import pytest
+from forked import forget, forked, forking
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sb3_pg import PPO
@@ -37,7 +40,7 @@ def test_its_last_lines_load_the_tuned_model_and_ask_it_something(tmp_path, caps
     small_run(monkeypatch)
     assert main(["--task", "sentiment", "--timesteps", "64", "--pretrain-steps", "2", "--out", str(tmp_path)]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()[-3:]]
-    said = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True).stdout
+    said = forked(lambda: exec("\n".join(lines), {})).stdout
     lm, tokenizer = (kind.from_pretrained(tmp_path / "tuned") for kind in (AutoModelForCausalLM, AutoTokenizer))
     asked = tokenizer(TASKS["sentiment"].make("test").prompts[0], return_tensors="pt").input_ids
     told = lm.generate(asked)[0, asked.shape[1] :]
@@ -47,14 +50,21 @@ def test_its_last_lines_load_the_tuned_model_and_ask_it_something(tmp_path, caps
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_with_all_that_was_learned(number, tmp_path, capsys, monkeypatch):
     arguments = ["--task", "sentiment", "--pretrain-steps", "0", "--no-progress", "--out", str(tmp_path / "a run")]
-    command = [sys.executable, "-u", "-m", "sb3_pg.text.demo", *arguments, "--timesteps", "10000000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while "| --- |" not in process.stdout.readline():  # learning begins after the table
-        assert process.poll() is None
-    time.sleep(2)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    train = PPO.train
+    monkeypatch.setattr(PPO, "train", lambda self: print("It learns", flush=True) or train(self))
+
+    def work():
+        sys.argv[1:] = [*arguments, "--timesteps", "10000000"]
+        runpy.run_module("sb3_pg.text.demo", run_name="__main__")
+
+    with forking(work) as (process, said):
+        while "It learns" not in said()[0]:
+            assert process.is_alive(), said()
+            time.sleep(0.1)
+        os.kill(process.pid, number)
+        process.join()
+        assert process.exitcode == 128 + number
+        _, errors = said()
     (line,) = errors.splitlines()
     path = tmp_path / "a run" / "model.zip"
     n_tokens = PPO.load(path).num_timesteps
@@ -93,22 +103,19 @@ def test_the_case_of_an_algorithm_does_not_matter():
 
 @pytest.mark.parametrize("missing", ["transformers", "peft", "num2words", "vaderSentiment"])
 def test_without_the_extra_there_is_one_line_and_help(missing, tmp_path):
-    code = f"""
-import sys
-from importlib.machinery import PathFinder
-find = PathFinder.find_spec
-def others(_, name, *more):
-    return None if name.split(".")[0] == {missing!r} else find(name, *more)
-PathFinder.find_spec = classmethod(others)
-from sb3_pg.text.demo import main
-sys.exit(main(sys.argv[1:]))
-"""
-    command = [sys.executable, "-c", code]
-    done = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True)
+    find = PathFinder.find_spec
+
+    def demo(*arguments):
+        forget(missing, "sb3_pg.text")
+        PathFinder.find_spec = lambda name, *more: None if name.split(".")[0] == missing else find(name, *more)
+        return importlib.import_module("sb3_pg.text.demo").main(list(arguments))
+
+    done = forked(lambda: demo("--out", str(tmp_path / "out")))
     assert done.returncode == 2 and not (tmp_path / "out").exists()
     assert "pip install 'sb3_pg[text]'" in done.stderr and done.stderr.count("\n") == 1
     if missing == "transformers":
-        assert "usage:" in subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+        helped = forked(lambda: demo("--help"))
+        assert helped.returncode == 0 and "usage:" in helped.stdout
 
 
 def test_zero_steps_are_no_steps(tmp_path, capsys, monkeypatch):

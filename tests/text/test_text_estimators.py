@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch as th
-from conftest import silent
+from conftest import pairs, silent
 from text_models import SHAPES, config_of, letters_task, sharpen
 
 from sb3_pg import PPO, REINFORCE, TRPO
@@ -232,9 +232,7 @@ def penalties(model, lm, its, estimator):
     return found
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-@pytest.mark.parametrize("estimator", ["k2", "k3"])
-@pytest.mark.parametrize("kind", [PPO, REINFORCE, TRPO])
+@pytest.mark.parametrize("kind, estimator, average", pairs([PPO, REINFORCE, TRPO], ["k2", "k3"], AVERAGES))
 def test_kl_in_the_loss(kind, estimator, average):
     kwargs = {**IN_LOSS, "reference_kl_estimator": estimator}
     model = judged(kind, baseline="group", loss_average=average, policy_kwargs=kwargs)

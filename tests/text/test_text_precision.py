@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch as th
-from conftest import silent
+from conftest import pairs, silent
 from text_models import SHAPES, act, config_of, letters_task, make, sharpen
 
 from sb3_pg import PPO, REINFORCE, TRPO
@@ -116,9 +116,7 @@ def test_gradient_checkpointing_has_an_effect_and_no_dropout(shape, lora):
     other.learn(52)
 
 
-@pytest.mark.parametrize("lora", [None, {"r": 2}], ids=["full", "lora"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("algorithm", [PPO, TRPO, REINFORCE])
+@pytest.mark.parametrize("algorithm, shape, lora", pairs([PPO, TRPO, REINFORCE], SHAPES, [None, {"r": 2}]))
 def test_half_precision_trains(algorithm, shape, lora, tmp_path):
     options = {"n_episodes": 8} if algorithm is REINFORCE else {}
     model = make(shape, algorithm, policy_kwargs={**HALF, "lora": lora}, learning_rate=1e-5, **options)

@@ -627,19 +627,26 @@ SCRIPT = """
 import sys
 sys.path[:0] = [{tests!r}, {common!r}]
 import test_resume
-model = test_resume.{algorithm}.load({path!r}, env=test_resume.{env}(1000), device="cpu")
-test_resume.np.save({out!r}, test_resume.numbers(test_resume.go_on_with(model)))
+for algorithm, env in test_resume.OTHERS:
+    name = {folder!r} + "/" + algorithm.__name__
+    model = algorithm.load(name, env=getattr(test_resume, env)(1000), device="cpu")
+    test_resume.np.save(name, test_resume.numbers(test_resume.go_on_with(model)))
 """
+OTHERS = [(PPO, "PENDULUM"), (TRPO, "CARTPOLE")]
 
 
-@pytest.mark.parametrize(("algorithm", "env"), [(PPO, "PENDULUM"), (TRPO, "CARTPOLE")])
-def test_another_process(algorithm, env, tmp_path):
-    path, out = tmp_path / "model.zip", tmp_path / "numbers.npy"
-    whole = tiny(algorithm, globals()[env](0)).learn(TOTAL, callback=Saving(path))
+def test_another_process(tmp_path):
+    wholes = {
+        algorithm.__name__: tiny(algorithm, globals()[env](0)).learn(
+            TOTAL, callback=Saving(tmp_path / f"{algorithm.__name__}.zip")
+        )
+        for algorithm, env in OTHERS
+    }
     tests, here = str(Path(__file__).parents[2]), str(Path(__file__).parent)
-    code = SCRIPT.format(tests=tests, common=here, algorithm=algorithm.__name__, path=str(path), env=env, out=str(out))
+    code = SCRIPT.format(tests=tests, common=here, folder=str(tmp_path))
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    np.testing.assert_array_equal(numbers(whole), np.load(out))
+    for name, whole in wholes.items():
+        np.testing.assert_array_equal(numbers(whole), np.load(tmp_path / f"{name}.npy"))
 
 
 # -------------------------------------------------------------------- plain data

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch as th
+from conftest import pairs
 from threadpoolctl import threadpool_limits
 from torch.nn.utils.rnn import PackedSequence
 
@@ -93,7 +94,10 @@ def test_the_three_passes(lengths, layers, dtype):
 WIDTHS = [(3, 1), (1, 67), (4, 96), (4, 256)]
 
 
-@pytest.fixture(params=["one", "one of torch", "two"])
+THREADS = ["one", "one of torch", "two"]
+
+
+@pytest.fixture
 def has_one_thread(request):
     """Whether the BLAS has; torch, which takes large products then if it has one itself, may have two as well."""
     before = th.get_num_threads()
@@ -103,9 +107,13 @@ def has_one_thread(request):
     th.set_num_threads(before)
 
 
-@pytest.mark.parametrize("inputs, width", WIDTHS)
-@pytest.mark.parametrize("lengths", [[6] + [3] * 40 + [2] * 40, [12, 9, 5, 4, 2, 2, 1]], ids=len)
-def test_layers_of_any_width_on_any_number_of_threads(lengths, inputs, width, has_one_thread):
+@pytest.mark.parametrize(
+    "lengths, widths, has_one_thread",
+    pairs([[6] + [3] * 40 + [2] * 40, [12, 9, 5, 4, 2, 2, 1]], WIDTHS, THREADS),
+    indirect=["has_one_thread"],
+)
+def test_layers_of_any_width_on_any_number_of_threads(lengths, widths, has_one_thread):
+    inputs, width = widths
     case = Case(lengths, 2, inputs=inputs, width=width)
     case.lstm.blas_has_one_thread = has_one_thread
     case.check_passes()
@@ -142,6 +150,7 @@ def test_steps_are_those_of_the_forward_pass(n, layers, dtype):
 
 @pytest.mark.parametrize("inputs, width", [*WIDTHS, (10_000, 8)])
 @pytest.mark.parametrize("n", [1, 8, 70])
+@pytest.mark.parametrize("has_one_thread", THREADS, indirect=True)
 def test_a_step_on_any_number_of_threads(n, inputs, width, has_one_thread):
     case = Case([1] * n, 2, inputs=inputs, width=width)
     case.lstm.blas_has_one_thread = has_one_thread

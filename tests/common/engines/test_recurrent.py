@@ -4,6 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from conftest import pairs
 from gymnasium import spaces
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
@@ -72,9 +73,7 @@ SETTINGS = {
     REINFORCE: {"n_episodes": 6, "n_critic_updates": 1, "critic_batch_size": 32},
 }
 ALL = pytest.mark.parametrize("algorithm", SETTINGS)
-EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
-N_ENVS = pytest.mark.parametrize("n_envs", [1, 3])
-ENGINES = pytest.mark.parametrize("engine", ["auto", "autograd"])
+N_ENVS, ENGINES = [1, 3], ["auto", "autograd"]
 
 
 def make(algorithm=PPO, policy="MlpLstmPolicy", n_envs=2, kind="separate", env=None, policy_kwargs=None, **arguments):
@@ -132,17 +131,18 @@ class AtEnds(BaseCallback):
         self.n_looks += 1
 
 
-@pytest.mark.parametrize(
-    "policy, observations",
-    [("MlpLstmPolicy", "vector"), ("MultiInputLstmPolicy", "dict"), ("MlpGruPolicy", "vector")],
-)
-@EVERY_KIND
-@N_ENVS
-@ENGINES
-@pytest.mark.parametrize("sequence_length", [None, 7])
-def test_judging_is_step_by_step(policy, observations, kind, n_envs, sequence_length, engine):
+JUDGING = {
+    "LSTM": ("MlpLstmPolicy", "vector", "auto"),
+    "LSTM, autograd": ("MlpLstmPolicy", "vector", "autograd"),
+    "dictionaries": ("MultiInputLstmPolicy", "dict", "auto"),
+    "GRU": ("MlpGruPolicy", "vector", "auto"),
+}
+
+
+@pytest.mark.parametrize("judging, kind, n_envs, sequence_length", pairs(JUDGING, KINDS, N_ENVS, [None, 7]))
+def test_judging_is_step_by_step(judging, kind, n_envs, sequence_length):
     """Values, log-probabilities, the values of final observations, and the memory that goes on."""
-    states = {}
+    states, (policy, observations, engine) = {}, JUDGING[judging]
 
     def look(model):
         rollout, n = model.rollout, model.rollout.n_steps
@@ -169,8 +169,6 @@ def test_judging_is_step_by_step(policy, observations, kind, n_envs, sequence_le
                 np.testing.assert_allclose(x, y, atol=1e-5)
         states["last"] = after
 
-    if engine == "autograd" and policy != "MlpLstmPolicy":
-        pytest.skip("is the same as auto")
     env, options = envs(n_envs, observations=observations), {"sequence_length": sequence_length, "engine": engine}
     model, callback = make(PPO, policy, n_envs, kind, env, **options), AtEnds(look)
     is_closed = policy == "MlpLstmPolicy" and engine == "auto"
@@ -190,9 +188,7 @@ class Typed(FlattenExtractor):
         return super().forward(observations).to(self.one.dtype)
 
 
-@EVERY_KIND
-@ENGINES
-@pytest.mark.parametrize("actions", ["discrete", "box", "multidiscrete", "multibinary"])
+@pytest.mark.parametrize("kind, engine, actions", pairs(KINDS, ENGINES, ACTIONS))
 def test_gradients_are_those_of_the_unrolled_policy(kind, actions, engine):
     """In float64, of a loss with all three parts; what was remembered before the rollout is a constant."""
     extractor = {} if engine == "auto" else {"features_extractor_class": Typed}
@@ -222,11 +218,9 @@ def test_gradients_are_those_of_the_unrolled_policy(kind, actions, engine):
         np.testing.assert_allclose(found.get(name, np.zeros(p.shape)), expected, atol=1e-10, err_msg=name)
 
 
-@ALL
-@pytest.mark.parametrize("actions", ACTIONS)
-@N_ENVS
-@ENGINES
-@pytest.mark.parametrize("sequence_length", [None, 5])
+@pytest.mark.parametrize(
+    "algorithm, actions, n_envs, sequence_length, engine", pairs(SETTINGS, ACTIONS, N_ENVS, [None, 5], ENGINES)
+)
 def test_all_learn(algorithm, actions, n_envs, sequence_length, engine):
     model = make(algorithm, env=envs(n_envs, actions=actions), sequence_length=sequence_length, engine=engine)
     before = model.policy.parameters_to_vector()
@@ -236,26 +230,25 @@ def test_all_learn(algorithm, actions, n_envs, sequence_length, engine):
     assert not np.array_equal(model.policy.parameters_to_vector(), before)
 
 
-@ALL
-@pytest.mark.parametrize(
-    "policy, observations",
-    [
-        ("CnnLstmPolicy", "image"),
-        ("MultiInputLstmPolicy", "dict"),
-        ("CnnGruPolicy", "image"),
-        ("MlpGruPolicy", "vector"),
-    ],
-)
-@EVERY_KIND
-def test_all_learn_from_images_and_dictionaries(algorithm, policy, observations, kind):
+OBSERVATIONS = {
+    "CnnLstmPolicy": "image",
+    "MultiInputLstmPolicy": "dict",
+    "CnnGruPolicy": "image",
+    "MlpGruPolicy": "vector",
+}
+
+
+@pytest.mark.parametrize("algorithm, policy, kind", pairs(SETTINGS, OBSERVATIONS, KINDS))
+def test_all_learn_from_images_and_dictionaries(algorithm, policy, kind):
+    observations = OBSERVATIONS[policy]
     model = make(algorithm, policy, kind=kind, env=envs(2, observations=observations))
     model.learn(100)
     assert np.isfinite(model.policy.parameters_to_vector()).all()
 
 
-@ALL
-@ENGINES
-@pytest.mark.parametrize("actions", ["discrete", "multidiscrete", "multibinary"])
+@pytest.mark.parametrize(
+    "algorithm, actions, engine", pairs(SETTINGS, ["discrete", "multidiscrete", "multibinary"], ENGINES)
+)
 def test_masks_and_memory_together(algorithm, actions, engine):
     class Allowed(BaseCallback):
         def _on_step(self):
@@ -277,9 +270,7 @@ def test_masks_and_memory_together(algorithm, actions, engine):
         assert model.logger.name_to_value["train/kl_divergence_loss"] < model.target_kl
 
 
-@EVERY_KIND
-@ENGINES
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("kind, engine, every", pairs(KINDS, ENGINES, [1, 2]))
 def test_fisher_products_go_through_the_recurrence(kind, every, engine):
     """They are the second derivative of the KL along a direction."""
     model = make(TRPO, kind=kind, n_envs=3, engine=engine)
@@ -300,9 +291,7 @@ def test_fisher_products_go_through_the_recurrence(kind, every, engine):
     assert np.mean(divergences) == pytest.approx(quadratic * 9e-6, rel=0.03)
 
 
-@ALL
-@EVERY_KIND
-@ENGINES
+@pytest.mark.parametrize("algorithm, kind, engine", pairs(SETTINGS, KINDS, ENGINES))
 def test_predicting_with_state_is_acting(algorithm, kind, engine):
     model = make(algorithm, kind=kind, engine=engine)
     model.learn(100)
@@ -381,8 +370,8 @@ def test_minibatches_hold_as_many_stretches_as_batch_size_needs():
     assert [len(x) for x in batch.minibatches(None)] == [42]
 
 
-@ENGINES
-@N_ENVS
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("n_envs", N_ENVS)
 def test_a_policy_that_a_callback_puts_in_goes_on_with_what_was_remembered(engine, n_envs):
     columns = {}
 
