@@ -137,8 +137,8 @@ model.learn(10**9, callback=Fault())
 @pytest.mark.parametrize(
     ("run", "fault", "message"),
     [
-        (forked_workers, "raise OSError('the disk is gone')", "the disk is gone"),
-        (torchrun, "os.kill(os.getpid(), signal.SIGKILL)", "has lost the others"),
+        (torchrun, "raise OSError('the disk is gone')", "the disk is gone"),
+        (forked_workers, "os.kill(os.getpid(), signal.SIGKILL)", "has lost the others"),
         (forked_workers, "next(model.policy.parameters()).data.add_(1.0)", "no longer those of worker 0"),
     ],
 )
