@@ -15,13 +15,18 @@ from sb3_pg.common import batch
 N_STEPS = 64
 
 
-def peak(algorithm, n_steps=N_STEPS, **kwargs):
-    """Bytes of NumPy arrays at the worst moment of a rollout of images and its update."""
+def trained(algorithm, n_steps=N_STEPS, **kwargs):
+    """A model after a rollout of images and its update."""
     env = make_vec_env(lambda: FakeImageEnv(screen_height=84, screen_width=84, n_channels=4, discrete=True), 2)
+    model = algorithm("CnnPolicy", env, n_steps=n_steps, batch_size=32, device="cpu", seed=0, **kwargs)
+    return model.learn(2 * n_steps)
+
+
+def peak(algorithm, **kwargs):
+    """Bytes of NumPy arrays at the worst moment of that."""
     tracemalloc.start()
     try:
-        model = algorithm("CnnPolicy", env, n_steps=n_steps, batch_size=32, device="cpu", seed=0, **kwargs)
-        model.learn(2 * n_steps)
+        model = trained(algorithm, **kwargs)
         return tracemalloc.get_traced_memory()[1], model
     finally:
         tracemalloc.stop()
@@ -36,7 +41,7 @@ def peak(algorithm, n_steps=N_STEPS, **kwargs):
 )
 def test_images_stay_bytes(ours, theirs, kwargs):
     for algorithm in (ours, theirs):  # what is imported and cached at the first use does not count
-        peak(algorithm, 32, **kwargs)
+        trained(algorithm, 32, **kwargs)
     found, model = peak(ours, **kwargs)
     assert model.rollout_buffer.observations.dtype == np.uint8
     assert found <= peak(theirs, **kwargs)[0]
