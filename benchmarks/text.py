@@ -365,6 +365,37 @@ def missing_runs(
             yield name, found
 
 
+def command_line(
+    doc: str | None,
+    file: str,
+    wanted: Mapping[str, Callable[[], Any]],
+    report: Callable[[dict[str, Any]], None],
+    only: str,
+    line: Callable[[str, Any], str] = lambda name, _: name,
+) -> None:
+    """Read the command line of a benchmark, do the runs that are not in its file, and write its report.
+
+    :param only: what names of runs are like, for the help of ``--only``
+    :param line: printed after each run, from its name and what it found
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help=only)
+    args, path = setup(parser), OUT / file
+    data = record(path)
+    for name, found in missing_runs(data, path, wanted, args):
+        print(line(name, found), flush=True)
+    report(data)
+
+
+def before_and_after(runs: Mapping[str, Any]) -> list[str]:
+    """Return the texts of runs as lines of a report."""
+    lines = []
+    for name, found in runs.items():
+        for when in ("before", "after"):
+            lines += ["", f"## {name}, {when}", "", table(found[when]["texts"])]
+    return lines
+
+
 def started(models: Path, task: str, seed: int, smoke: bool) -> Path:
     """Return the folder of a supervised model, which is made if it is not there."""
     folder = models / f"{task}-{seed}"

@@ -10,15 +10,14 @@ and after: four drawn answers to each question, and the most likely one. The wei
 package, which costs the model a part of what it knew.
 """
 
-import argparse
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from typing import Any
 
-from text import OUT, missing_runs, over, record, setup  # first, since it pins the threads
+from text import OUT, before_and_after, command_line, over  # first, since it pins the threads
 
 # isort: split
 import torch as th
@@ -27,7 +26,7 @@ from text_smollm import Until, model_of, tokenizer
 
 from sb3_pg import PPO
 from sb3_pg.text import TextTask, TextVecEnv
-from sb3_pg.text.evaluation import evaluate_texts, table
+from sb3_pg.text.evaluation import evaluate_texts
 
 SEEDS, UPDATES = (0, 1, 2), 24
 N_ENVS, COMPLETIONS, RESPONSE_LENGTH = 32, 8, 16
@@ -104,22 +103,12 @@ def report(data: dict[str, Any]) -> None:
     for when in ("before", "after"):
         cells = [over([found[when]["figures"][name] for found in runs.values()]) for name in names]
         lines.append(f"| {when} | " + " | ".join(cells) + " |")
-    for name, found in runs.items():
-        for when in ("before", "after"):
-            lines += ["", f"## Seed {name}, {when}", "", table(found[when]["texts"])]
+    lines += before_and_after({f"Seed {seed}": found for seed, found in runs.items()})
     (OUT / "chat.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="a seed")
-    args = setup(parser)
-    path = OUT / "chat.json"
-    data = record(path)
-    wanted: dict[str, Callable[[], Any]] = {str(seed): partial(run, seed) for seed in SEEDS}
-    for name, _ in missing_runs(data, path, wanted, args):
-        print(name, flush=True)
-    report(data)
+    command_line(__doc__, "chat.json", {str(seed): partial(run, seed) for seed in SEEDS}, report, "a seed")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Held-out beginnings are judged before and after. A short run: it shows that a mo
 a GPU, not how far it can be. Last, one update of 64 responses of 512 tokens is timed and its memory measured.
 """
 
-import argparse
 import math
 import os
 import signal
@@ -22,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from text import OUT, in_a_process, missing_runs, peak_memory, record, setup  # first, since it pins the threads
+from text import OUT, before_and_after, command_line, in_a_process, peak_memory  # first, since it pins the threads
 
 # isort: split
 import torch as th
@@ -32,7 +31,7 @@ from stable_baselines3.common.logger import Logger
 
 from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.text import TextTask, TextVecEnv
-from sb3_pg.text.evaluation import complete, table
+from sb3_pg.text.evaluation import complete
 from sb3_pg.text.metrics import measure
 from sb3_pg.text.supervised import steps_of
 from sb3_pg.text.tasks import sentiment_of
@@ -240,23 +239,14 @@ def report(data: dict[str, Any]) -> None:
             minutes = found["cpu_seconds"] / 60
             lines.append(f"| {name} | {len(found['training_scores'])} | {minutes:.1f} | {when} | {cells} |")
     lines += report_long(data)
-    for name, found in runs.items():
-        for when in ("before", "after"):
-            lines += ["", f"## {name}, {when}", "", table(found[when]["texts"])]
+    lines += before_and_after(runs)
     (OUT / "smollm.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="runs such as 'reinforce' and 'long half'")
-    args = setup(parser)
-    path = OUT / "smollm.json"
-    data = record(path)
     wanted: dict[str, Callable[[], Any]] = {name: partial(run, name) for name in RUNS}
     wanted |= {name: partial(in_a_process, run_long, half) for name, half in {"long half": True, "long": False}.items()}
-    for name, _ in missing_runs(data, path, wanted, args):
-        print(name, flush=True)
-    report(data)
+    command_line(__doc__, "smollm.json", wanted, report, "runs such as 'reinforce' and 'long half'")
 
 
 if __name__ == "__main__":

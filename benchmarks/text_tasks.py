@@ -10,14 +10,13 @@ guessing game begins with a new model and is judged by conversations: who rememb
 finds each number in four turns, who never asks the same twice four of ten, and who guesses at random a third.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from text import OUT, SEEDS, make_model, missing_runs, over, record, setup, varied  # first: it pins the threads
+from text import OUT, SEEDS, command_line, make_model, over, varied  # first: it pins the threads
 
 # isort: split
 import numpy as np
@@ -230,20 +229,17 @@ def report(data: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="runs such as 'summary ppo 0' whose name contains this")
-    args = setup(parser)
-    path = OUT / "tasks.json"
-    data = record(path)
     wanted: dict[str, Callable[[], Any]] = {}
     for seed in SEEDS:
         wanted |= {
             f"{name} {algo} {seed}": partial(run_task, name, algo, seed) for name in TASKS for algo in ALGORITHMS
         }
         wanted |= {f"game {algo} {seed}": partial(run_game, algo, seed) for algo in GAMES}
-    for name, found in missing_runs(data, path, wanted, args):
-        print(f"{name}: {json.dumps({w: found[w].get('figures', found[w]) for w in ('before', 'after')})}", flush=True)
-    report(data)
+
+    def line(name: str, found: Any) -> str:
+        return f"{name}: {json.dumps({w: found[w].get('figures', found[w]) for w in ('before', 'after')})}"
+
+    command_line(__doc__, "tasks.json", wanted, report, "runs such as 'summary ppo 0' whose name contains this", line)
 
 
 if __name__ == "__main__":
