@@ -336,11 +336,11 @@ def machine() -> str:
     return f"{cpu}, one thread, {versions}"
 
 
-def record(path: Path) -> dict[str, Any]:
-    """What has been measured so far, with the machine of today."""
+def record(path: Path, only_report: bool) -> dict[str, Any]:
+    """What has been measured so far, with the machine of today if there will be more."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = json.loads(path.read_text()) if path.exists() else {"runs": {}}
-    return {**data, "machine": machine()}
+    return data if only_report else {**data, "machine": machine()}
 
 
 def setup(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -381,7 +381,7 @@ def command_line(
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help=only)
     args, path = setup(parser), OUT / file
-    data = record(path)
+    data = record(path, args.report)
     for name, found in missing_runs(data, path, wanted, args):
         print(line(name, found), flush=True)
     report(data)
@@ -436,7 +436,7 @@ def main() -> None:
     args = setup(parser)
     out = OUT / "smoke" if args.smoke else OUT
     path = out / "results.json"
-    data = record(path)
+    data = record(path, args.report)
     if not args.report:
         models = Path("runs") / ("text-smoke" if args.smoke else "text-benchmark")
         run_all(data, path, models, args)

@@ -4,6 +4,7 @@
     python benchmarks/text_trl.py --only lengths  # the runs whose name contains a word
     python benchmarks/text_trl.py --seeds 3       # fewer seeds
     python benchmarks/text_trl.py --report        # the table again from the data
+    python benchmarks/text_trl.py --device cuda   # lengths with a larger model on a GPU, into text/trl_cuda.md
 
 RLOO is REINFORCE with a leave-one-out baseline, GRPO is PPO with ``baseline="group"`` and one pass over each rollout,
 as TRL makes by default; GRPO's loss is TRL's ``loss_type="grpo"``, with the penalty for leaving the reference in it.
@@ -13,7 +14,8 @@ checkpointing is off, which makes it faster.
 
 The tasks are the small models' of ``text.py``; held-out prompts are answered by drawing, by the same code, whoever
 trained the model. The lengths are those of responses of a new GPT-2 of 4 layers of 256, rewarded by the share of even
-numbers among what it writes.
+numbers among what it writes. On a GPU the clock is the wall's, of a GPU that has done what it was given,
+and each run's first update, which warms it up, does not count.
 """
 
 import argparse
@@ -24,9 +26,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from text import (  # first, since it pins the threads
     OUT,
@@ -41,6 +43,7 @@ from text import (  # first, since it pins the threads
 )
 
 # isort: split
+import torch as th
 from datasets import Dataset
 from scipy import stats
 from stable_baselines3.common.callbacks import BaseCallback
@@ -57,10 +60,20 @@ SIDES = ("ours", "trl")
 COMPLETIONS, PER_PROMPT, LEARNING_RATE = 64, 4, 3e-4
 SEEDS, UPDATES = 10, 100  # with three seeds the rewards could not be told apart
 
-#: Updates at each length of responses, few since one at the greatest takes minutes, and seeds.
-LENGTHS = {32: 6, 128: 3, 512: 1}
-LENGTH_SEEDS = 1
-GPT2: dict[str, Any] = {"n_layer": 4, "n_embd": 256, "n_head": 4}
+
+class Place(NamedTuple):
+    """Where the lengths of responses are tried, and with what."""
+
+    file: str  #: of the data and the report
+    gpt2: dict[str, int]
+    updates: dict[int, int]  #: at each length, few since one at the greatest takes long on a CPU
+    seeds: int
+
+
+PLACES = {
+    "cpu": Place("trl", {"n_layer": 4, "n_embd": 256, "n_head": 4}, {32: 6, 128: 3, 512: 1}, 5),
+    "cuda": Place("trl_cuda", {"n_layer": 12, "n_embd": 768, "n_head": 12}, {32: 5, 128: 4, 512: 3}, 1),
+}
 
 #: Of RLOO TRL's loss is a sum over the tokens of a response and ours a mean, so its clip of 1 is a much smaller number.
 OURS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
@@ -85,16 +98,28 @@ THEIRS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
-class OurClock(BaseCallback):
-    """When each update begins, and the scores of its rollout; stops after the last."""
+def clock_of(device: str) -> Callable[[], float]:
+    """Return what tells the time in seconds: CPU time, which other work does not add to, or a GPU's."""
+    if device == "cpu":
+        return time.process_time
 
-    def __init__(self, updates: int) -> None:
+    def now() -> float:
+        th.cuda.synchronize()
+        return time.perf_counter()
+
+    return now
+
+
+class OurClock(BaseCallback):
+    """When each update begins; stops after the last."""
+
+    def __init__(self, updates: int, now: Callable[[], float]) -> None:
         super().__init__()
-        self.updates = updates
+        self.updates, self.now = updates, now
         self.times: list[float] = []
 
     def _on_rollout_start(self) -> None:
-        self.times.append(time.process_time())
+        self.times.append(self.now())
 
     def _on_step(self) -> bool:
         return len(self.times) <= self.updates
@@ -103,14 +128,15 @@ class OurClock(BaseCallback):
 class TheirClock(TrainerCallback):
     """The same of TRL's updates."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
         self.times: list[float] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.times.append(time.process_time())
+        self.times.append(self.now())
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.times.append(time.process_time())
+        self.times.append(self.now())
 
 
 class EvenNumbers:
@@ -138,7 +164,7 @@ def of_updates(values: list[float], updates: int) -> list[float]:
 
 
 def train_ours(model: Any, task: Any, updates: int, method: str, seed: int) -> list[float]:
-    clock = OurClock(updates)
+    clock = OurClock(updates, clock_of(model.device.type))
     model.learn(10**9, callback=clock)
     return clock.times
 
@@ -161,7 +187,7 @@ def train_theirs(model: Any, task: Any, updates: int, method: str, seed: int) ->
         max_steps=updates,
         seed=seed,
         bf16=False,
-        use_cpu=True,
+        use_cpu=model.device.type == "cpu",
         gradient_checkpointing=False,
         logging_steps=updates,
         save_strategy="no",
@@ -169,7 +195,7 @@ def train_theirs(model: Any, task: Any, updates: int, method: str, seed: int) ->
         disable_tqdm=True,
         **settings,
     )
-    clock, tokenizer = TheirClock(), task.tokenizer
+    clock, tokenizer = TheirClock(clock_of(model.device.type)), task.tokenizer
     tokenizer.padding_side = "left"
     references = task.references or [None] * len(task.prompts)
     data = Dataset.from_dict({"prompt": list(task.prompts), "reference": list(references)})
@@ -179,7 +205,7 @@ def train_theirs(model: Any, task: Any, updates: int, method: str, seed: int) ->
     return clock.times
 
 
-def make_model(method: str, task: TextTask, seed: int, model: Any) -> Any:
+def make_model(method: str, task: TextTask, seed: int, model: Any, device: str) -> Any:
     algorithm, settings, kwargs = OURS[method]
     settings = {"learning_rate": LEARNING_RATE, "max_grad_norm": 1.0, "gamma": 1.0, **settings}
     if algorithm is PPO:
@@ -188,7 +214,7 @@ def make_model(method: str, task: TextTask, seed: int, model: Any) -> Any:
     kwargs = {"model": model, **kwargs}
     set_random_seed(seed)
     made = algorithm(
-        "CausalLMPolicy", env, n_episodes=COMPLETIONS, seed=seed, device="cpu", policy_kwargs=kwargs, **settings
+        "CausalLMPolicy", env, n_episodes=COMPLETIONS, seed=seed, device=device, policy_kwargs=kwargs, **settings
     )
     made.set_logger(Logger(None, []))
     return made
@@ -199,7 +225,8 @@ def timed(model: Any, task: Any, updates: int, method: str, who: str, seed: int)
     start = time.perf_counter()
     times = {"ours": train_ours, "trl": train_theirs}[who](model, task, updates, method, seed)
     seconds = [b - a for a, b in pairwise(times)]
-    found = {"seconds_per_update": statistics.median(seconds), "seconds": times[-1] - times[0]}
+    n_warm_up = int(model.device.type == "cuda")
+    found = {"seconds_per_update": statistics.median(seconds[n_warm_up:]), "seconds": times[-1] - times[0]}
     return {**found, "updates": len(seconds), "wall_seconds": time.perf_counter() - start}
 
 
@@ -209,26 +236,28 @@ def run_task(method: str, name: str, seed: int, who: str) -> dict[str, Any]:
     if not (folder / "config.json").exists():
         pretrain(TASKS[name].make("train"), folder, n_steps=PRETRAIN_STEPS[name], seed=seed)
     task, held_out = TASKS[name].make("train"), TASKS[name].make("test")
-    model = make_model(method, task, seed, str(folder))
+    model = make_model(method, task, seed, str(folder), "cpu")
     before, _ = evaluate(model, held_out)
     found = timed(model, task, UPDATES, method, who, seed)
     return {**found, "before": before, "after": evaluate(model, held_out)[0]}
 
 
-def run_length(method: str, length: int, seed: int, who: str) -> dict[str, Any]:
+def run_length(method: str, length: int, seed: int, who: str, device: str) -> dict[str, Any]:
     """A new GPT-2 and responses up to a length, with the scores of each update's rollout."""
-    words, reward, updates = [str(n) for n in range(1000)], EvenNumbers(length), LENGTHS[length]
+    place = PLACES[device]
+    words, reward, updates = [str(n) for n in range(1000)], EvenNumbers(length), place.updates[length]
     prompts = [" ".join(words[(37 * n + k) % 1000] for k in range(8)) for n in range(64)]
     task = TextTask(prompts, reward, word_tokenizer(words), response_length=length)
-    config = {**GPT2, "vocab_size": len(task.tokenizer), "n_positions": task.width + length}
+    config: dict[str, Any] = {**place.gpt2, "vocab_size": len(task.tokenizer), "n_positions": task.width + length}
     config |= {"bos_token_id": None, "eos_token_id": task.end_token, "pad_token_id": task.tokenizer.pad_token_id}
-    folder = f"runs/text-trl/gpt2-{length}-{seed}"  # TRL reads the reference from where the model is from
+    folder = f"runs/text-{place.file}/gpt2-{length}-{seed}"  # TRL reads the reference from where the model is from
     set_random_seed(seed)
     GPT2LMHeadModel(GPT2Config(**config)).save_pretrained(folder)
-    model = make_model(method, task, seed, folder)
+    model = make_model(method, task, seed, folder, device)
     found = timed(model, task, updates, method, who, seed)
     scores, lengths = of_updates(reward.scores, updates), of_updates(reward.lengths, updates)
-    return {**found, "scores": scores, "lengths": lengths, "peak_mb": peak_memory()}
+    peak = peak_memory() if device == "cpu" else th.cuda.max_memory_allocated() / 2**20
+    return {**found, "scores": scores, "lengths": lengths, "peak_mb": peak}
 
 
 def difference(values: list[float]) -> str:
@@ -273,11 +302,13 @@ def report_tasks(data: dict[str, Any]) -> list[str]:
     return lines + differences
 
 
-def report_lengths(data: dict[str, Any]) -> list[str]:
+def report_lengths(data: dict[str, Any], device: str) -> list[str]:
+    place = PLACES[device]
     lines = ["", "## Lengths of responses", ""]
     lines += [
-        f"A new GPT-2 of 4 layers of 256, {COMPLETIONS} responses, {PER_PROMPT} to a prompt. The score is the mean of "
-        "each update's responses; peak memory is that of the process.",
+        f"A new GPT-2 of {place.gpt2['n_layer']} layers of {place.gpt2['n_embd']}, {COMPLETIONS} responses, "
+        f"{PER_PROMPT} to a prompt. The score is the mean of each update's responses; peak memory is that of "
+        + ("the process." if device == "cpu" else "the GPU."),
         "",
         "TRL's key/value cache is copied at each token, ours now and then.",
         "",
@@ -285,39 +316,55 @@ def report_lengths(data: dict[str, Any]) -> list[str]:
         "| last: ours | TRL | peak MB: ours | TRL |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    differences = []
     for method in OURS:
-        for length, updates in LENGTHS.items():
-            for seed, *both in pairs(data, f"{method} lengths {length}", LENGTH_SEEDS):
+        for length, updates in place.updates.items():
+            rows = []
+            for seed, *both in pairs(data, f"{method} lengths {length}", place.seeds):
                 ours, trl = both
                 seconds = [ours["seconds_per_update"], trl["seconds_per_update"]]
                 seconds.append(seconds[1] / seconds[0])
-                scores = [x["scores"][place] for place in (0, -1) for x in both]
-                memory = " | ".join(f"{x['peak_mb']:.0f}" for x in both)
-                lines.append(
-                    f"| {method} | {length} | {seed} | {updates} | {cells(seconds)} | {cells(scores)} | {memory} |"
-                )
-    return lines
+                scores = [x["scores"][which] for which in (0, -1) for x in both]
+                rows.append([*seconds, *scores, *(x["peak_mb"] for x in both)])
+                lines.append(length_row(f"| {method} | {length} | {seed} | {updates}", rows[-1]))
+            if len(rows) > 1:
+                lines.append(length_row(f"| {method} | {length} | median | {updates}", medians(rows)))
+                differences.append(f"- {method}, {length} tokens: {difference([row[5] - row[6] for row in rows])}")
+    if differences:
+        lines += ["", "Our last score less TRL's, mean over seeds with its 95 % interval by Student's t:", ""]
+    return lines + differences
 
 
-def report(data: dict[str, Any]) -> None:
-    lines = ["# RLOO and GRPO by TRL and by this library", "", f"{data['machine']}, trl {data['trl_version']}", ""]
-    lines += ["Seconds of CPU time, the two in turn; a ratio above 1 is faster than TRL.", ""]
-    lines += [*report_tasks(data), *report_lengths(data)]
-    (OUT / "trl.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+def length_row(start: str, row: list[float]) -> str:
+    return f"{start} | {cells(row[:7])} | {row[7]:.0f} | {row[8]:.0f} |"
 
 
-def wanted_runs(seeds: int) -> dict[str, Callable[[], Any]]:
+def report(data: dict[str, Any], device: str) -> None:
+    where = data["machine"] if device == "cpu" else f"{data['gpu']}; {data['machine']}"
+    title = "# RLOO and GRPO by TRL and by this library" + (", on a GPU" if device == "cuda" else "")
+    lines = [title, "", f"{where}, trl {data['trl_version']}", ""]
+    if device == "cpu":
+        lines += ["Seconds of CPU time, the two in turn; a ratio above 1 is faster than TRL.", "", *report_tasks(data)]
+    else:
+        lines += ["Seconds of wall-clock time, the two in turn; a ratio above 1 is faster than TRL."]
+    lines += report_lengths(data, device)
+    (OUT / f"{PLACES[device].file}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def wanted_runs(seeds: int, device: str) -> dict[str, Callable[[], Any]]:
     """Return what does each run, of tasks and of lengths, by name and in their order."""
     runs: dict[str, Callable[[], Any]] = {}
+    place = PLACES[device]
     for seed in range(seeds):
         in_turn = SIDES[:: 1 if seed % 2 else -1]
-        tasks = [(run_task, (method, task)) for task in ("translation", "sentiment") for method in OURS]
-        lengths = [(run_length, (method, length)) for length in LENGTHS if seed < LENGTH_SEEDS for method in OURS]
-        for function, (method, what) in [*tasks, *lengths]:
-            kind = f"lengths {what}" if function is run_length else what
-            for who in in_turn:
-                run = partial(in_a_process, function, method, what, seed, who, start_method="fork")
-                runs[f"{method} {kind} {seed} {who}"] = run
+        for task in ("translation", "sentiment") if device == "cpu" else ():
+            for method, who in product(OURS, in_turn):
+                run = partial(in_a_process, run_task, method, task, seed, who, start_method="fork")
+                runs[f"{method} {task} {seed} {who}"] = run
+        for length in place.updates if seed < place.seeds else ():
+            for method, who in product(OURS, in_turn):
+                run = partial(in_a_process, run_length, method, length, seed, who, device, start_method="fork")
+                runs[f"{method} lengths {length} {seed} {who}"] = run
     return runs
 
 
@@ -325,13 +372,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="runs such as 'grpo lengths 32 0 ours' whose name contains this")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"default: {SEEDS}")
+    parser.add_argument("--device", choices=PLACES, default="cpu")
     args = setup(parser)
-    path = OUT / "trl.json"
-    data = record(path) | {"trl_version": version("trl")}
-    for name, found in missing_runs(data, path, wanted_runs(args.seeds), args):
+    path = OUT / f"{PLACES[args.device].file}.json"
+    data = record(path, args.report)
+    if not args.report:
+        data["trl_version"] = version("trl")
+        if args.device == "cuda":  # asked in another process: this one forks, which one that uses a GPU cannot
+            data["gpu"] = in_a_process(th.cuda.get_device_name, start_method="fork")
+    for name, found in missing_runs(data, path, wanted_runs(args.seeds, args.device), args):
         score = found["scores"][-1] if "scores" in found else found["after"]["score"]
         print(f"{name}: {found['seconds_per_update']:.3f} s per update, score {score:.3f}", flush=True)
-    report(data)
+    report(data, args.device)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ TABLES = {
     "text": ("text/table.md", "make benchmark-text"),
     "text_tasks": ("text/tasks.md", "make benchmark-text"),
     "text_trl": ("text/trl.md", "make benchmark-text"),
+    "text_trl_cuda": ("text/trl_cuda.md", "python benchmarks/text_trl.py --device cuda"),
     "text_smollm": ("text/smollm.md", "make benchmark-text"),
     "text_chat": ("text/chat.md", "make benchmark-text"),
 }

@@ -68,7 +68,8 @@ def make(
         options = {"n_steps": 13, "batch_size": 16, **options}
     kwargs = {"model": config_of(shape, task), "temperature": 0.7, **(policy_kwargs or {})}
     env = TextVecEnv(task, n_envs, seed=3)
-    model = algorithm(SHAPES[shape][0], env, seed=1, gamma=1.0, device="cpu", policy_kwargs=kwargs, **options)
+    options = {"seed": 1, "gamma": 1.0, "device": "cpu", **options}
+    model = algorithm(SHAPES[shape][0], env, policy_kwargs=kwargs, **options)
     sharpen(model.policy)
     return silent(model)
 
@@ -77,7 +78,7 @@ def sharpen(policy: Any) -> None:
     generator = th.Generator().manual_seed(0)
     for p in policy.parameters():
         if p.ndim > 1 and p.requires_grad:
-            p.data += 0.2 * th.randn(p.shape, generator=generator)
+            p.data += 0.2 * th.randn(p.shape, generator=generator).to(p.device)
 
 
 def act(model: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -87,7 +88,7 @@ def act(model: Any) -> tuple[np.ndarray, np.ndarray]:
     def choose(hidden: th.Tensor, deterministic: bool = False, lengths: th.Tensor | None = None) -> th.Tensor:
         tokens = type(policy).choose(policy, hidden, deterministic, lengths)
         log_prob, _ = policy.token_statistics(hidden, tokens, lengths)
-        seen.append((log_prob.numpy(), policy.value_head(hidden)[:, 0].numpy()))
+        seen.append((log_prob.cpu().numpy(), policy.value_head(hidden)[:, 0].cpu().numpy()))
         return tokens
 
     policy.choose = choose

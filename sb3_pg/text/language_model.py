@@ -31,7 +31,7 @@ from sb3_pg.text.checks import check_fit, check_reading, half_precision
 from sb3_pg.text.decoding import Decoder, Memory
 from sb3_pg.text.ends import Ends, check_tokenizer
 from sb3_pg.text.generation import answers, generated, required_tokenizer, settings_to_save
-from sb3_pg.text.graphs import checkpointing, enable_checkpointing, graph_bytes, release_memory
+from sb3_pg.text.graphs import checkpointing, enable_checkpointing, graph_bytes, graph_room, release_memory
 from sb3_pg.text.kept import KeptTokenizer
 from sb3_pg.text.models import check_options, freeze, make_model, with_adapter
 from sb3_pg.text.prompts import Prompt, are_texts, given_rows, listed_prompts
@@ -45,9 +45,6 @@ from sb3_pg.text.truncation import IMPOSSIBLE, Truncation
 
 #: Tokens of one forward pass. More in a pass are not faster, and their activations would need more memory at once.
 CHUNK_TOKENS = 1 << 13
-
-#: Bytes of activations that are kept for a gradient at once, about, if ``micro_batch_tokens`` is None.
-GRAPH_BYTES = 1 << 31
 
 #: Numbers in the logits of one chunk: 64 MB. With gradients the logits of the other chunks are computed again.
 CHUNK_LOGITS = 1 << 24
@@ -85,7 +82,8 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         Takes a fraction of the memory and a third more time
     :param micro_batch_tokens: so many tokens, padding included, are read and differentiated at once, whatever the
         algorithm's ``batch_size``; the gradients are the same. Fewer take less memory, and reading a batch in parts
-        takes a third more time. None takes as many as keep about 2 GB for the gradient
+        takes a third more time. None takes as many as keep about 2 GB for the gradient, on a GPU a quarter of its
+        memory that is free
     :param mask_truncated_completions: leave responses that have reached the greatest length without their end out of
         the loss (DAPO's overlong filtering, Yu et al. 2025, section 3.4); they are still compared with others. False
         learns from them like from any
@@ -494,7 +492,7 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         """Return what a function makes of the hidden states of observations, (n, ...) each, piece by piece.
 
         Each sequence is read once, however many of the observations are parts of it. With gradients, if the graph of
-        all would take more than ``GRAPH_BYTES``, each piece is read again when its gradient is asked for, so that the
+        all would take more than ``graph_room``, each piece is read again when its gradient is asked for, so that the
         graph of only one is in memory.
 
         :param observations: as for ``hidden_states``
@@ -533,7 +531,7 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         if self.micro_batch_tokens is not None:
             return self.micro_batch_tokens
         length = rows.n_longest
-        return max(1, int(GRAPH_BYTES * length / graph_bytes(self, lm, length)))
+        return max(1, int(graph_room(self.device) * length / graph_bytes(self, lm, length)))
 
     def precision(self) -> AbstractContextManager[Any]:
         """Compute in half precision in the block if the model is of it."""

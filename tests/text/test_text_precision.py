@@ -9,6 +9,7 @@ from text_models import SHAPES, act, config_of, letters_task, make, sharpen
 from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.text import TextVecEnv
+from sb3_pg.text.graphs import checkpointed_layers, enable_checkpointing
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
 
@@ -66,7 +67,7 @@ def test_the_graph_is_cut_where_it_would_be_too_large(monkeypatch):
     model = make("llama")
     act(model)
     expected, whole = gradients(model)
-    monkeypatch.setattr("sb3_pg.text.language_model.GRAPH_BYTES", whole // 4)
+    monkeypatch.setattr("sb3_pg.text.graphs.GRAPH_BYTES", whole // 4)
     found, parts = gradients(model)
     assert_same(found, expected)
     assert parts < whole / 10
@@ -104,7 +105,7 @@ def test_gradient_checkpointing_has_an_effect_and_no_dropout(shape, lora):
     model = make(shape, task=task, policy_kwargs={"model": config, "lora": lora})
     act(model)
     expected, whole = gradients(model)
-    model.policy.lm.activation_checkpointing_enable()
+    enable_checkpointing(model.policy.lm)
     found, less = gradients(model)
     assert_same(found, expected)
     assert less < whole / 2
@@ -112,7 +113,7 @@ def test_gradient_checkpointing_has_an_effect_and_no_dropout(shape, lora):
     log_probs, _ = act(model)  # with a cache
     np.testing.assert_allclose(log_probs, model.rollout_buffer.log_probs[:13], atol=1e-5)
     other = make(shape, policy_kwargs={"gradient_checkpointing": True, "lora": lora})
-    assert other.policy.lm.is_activation_checkpointing
+    assert checkpointed_layers(other.policy.lm)
     other.learn(52)
 
 

@@ -121,7 +121,7 @@ class RecurrentEngine(SequenceEngine, AutogradEngine):
         """
         assert batch.sequences is not None and batch.memory is not None
         packing = packed(batch.sequences)
-        before: Any = tuple(self.asarray(x[:, packing.numbers]) for x in batch.memory[which])
+        before: Any = tuple(self.asarray(x[:, packing.numbers]).contiguous() for x in batch.memory[which])  # for cuDNN
         # cuDNN differentiates only what was computed in training mode, and not twice.
         of_torch = th.is_grad_enabled() and lstm.weight_hh_l0.is_cuda and not lstm.training
         with th.backends.cudnn.flags(enabled=False) if of_torch else nullcontext():
