@@ -32,7 +32,7 @@ STAMP := $(VENV)/.installed-$(EXTRAS)
 SOURCES := sb3_pg tests benchmarks docs
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint type docs dist format clean install pictures
+.PHONY: help run test lint type suite docs dist format clean install pictures
 .PHONY: benchmark-speed benchmark-learning benchmark-report benchmark-text
 
 help:  ## list the targets and variables
@@ -45,7 +45,10 @@ run: $(STAMP)  ## train, evaluate, save, load and draw (about a minute)
 		$(if $(WORKERS),--workers $(WORKERS)) $(if $(TIMESTEPS),--timesteps $(TIMESTEPS)) $(if $(N_ENVS),--n-envs $(N_ENVS)) $(if $(OUT),--out $(OUT)) \
 		$(if $(RESUME),--resume)
 
-test: lint type  ## lint, types and tests
+test: lint  ## lint, types and tests
+	$(MAKE) -j2 type suite
+
+suite: $(STAMP)  ## the tests alone
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope
 
 lint: $(STAMP)  ## ruff: rules and format

@@ -276,7 +276,12 @@ def test_those_at_rest_after_a_stop_string_are_over_for_the_policy():
     assert log["text/response_length"] == pytest.approx(lengths.mean())
     last = model.rollout_buffer.actions[lengths - 1, np.arange(16), 0]
     stops = task.tokenizer.convert_tokens_to_ids(list("gh"))
-    assert log["text/ended"] == pytest.approx(np.mean((last == 1) | (lengths < 6)))
+    texts = [
+        task.tokenizer.decode(x[:n, 0])
+        for x, n in zip(model.rollout_buffer.actions.swapaxes(0, 1), lengths, strict=True)
+    ]
+    stopped = [any(stop in text for stop in task.stop_strings) for text in texts]
+    assert log["text/ended"] == pytest.approx(np.mean((last == 1) | stopped))
     assert np.isin(last, stops).any() and (lengths == 6).any()
 
 
