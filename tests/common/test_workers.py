@@ -57,7 +57,9 @@ def folder(tmp_path_factory: Any) -> Path:
 def found(request: Any, folder: Path) -> dict[str, np.ndarray]:
     """What several workers have found in all cases."""
     file = folder / f"{request.param}.npz"
-    codes, out, errors = forked_workers(request.param, FOLDER / "together.py", str(file), str(folder / str(request.param)))
+    codes, out, errors = forked_workers(
+        request.param, FOLDER / "together.py", str(file), str(folder / str(request.param))
+    )
     assert codes == {0}, errors
     assert out.count("left") == request.param, out  # before the process ended, which gloo's threads would kill
     return dict(np.load(file))

@@ -1,6 +1,6 @@
 """What several workers compute, and one worker with all of their environments: run by ``test_workers``.
 
-``python -m torch.distributed.run --nproc-per-node 2 together.py FILE`` writes what each case finds to FILE.
+``torchrun --nproc-per-node 2 together.py FILE FOLDER`` writes what each case finds to FILE.
 """
 
 import atexit
