@@ -206,8 +206,9 @@ class Evaluate(BaseCallback):
         self.clocks -= now()
 
 
-def train(run: Run, settings: dict[str, Any] | None = None, evaluations: int = EVALUATIONS) -> list[list[float]]:
-    """Train one side with rl-zoo's code for models and environments; a row for each evaluation.
+@contextlib.contextmanager
+def experiment(run: Run, settings: dict[str, Any] | None = None) -> Iterator[tuple[Any, VecEnv]]:
+    """A model of one side by rl-zoo's code for models and environments, and environments for evaluation.
 
     :param settings: others than those of the configuration file
     """
@@ -223,7 +224,7 @@ def train(run: Run, settings: dict[str, Any] | None = None, evaluations: int = E
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         config = Path(folder) / "settings.yml"
         config.write_text(yaml.safe_dump({run.task: settings or settings_of(run.side, run.task)}))
-        experiment = ExperimentManager(
+        manager = ExperimentManager(
             argparse.Namespace(),
             run.side,
             run.task,
@@ -235,11 +236,23 @@ def train(run: Run, settings: dict[str, Any] | None = None, evaluations: int = E
             device="cpu",
             config=None if run.side in PEERS and settings is None else str(config),
         )
-        model, _ = experiment.setup_experiment()
-        evaluate = Evaluate(experiment.create_envs(EPISODES, eval_env=True), run.seed, run.total_steps, evaluations)
-        model.learn(run.total_steps, callback=evaluate)
-        for env in (model.get_env(), evaluate.env):
+        model, _ = manager.setup_experiment()
+        env = manager.create_envs(EPISODES, eval_env=True)
+        try:
+            yield model, env
+        finally:
+            model.get_env().close()
             env.close()
+
+
+def train(run: Run, settings: dict[str, Any] | None = None, evaluations: int = EVALUATIONS) -> list[list[float]]:
+    """Train one side; a row for each evaluation.
+
+    :param settings: others than those of the configuration file
+    """
+    with experiment(run, settings) as (model, env):
+        evaluate = Evaluate(env, run.seed, run.total_steps, evaluations)
+        model.learn(run.total_steps, callback=evaluate)
     return evaluate.rows
 
 

@@ -194,3 +194,25 @@ def test_vectorised_environments_are_timed_and_reported(tmp_path):
     assert [len(rates["wall"]) for row in rows.values() for rates in row.values()] == [2] * 3
     ours, peer = (statistics.median(rates["wall"]) for rates in list(next(iter(rows.values())).values())[:2])
     assert f"| ours | {ours:,.0f} (" in table and f"| SB3's | {peer:,.0f} (" in table
+
+
+def test_a_budget_of_seconds_is_so_many_steps(module):
+    """What is compiled in the first rollout counts once."""
+    budget = importlib.import_module("budget")
+    pace = budget.Pace(1.0)
+    pace.steps, pace.clock = [0, 100, 200, 300], [0.0, 5.0, 6.0, 7.0]
+    assert pace.steps_in(60) == 100 + 55 * 100
+    assert not pace._on_step()
+    pace.clock[-1] = 0.9
+    assert pace._on_step()
+
+
+def test_report_of_a_budget(module, tmp_path):
+    budget = importlib.import_module("budget")
+    known = {"machine": "a machine", "Hopper-v5 trpo 60": 4000, "Hopper-v5 ppo 60": 5000}
+    known |= {f"Hopper-v5 trpo 60 {seed}": {"mean": 10.0 * seed, "cpu_s": 59.0 + seed} for seed in range(5)}
+    known |= {f"Hopper-v5 ppo 60 {seed}": {"mean": 1.0, "cpu_s": 60.0} for seed in range(4)}
+    (tmp_path / "budget.json").write_text(json.dumps(known))
+    budget.report(tmp_path / "budget.json")
+    rows = (tmp_path / "budget.md").read_text().splitlines()[8:]
+    assert rows == ["| Hopper-v5 | 60 | TRPO | 4,000 | 61 | 20.0 | 0.0, 10.0, 20.0, 30.0, 40.0 |"]  # not four seeds

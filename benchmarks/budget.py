@@ -1,0 +1,174 @@
+"""What is learned in 60 seconds and in 10 minutes on one core, by ours and by the peers, each with its zoo settings.
+
+    python benchmarks/budget.py                                  # everything, five seeds: two days; resumable
+    python benchmarks/budget.py --seconds 60 --tasks Hopper-v5   # an hour; two of these side by side take two cores
+    python benchmarks/budget.py --report                         # the table again from the data
+
+A short run finds how many steps a side makes in the time, what it compiles first included. Then each seed trains for so
+many steps, by which schedules end, and plays 20 episodes with deterministic actions, as in learning.py, which has the
+settings too. The clock is that of the processor, on one core and one thread, so that other work does not count. sbx's
+PPO has the settings of SB3's. Writes learning/budget.json and learning/budget.md.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__" and os.environ.get("OMP_NUM_THREADS") != "1":
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+import learning
+import numpy as np
+import torch as th
+from filelock import FileLock
+from speed import machine
+from stable_baselines3.common.callbacks import BaseCallback
+
+#: Every side, as the data names it and as the report does.
+SIDES = {side: name for side, name in learning.SIDES.items() if side != "sb3_a2c"} | {"sbx_ppo": "sbx PPO"}
+TASKS = ("HalfCheetah-v5", "Hopper-v5")
+SECONDS = (60, 600)
+SEEDS = 5
+PROBE_SEED = 99
+
+
+class Pace(BaseCallback):
+    """Notes steps and CPU seconds at the start of each rollout; stops after so many seconds and three rollouts."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.steps, self.clock = list[int](), list[float]()
+
+    def _on_training_start(self) -> None:
+        self.start = time.process_time()
+
+    def _on_rollout_start(self) -> None:
+        self.steps.append(self.num_timesteps)
+        self.clock.append(time.process_time() - self.start)
+
+    def _on_step(self) -> bool:
+        return len(self.clock) <= 3 or self.clock[-1] < self.seconds
+
+    def steps_in(self, seconds: float) -> int:
+        """Return how many steps there are in so many seconds; the first rollout compiles."""
+        rate = (self.steps[-1] - self.steps[1]) / (self.clock[-1] - self.clock[1])
+        return max(1, self.steps[1] + int((seconds - self.clock[1]) * rate))
+
+
+def settings_of(side: str, task: str) -> dict[str, Any]:
+    return learning.settings_of("sb3_ppo" if side == "sbx_ppo" else side, task)
+
+
+def prepare(side: str) -> None:
+    """Compute on one thread; let the zoo know sbx's PPO, with the activation functions of its own framework."""
+    th.set_num_threads(1)
+    if side != "sbx_ppo":
+        return
+    import sbx
+    from flax import linen
+    from rl_zoo3 import ALGOS
+
+    class PPO(sbx.PPO):
+        def __init__(self, *args: Any, policy_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+            own = dict(policy_kwargs or {})
+            if own.get("activation_fn") is th.nn.ReLU:
+                own["activation_fn"] = linen.relu
+            super().__init__(*args, policy_kwargs=own, **kwargs)
+
+    ALGOS["sbx_ppo"] = PPO
+
+
+def steps_in(side: str, task: str, seconds: int) -> int:
+    """Return how many steps a side makes in the time."""
+    prepare(side)
+    with learning.experiment(learning.Run(side, task, PROBE_SEED, 10**9, ""), settings_of(side, task)) as (model, _):
+        pace = Pace(seconds / 8)
+        model.learn(10**9, callback=pace)
+    return pace.steps_in(seconds)
+
+
+def train(side: str, task: str, seed: int, steps: int) -> dict[str, float]:
+    """Return what a run has found."""
+    prepare(side)
+    run = learning.Run(side, task, seed, steps, "")
+    (row,) = learning.train(run, settings_of(side, task), evaluations=1)
+    return dict(zip(learning.COLUMNS[5:], row, strict=True))
+
+
+def kept(path: Path, name: str, find: Callable[[], Any]) -> Any:
+    """Return what the file holds by a name, or find it and add it to the file, which others may add to too."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if name not in known:
+        found = find()
+        with FileLock(f"{path}.lock"):
+            known = json.loads(path.read_text()) if path.exists() else {}
+            known |= {name: found, "machine": machine()}
+            path.write_text(json.dumps(known, indent=1))
+    return known[name]
+
+
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function where nothing has been compiled before."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def do_runs(path: Path, args: argparse.Namespace) -> None:
+    for seconds in args.seconds:
+        for seed in range(SEEDS):
+            for task in args.tasks:
+                for side in args.sides:
+                    budget = f"{task} {side} {seconds}"
+                    steps = kept(path, budget, partial(in_a_process, steps_in, side, task, seconds))
+                    found = kept(path, f"{budget} {seed}", partial(in_a_process, train, side, task, seed, steps))
+                    print(f"{budget} {seed}: {found['mean']:.1f} after {found['cpu_s']:.0f} s", flush=True)
+
+
+def report(path: Path) -> None:
+    known = json.loads(path.read_text())
+    lines = [
+        "# In the same time",
+        "",
+        f"Made by `benchmarks/budget.py` on {known['machine']}; one core and one thread.",
+        "",
+    ]
+    lines += ["Mean return of 20 episodes with deterministic actions after training, of each seed.", ""]
+    lines += ["| task | seconds | side | steps | seconds taken | median | each seed |", "|---|---|---|---|---|---|---|"]
+    for name in (name for name in known if len(name.split()) == 3):
+        task, side, seconds = name.split()
+        runs = [known[f"{name} {seed}"] for seed in range(SEEDS) if f"{name} {seed}" in known]
+        if len(runs) < SEEDS:
+            continue
+        scores = [run["mean"] for run in runs]
+        taken = statistics.median(run["cpu_s"] for run in runs)
+        cells = [task, seconds, SIDES[side], f"{known[name]:,}", f"{taken:.0f}", learning.number(np.median(scores))]
+        lines.append("| " + " | ".join([*cells, ", ".join(map(learning.number, scores))]) + " |")
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=learning.TASKS, default=TASKS, metavar="TASK")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), metavar="SIDE", help=", ".join(SIDES))
+    parser.add_argument("--seconds", nargs="+", type=learning.positive, default=SECONDS)
+    parser.add_argument("--folder", type=Path, default=learning.HERE, help="where the results are")
+    parser.add_argument("--report", action="store_true", help="only write the table again")
+    args = parser.parse_args()
+    path = args.folder / "budget.json"
+    if not args.report:
+        do_runs(path, args)
+    report(path)
+
+
+if __name__ == "__main__":
+    main()
