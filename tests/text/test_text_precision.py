@@ -5,11 +5,12 @@ import pytest
 import torch as th
 from conftest import pairs, silent
 from text_models import SHAPES, act, config_of, letters_task, make, sharpen
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.text import TextVecEnv
-from sb3_pg.text.graphs import checkpointed_layers, enable_checkpointing
+from sb3_pg.text.graphs import GRAPH_BYTES, checkpointed_layers, enable_checkpointing, graph_room
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
 
@@ -94,6 +95,38 @@ def test_an_update_in_parts_is_the_same_update(algorithm):
     moved = max(float(x.abs().max()) for x in found[0])
     for x, y in zip(*found, strict=True):
         np.testing.assert_allclose(x, y, atol=0.01 * moved)
+
+
+def test_a_gpu_gives_a_quarter_of_what_is_free(monkeypatch):
+    """What torch has reserved and does not use is free too."""
+    found = {"mem_get_info": (600, 1000), "memory_reserved": 300, "memory_allocated": 100}
+    for name, value in found.items():
+        monkeypatch.setattr(th.cuda, name, lambda _, value=value: value)
+    assert graph_room(th.device("cuda", 0)) == 200
+    assert graph_room(th.device("cpu")) == GRAPH_BYTES
+
+
+class Layer(GradientCheckpointingLayer):
+    """It only has to be one."""
+
+
+class OldModel(th.nn.Module):
+    """What transformers before 5.23 has."""
+
+    supports_gradient_checkpointing = True
+
+    def __init__(self):
+        super().__init__()
+        self.layer = Layer()
+
+    def gradient_checkpointing_enable(self):
+        self.layer.gradient_checkpointing = True
+
+
+def test_gradient_checkpointing_by_its_former_name():
+    model = OldModel()
+    enable_checkpointing(model)
+    assert checkpointed_layers(model) == [model.layer]
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 2}], ids=["full", "lora"])

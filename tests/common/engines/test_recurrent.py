@@ -402,3 +402,12 @@ def test_a_policy_that_a_callback_puts_in_goes_on_with_what_was_remembered(engin
             *_, states = policy(x, states, starts)
             np.testing.assert_allclose(columns["values"][t], v.flatten(), atol=1e-5)
             np.testing.assert_allclose(columns["log_probs"][t], log_prob, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["MlpLstmPolicy", "MlpGruPolicy"])
+def test_what_is_remembered_lies_as_cudnn_wants_it(policy):
+    """Else "rnn: hx is not contiguous", on a GPU alone."""
+    model, seen = make(PPO, policy, n_envs=3, kind="two layers", engine="autograd"), []
+    model.policy.lstm_actor.register_forward_pre_hook(lambda _, given: seen.extend(x.is_contiguous() for x in given[1]))
+    model.learn(1)
+    assert seen and all(seen)
