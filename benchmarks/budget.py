@@ -12,7 +12,6 @@ PPO has the settings of SB3's. Writes learning/budget.json and learning/budget.m
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import sys
@@ -30,6 +29,7 @@ import learning
 import numpy as np
 import torch as th
 from filelock import FileLock
+from processes import in_a_process
 from speed import machine
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -115,12 +115,6 @@ def kept(path: Path, name: str, find: Callable[[], Any]) -> Any:
             known |= {name: found, "machine": machine()}
             path.write_text(json.dumps(known, indent=1))
     return known[name]
-
-
-def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function where nothing has been compiled before."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
 
 
 def do_runs(path: Path, args: argparse.Namespace) -> None:

@@ -15,7 +15,6 @@ sentiment, a few settings are compared there by GRPO.
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import resource
@@ -33,6 +32,7 @@ if __name__ == "__main__" and os.environ.get("OMP_NUM_THREADS") != "1":
 import numpy as np
 import torch as th
 import transformers
+from processes import in_a_process
 from stable_baselines3.common.logger import Logger
 
 from sb3_pg import PPO
@@ -217,12 +217,6 @@ def update_cost(algo: str, folder: Path) -> dict[str, float]:
     model.train()
     found = {"sequences": sequences, "forward": sum(forward), "backward": sum(backward)}
     return {**found, "epochs": getattr(model, "n_epochs", 1), "loaded_mb": loaded, "peak_mb": peak_memory()}
-
-
-def in_a_process(function: Callable[..., Any], *arguments: Any, start_method: str = "spawn") -> Any:
-    """Of its own, so that peaks of memory are told apart; "fork" spares it the imports."""
-    with multiprocessing.get_context(start_method).Pool(1) as pool:
-        return pool.apply(function, arguments)
 
 
 # ----------------------------------------------------------------------- report

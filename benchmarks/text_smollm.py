@@ -21,11 +21,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from text import OUT, before_and_after, command_line, in_a_process, peak_memory  # first, since it pins the threads
+from text import OUT, before_and_after, command_line, peak_memory  # first, since it pins the threads
 
 # isort: split
 import torch as th
 import transformers
+from processes import in_a_process
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 

@@ -35,7 +35,6 @@ from text import (  # first, since it pins the threads
     PRETRAIN_STEPS,
     TASKS,
     evaluate,
-    in_a_process,
     missing_runs,
     peak_memory,
     record,
@@ -45,6 +44,7 @@ from text import (  # first, since it pins the threads
 # isort: split
 import torch as th
 from datasets import Dataset
+from processes import in_a_process
 from scipy import stats
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
@@ -347,6 +347,7 @@ def report(data: dict[str, Any], device: str) -> None:
         lines += ["Seconds of CPU time, the two in turn; a ratio above 1 is faster than TRL.", "", *report_tasks(data)]
     else:
         lines += ["Seconds of wall-clock time, the two in turn; a ratio above 1 is faster than TRL."]
+        lines += ["The first update of a run, which warms the GPU up, does not count."]
     lines += report_lengths(data, device)
     (OUT / f"{PLACES[device].file}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
