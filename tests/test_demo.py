@@ -107,6 +107,8 @@ def test_every_algorithm_has_settings():
         (["--n-envs", "-1"], "n-envs"),
         (["--n-envs", "0"], "n-envs"),
         (["--env", "CartPole-v1", "--n-envs", "1000000000"], "--n-envs 1000000000 cannot share --timesteps 50000"),
+        (["--workers", "0"], "workers"),
+        (["--workers", "10000"], "10000 workers on"),
         (["--seed", "x"], "seed"),
         (["--seed", "4294967296"], "from 0 to 4294967295"),
         (["--colour", "red"], "colour"),

@@ -21,18 +21,33 @@ import numpy as np
 import torch as th
 import torch.distributed as dist
 
+from sb3_pg.common.errors import ArgumentError
+
 T = TypeVar("T")
+
+_MOST_ON_A_CORE = 8
 
 
 class WorkerError(RuntimeError):
     """Another worker has stopped, or has gone another way."""
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def start(n: int, module: str, arguments: list[str]) -> int:
     """Run a module in so many workers on this machine; return the exit code of the first that fails, or 0.
 
     :param arguments: of its command line
+    :raises ArgumentError: far more workers than cores, which would fill the memory before they learn anything
     """
+    if n > (most := _MOST_ON_A_CORE * cores()):
+        raise ArgumentError(
+            f"{n} workers on {cores()} core(s) only get into each other's way, and each takes some 200 MB: ask for at "
+            f"most {most}, best for one on each core"
+        )
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -76,9 +91,9 @@ def _keep_out_of_the_others_way() -> None:
     core, each keeps to its own: its threads then run while it waits for the message, and not on another's core.
     """
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) == int(os.environ.get("LOCAL_WORLD_SIZE", "0")):
-        os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"])]})
+    own = sorted(os.sched_getaffinity(0))
+    if len(own) == int(os.environ.get("LOCAL_WORLD_SIZE", "0")):
+        os.sched_setaffinity(0, {own[int(os.environ["LOCAL_RANK"])]})
 
 
 def size() -> int:

@@ -205,7 +205,7 @@ def explain(error: Exception) -> str | None:
 def distributed(options: list[str]) -> tuple[int, list[str]]:
     """Return the number of workers that ``--distributed`` asks for, 0 without it, and the other options.
 
-    Without a number it is that of the processor's cores.
+    Without a number it is that of the cores that may be used.
 
     :raises ArgumentError: a number that cannot be
     """
@@ -214,7 +214,7 @@ def distributed(options: list[str]) -> tuple[int, list[str]]:
     place = options.index(DISTRIBUTED)
     number = options[place + 1 : place + 2]
     if not number or not re.fullmatch(r"[+-]?[\d.]+", number[0]):
-        return os.cpu_count() or 1, options[:place] + options[place + 1 :]
+        return workers.cores(), options[:place] + options[place + 1 :]
     try:
         return whole(number[0], low=1), options[:place] + options[place + 2 :]
     except argparse.ArgumentTypeError as error:

@@ -65,6 +65,7 @@ from sb3_pg.zoo.__main__ import COMMANDS, add_checked, do_without_screen, explai
         ("train --n-eval-envs 0", "--n-eval-envs"),
         ("train --distributed 0", "--distributed: must be a whole number >= 1, not '0'"),
         ("train --distributed -2", "--distributed: must be a whole number >= 1, not '-2'"),
+        ("train --distributed 10000", "10000 workers on"),
         ("enjoy --env CartPole-v1 -n 0", "--n-timesteps"),
         ("trian", "Did you mean 'train'?"),
         ("all_plots -a ppo", "needs -a, -e and -f"),
