@@ -14,6 +14,8 @@ from sb3_pg.trpo.figures import TRPOFigures
 TABLES = {
     "speed": ("speed/table.md", "make benchmark-speed"),
     "learning": ("learning/table.md", "make benchmark-learning` and `make benchmark-report"),
+    "budget": ("learning/budget.md", "python benchmarks/budget.py"),
+    "atari": ("learning/atari.md", "python benchmarks/atari.py"),
     "memory": ("memory/table.md", "benchmarks/memory.py"),
     "workers": ("workers/table.md", "benchmarks/workers.py"),
     "vectorised": ("vectorised/table.md", "benchmarks/vectorised.py"),

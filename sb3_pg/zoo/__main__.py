@@ -29,7 +29,7 @@ from sb3_pg.common import workers
 from sb3_pg.common.errors import ArgumentError, NonFiniteError, did_you_mean
 from sb3_pg.common.interrupts import Interrupted
 from sb3_pg.zoo import register
-from sb3_pg.zoo.vec_envs import POOL, VEC_ENVS
+from sb3_pg.zoo.vec_envs import POOL, VEC_ENVS, make_known
 
 PROGRAM = "python -m sb3_pg.zoo"
 
@@ -118,6 +118,19 @@ def check_runs(command: str, options: list[str]) -> None:
         )
 
 
+def make_pools_known(options: list[str]) -> None:
+    """Let rl-zoo find a task that EnvPool alone has, if it is asked for there.
+
+    :raises ImportError: EnvPool is not installed
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--env", default="")
+    parser.add_argument("--vec-env")
+    asked, _ = parser.parse_known_args(options)
+    if asked.vec_env == POOL and asked.env:
+        make_known(asked.env)
+
+
 def has_screen() -> bool:
     """Return whether windows can be opened; anywhere but on Linux one can only try."""
     return not sys.platform.startswith("linux") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
@@ -146,6 +159,7 @@ def run(command: str, options: list[str]) -> None:
         options = do_without_screen(command, options)
     if command in DRAWN and not {"-h", "--help"} & {*options}:
         check_runs(command, options)
+    make_pools_known(options)
     register()
     from sb3_pg.zoo.files import replaced, running_no_settings, trusting_files  # after the extra was asked for
 

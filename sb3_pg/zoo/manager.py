@@ -26,7 +26,7 @@ from sb3_pg.common.interrupts import interrupts_after_steps, saved_when_interrup
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
 from sb3_pg.common.vec_env import DummyVecEnv
 from sb3_pg.zoo.settings import CONFIGS
-from sb3_pg.zoo.vec_envs import POOL, VEC_ENVS, pool
+from sb3_pg.zoo.vec_envs import AS_WRAPPED, ATARI_WRAPPER, OF_WRAPPED_GAMES, POOL, VEC_ENVS, make_known, pool
 
 #: Keys of a configuration that rl_zoo3 takes for itself; all others are arguments of the algorithm.
 ZOO_KEYS = (
@@ -99,11 +99,13 @@ class ExperimentManager(exp_manager.ExperimentManager):
     :raises ArgumentError: a configuration that cannot work
     """
 
-    def __init__(self, args: Any, algo: str, *more: Any, **options: Any) -> None:
+    def __init__(self, args: Any, algo: str, env_id: str, *more: Any, **options: Any) -> None:
         self.vec_env_type = vec_env_type = options.get("vec_env_type", "dummy")
+        if vec_env_type == POOL:
+            make_known(env_id)
         if vec_env_type not in ("dummy", "subproc"):
             options["vec_env_type"] = "dummy"  # rl_zoo3 knows no other
-        super().__init__(args, algo, *more, **options)
+        super().__init__(args, algo, env_id, *more, **options)
         if workers.rank():  # the first worker's files are those of the run
             self._folder = tempfile.TemporaryDirectory()
             self.save_path = self.params_path = self._folder.name
@@ -161,7 +163,12 @@ class ExperimentManager(exp_manager.ExperimentManager):
             hyperparams = {key: read_number(value) for key, value in hyperparams.items()}
         check_number("n_timesteps", hyperparams["n_timesteps"], low=1)
         check_count("n_envs", hyperparams.get("n_envs", 1))
+        pools_game = self.vec_env_type == POOL and hyperparams.get("env_wrapper") == ATARI_WRAPPER
+        if pools_game:
+            hyperparams = {key: value for key, value in hyperparams.items() if key not in OF_WRAPPED_GAMES}
         processed = super()._preprocess_hyperparams(hyperparams)
+        if pools_game:
+            self.env_kwargs, self.eval_env_kwargs = AS_WRAPPED | self.env_kwargs, AS_WRAPPED | self.eval_env_kwargs
         for key in processed[0] if self.is_ours else ():
             self._check_key(key, where)
         return processed

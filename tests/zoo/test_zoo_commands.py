@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common import vec_env as sb3
+from stable_baselines3.common.policies import ActorCriticCnnPolicy
 from tiny_models import weights
 from zoo_tools import ALGORITHMS, ROOT, constructor, python
 
@@ -144,6 +145,25 @@ def test_environments_of_envpool(small, tmp_path, capsys):
     assert main(["train", *options, "--eval-freq", "200", "--eval-episodes", "2", "--vec-env", "envpool"]) == 0
     lines = (tmp_path / "ppo" / "Pendulum-v1_1" / "0.monitor.csv").read_text().splitlines()
     assert [line.split(",")[1] for line in lines[2:]] == ["200"] * 2  # each environment made 256 steps
+
+
+def test_a_game_that_envpool_alone_has(tmp_path, monkeypatch):
+    """It has the settings of Atari games without their wrapper, whose work EnvPool does, and any seed."""
+    pytest.importorskip("envpool")
+    options = ["--vec-env", "envpool", "--seed", "4294967295", "-params", "n_envs:2"]
+    model = constructor(tmp_path, monkeypatch)("ppo", "Breakout-v5", *options)
+    assert isinstance(model.policy, ActorCriticCnnPolicy)
+    assert (model.n_envs, model.batch_size, model.observation_space.shape) == (2, 256, (4, 84, 84))
+    env, lives, rewards, found = model.env, 0, 0.0, set()
+    env.reset()
+    while not found & {"episode"} or not lives:
+        _, reward, dones, infos = env.step(np.array([env.action_space.sample(), 0]))
+        rewards, lives = rewards + reward[0], lives + dones[0]
+        found |= infos[0].keys()
+    assert lives == 5
+    env.close()
+    (row,) = (tmp_path / "ppo" / "Breakout-v5_1" / "0.monitor.csv").read_text().splitlines()[2:]
+    assert float(row.split(",")[0]) == rewards
 
 
 @pytest.mark.skipif(importlib.util.find_spec("envpool") is not None, reason="EnvPool is installed")

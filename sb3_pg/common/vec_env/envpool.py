@@ -32,6 +32,11 @@ class EnvPool(Protocol):
         """Return their pictures, (n, height, width, 3)."""
 
 
+def seed_for_pool(seed: int) -> int:
+    """Return a seed that EnvPool takes, which are those of 31 bits."""
+    return seed % 2**31
+
+
 class EnvPoolVecEnv(GymnasiumVecEnv):
     """A VecEnv around ``envpool.make(..., env_type="gymnasium")``.
 
@@ -58,10 +63,10 @@ class EnvPoolVecEnv(GymnasiumVecEnv):
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         """Warn if the environments were made with another seed, for EnvPool cannot change it."""
         made_with = self._pool.config["seed"]
-        if seed is not None and seed != made_with:
+        if seed is not None and seed_for_pool(seed) != made_with:
             warnings.warn(
                 f"EnvPool's environments keep the seed that they were made with, {made_with}. For {seed} make them "
-                f"with envpool.make(..., seed={seed}).",
+                f"with envpool.make(..., seed={seed_for_pool(seed)}).",
                 stacklevel=2,
             )
         return [made_with + i for i in range(self.num_envs)]

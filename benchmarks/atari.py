@@ -1,0 +1,146 @@
+"""Pong from its pixels, in EnvPool's environments, by ours with their zoo settings for Atari.
+
+    python benchmarks/atari.py                          # PPO, five seeds: an hour and more each; resumable
+    python benchmarks/atari.py --algos trpo --seeds 1
+    python benchmarks/atari.py --report                 # the table again from the data
+
+Needs EnvPool. A run is one process with one thread. While it trains it notes the mean return of the last 100 episodes
+of training, whose actions are drawn from the policy; afterwards 20 episodes are played with deterministic actions. A
+game goes to 21 points: -21 is to lose all, 0 as good as the opponent. Writes learning/atari.json and learning/atari.md.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__" and os.environ.get("OMP_NUM_THREADS") != "1":
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+import learning
+import numpy as np
+import torch as th
+from filelock import FileLock
+from processes import in_a_process
+from speed import machine
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from sb3_pg.zoo import register
+
+TASK = "Pong-v5"
+STEPS = 2_000_000
+SEEDS = 5
+POINTS = 20  # of a curve
+EPISODES = 20
+
+
+class Curve(BaseCallback):
+    """Notes steps, CPU seconds and the mean return of the last episodes of training, at equal intervals."""
+
+    def __init__(self, total_steps: int) -> None:
+        super().__init__()
+        self.interval = total_steps / POINTS
+        self.rows: list[list[float]] = []
+
+    def _on_training_start(self) -> None:
+        self.start = time.process_time()
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps >= (len(self.rows) + 1) * self.interval:
+            returns = [episode["r"] for episode in self.model.ep_info_buffer or ()]
+            score = round(float(np.mean(returns)), 2) if returns else float("nan")
+            self.rows.append([self.num_timesteps, round(time.process_time() - self.start, 1), score])
+        return True
+
+
+def train(algo: str, seed: int, steps: int) -> dict[str, Any]:
+    """Return the curve of a run, and the returns afterwards."""
+    th.set_num_threads(1)
+    register()
+    from sb3_pg.zoo.manager import ExperimentManager
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        manager = ExperimentManager(
+            argparse.Namespace(),
+            algo,
+            TASK,
+            folder,
+            n_timesteps=steps,
+            eval_freq=-1,
+            seed=seed,
+            verbose=0,
+            device="cpu",
+            vec_env_type="envpool",
+            env_kwargs={"num_threads": 1},
+            eval_env_kwargs={"num_threads": 1},
+        )
+        made = manager.setup_experiment()
+        assert made is not None
+        model = made[0]
+        curve = Curve(steps)
+        model.learn(steps, callback=curve)
+        manager.seed = learning.EVALUATION_SEED * (1 + seed)
+        env = manager.create_envs(EPISODES, eval_env=True)
+        returns, _ = evaluate_policy(model, env, EPISODES, return_episode_rewards=True)
+    return {"curve": curve.rows, "returns": np.array(returns, float).tolist()}
+
+
+def report(path: Path) -> None:
+    known = json.loads(path.read_text())
+    lines = ["# Pong", "", f"Made by `benchmarks/atari.py` on {known.pop('machine')}; one core and one thread.", ""]
+    lines += [
+        "- As good as the opponent: steps until the mean return of the last 100 episodes of training is above 0.",
+        "- Last episodes: their mean return at the end of training, with actions drawn from the policy.",
+        f"- Played after training: the mean return of {EPISODES} episodes with deterministic actions, and the least.",
+        "",
+        "| side | seed | steps | CPU hours | as good as the opponent | last episodes | played after training |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, found in sorted(known.items()):
+        algo, seed, _ = name.split()
+        steps, seconds, score = found["curve"][-1]
+        even = next((f"{int(step):,}" for step, _, mean in found["curve"] if mean > 0), "never")
+        played = f"{np.mean(found['returns']):.1f}, {min(found['returns']):.0f}"
+        cells = [learning.SIDES[algo], seed, f"{int(steps):,}", f"{seconds / 3600:.1f}", even, f"{score:.1f}", played]
+        lines.append("| " + " | ".join(cells) + " |")
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def do_runs(path: Path, args: argparse.Namespace) -> None:
+    for seed in range(args.seeds):
+        for algo in args.algos:
+            name = f"{algo} {seed} {args.steps}"
+            known = json.loads(path.read_text()) if path.exists() else {}
+            if name in known:
+                continue
+            found = in_a_process(train, algo, seed, args.steps)
+            with FileLock(f"{path}.lock"):
+                known = json.loads(path.read_text()) if path.exists() else {}
+                path.write_text(json.dumps(known | {name: found, "machine": machine()}, indent=1))
+            print(f"{name}: {np.mean(found['returns']):.1f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--algos", nargs="+", choices=learning.PEERS, default=["ppo"], metavar="ALGO")
+    parser.add_argument("--seeds", type=learning.positive, default=SEEDS)
+    parser.add_argument("--steps", type=learning.positive, default=STEPS)
+    parser.add_argument("--folder", type=Path, default=learning.HERE, help="where the results are")
+    parser.add_argument("--report", action="store_true", help="only write the table again")
+    args = parser.parse_args()
+    path = args.folder / "atari.json"
+    if not args.report:
+        do_runs(path, args)
+    report(path)
+
+
+if __name__ == "__main__":
+    main()
