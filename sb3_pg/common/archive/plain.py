@@ -9,6 +9,7 @@ import copy
 import enum
 import hashlib
 import random
+import sys
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -28,6 +29,9 @@ Plain: TypeAlias = Any  # recursive, which annotations cannot say
 
 #: Larger arrays are taken for data that do not change: their fingerprint is written in their place.
 LARGEST_ARRAY = 1 << 20
+
+#: The same of wrappers around all environments, some of which hold many frames of each.
+LARGEST_OF_ALL = 1 << 28
 
 #: An environment with more than so many numbers, texts and containers is not written down.
 LARGEST_STATE = 50_000
@@ -122,11 +126,14 @@ def value(data: Plain) -> Any:
 class Writer:
     """Turns values into plain data; what occurs several times is written once.
 
-    :param copies: write arrays without what other array's memory they look at
+    :param copies: write arrays without what other array's memory they look at, and all of them, however large: nobody
+        else has them
+    :param largest: bytes of an array that is written
     """
 
-    def __init__(self, copies: bool = False) -> None:
+    def __init__(self, copies: bool = False, largest: int = LARGEST_ARRAY) -> None:
         self._copies = copies
+        self._largest = sys.maxsize if copies else largest
         self._seen: dict[int, int] = {}
         self._kept: list[Any] = []  # so that no other object gets the identity of one that is seen
         self._n = 0
@@ -134,7 +141,7 @@ class Writer:
 
     def __call__(self, x: Any, where: str) -> Plain:
         self._n += 1
-        if self._n > LARGEST_STATE:
+        if self._n > LARGEST_STATE and not self._copies:
             raise UnstorableError(f"{where}: there is too much of it")
         if x is None or type(x) in (bool, str, bytes, float):
             return x
@@ -184,20 +191,21 @@ class Writer:
     def _array(self, x: np.ndarray, where: str) -> dict[str, Plain]:
         if x.dtype.hasobject:
             raise UnstorableError(f"{where} is an array of objects")
-        if x.nbytes > LARGEST_ARRAY:
+        if x.nbytes > self._largest:
             return {"is": "fixed", "fingerprint": fingerprint(x)}
         base = x
         while isinstance(base.base, np.ndarray) and not self._copies:
             base = base.base
         if base.base is not None and not self._copies:
             return {"is": "window", "value": x.copy()}
-        if base is not x and base.flags.c_contiguous and base.nbytes <= LARGEST_ARRAY and type(base) is np.ndarray:
+        if base is not x and base.flags.c_contiguous and base.nbytes <= self._largest and type(base) is np.ndarray:
             offset = x.__array_interface__["data"][0] - base.__array_interface__["data"][0]
             shape, strides = list(x.shape), list(x.strides)
             of, dtype = self(base, where), x.dtype.str
             return {"is": "view", "of": of, "dtype": dtype, "offset": offset, "shape": shape, "strides": strides}
-        is_fortran = x.flags.f_contiguous and not x.flags.c_contiguous
-        return {"is": "array", "value": np.array(x, order="C"), "is_fortran": is_fortran}
+        # In the order that they have in memory, by which torch chooses how it convolves images.
+        axes = None if x.flags.c_contiguous else sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
+        return {"is": "array", "value": np.array(x if axes is None else x.transpose(axes), order="C"), "axes": axes}
 
     def _object(self, x: Any, where: str) -> dict[str, Plain]:
         described: dict[str, Plain] = {"class": name_of(x)}
@@ -291,7 +299,8 @@ def _read_items(reader: Reader, data: Plain, there: Any, where: str) -> Any:
 
 
 def _read_array(reader: Reader, data: Plain, there: Any, where: str) -> Any:
-    return np.array(data["value"], order="F" if data["is_fortran"] else "C")
+    axes = data.get("axes")
+    return np.array(data["value"] if axes is None else data["value"].transpose(np.argsort(axes)))
 
 
 def _read_view(reader: Reader, data: Plain, there: Any, where: str) -> Any:

@@ -9,7 +9,16 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 
-from sb3_pg.common.archive.plain import Plain, Stateful, fingerprint, generator_state, plain, set_generator_state, value
+from sb3_pg.common.archive.plain import (
+    Plain,
+    Stateful,
+    UnstorableError,
+    fingerprint,
+    generator_state,
+    plain,
+    set_generator_state,
+    value,
+)
 from sb3_pg.common.archive.simulations import go_on, prepare_reset
 from sb3_pg.common.archive.simulations import state_of as state_of_environments
 from sb3_pg.common.arrays import mapped
@@ -45,7 +54,11 @@ def state_of(model: "Archived") -> dict[str, Plain] | None:
         state.get("environments", {}).pop("simulations", None)
         return state
     if model._rollout is not None and model._is_amid_rollout:
-        state["rollout"] = plain(_described(model._rollout))
+        try:
+            state["rollout"] = plain(_described(model._rollout))
+        except UnstorableError as error:  # in what environments say of their episodes
+            if model.verbose >= 1:
+                print(f"The unfinished rollout is not in the archive: {error}.")
         if model.use_sde:
             state["noise"] = plain(_noise(model))
     return state

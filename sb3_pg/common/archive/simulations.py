@@ -6,7 +6,7 @@ import gymnasium as gym
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper
 
-from sb3_pg.common.archive.plain import Plain, Reader, UnstorableError, Writer, generator_state, name_of
+from sb3_pg.common.archive.plain import LARGEST_OF_ALL, Plain, Reader, UnstorableError, Writer, generator_state, name_of
 from sb3_pg.common.errors import ArgumentError
 
 #: What the usual wrappers remember of an episode. Environments in other processes are asked for it by name.
@@ -83,7 +83,7 @@ def _chain(env: VecEnv) -> list[VecEnv]:
 
 
 def _wrappers(env: VecEnv) -> Plain:
-    writer = Writer()
+    writer = Writer(largest=LARGEST_OF_ALL)
     return [writer(wrapper, type(wrapper).__name__) for wrapper in _chain(env)]
 
 

@@ -219,8 +219,11 @@ def _dtype(call: Call) -> np.dtype[Any]:
     return dtype
 
 
-def _array(buffer: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
-    """Return an array that is as large as its numbers."""
+def _array(buffer: Any, dtype: Any, shape: Any, order: str, axes: Any = None) -> np.ndarray:
+    """Return an array that is as large as its numbers.
+
+    :param order: "C" or "F"; with "K" the numbers are in C's and ``axes`` then come in another order (NumPy 2.4)
+    """
     if not isinstance(dtype, np.dtype) or not isinstance(buffer, bytes | bytearray):
         raise TypeError("an array of what are no numbers")
     shape = tuple(map(int, shape)) if isinstance(shape, tuple | list) else (int(shape),)
@@ -230,7 +233,7 @@ def _array(buffer: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
     if size != len(buffer) or min(shape, default=0) < 0:
         raise ValueError(f"{len(buffer)} bytes for an array of shape {shape} and type {dtype}")
     found: np.ndarray = np.ndarray(shape, dtype, buffer, order="F" if order == "F" else "C")
-    return found.copy(order="K")
+    return (found if axes is None else found.transpose(axes)).copy(order="K")
 
 
 def _array_from_buffer(call: Call) -> np.ndarray:

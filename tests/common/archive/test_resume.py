@@ -1,6 +1,7 @@
 """Learning that goes on from an archive is what it would have been without the break, bit for bit."""
 
 import enum
+import functools
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ from text_models import config_of, letters_task
 from tiny_models import ALL, tiny, weights
 
 from sb3_pg import PPO, REINFORCE, TRPO
-from sb3_pg.common.archive.plain import UnstorableError, plain, value
+from sb3_pg.common.archive.plain import LARGEST_ARRAY, LARGEST_STATE, UnstorableError, plain, value
 from sb3_pg.common.archive.settings import settings_of
 from sb3_pg.common.archive.simulations import go_on, prepare_reset, state_of
 from sb3_pg.common.vec_env import DummyVecEnv, VecNormalize
@@ -79,13 +80,13 @@ def go_on_with(model, total=TOTAL):
     return model.learn(max(total - model.num_timesteps, 0), reset_num_timesteps=False)
 
 
-def run(algorithm, make_env, path, where="step", total=TOTAL, reset=False, **options):
+def run(algorithm, make_env, path, where="step", total=TOTAL, reset=False, at=11, **options):
     """Return the numbers of the uninterrupted run, and those of one that goes on from an archive."""
     model = tiny(algorithm, make_env(0), **options)
     if where == "between":
         model.learn(total // 2).save(path)
     else:
-        model.learn(total, callback=Saving(path, where))
+        model.learn(total, callback=Saving(path, where, at))
         if where == "stop":
             model.save(path)
     if reset:
@@ -615,6 +616,44 @@ def test_checkpoints_amid_rollouts(tmp_path):
         np.testing.assert_array_equal(numbers(model), numbers(go_on_with(resumed)))
 
 
+def images(shape):
+    """An environment whose observations are images, and long enough for a rollout of many bytes."""
+    return of(functools.partial(FakeEnv, spaces.Box(0, 255, shape, np.uint8), spaces.Discrete(2), (-7,)))
+
+
+@pytest.mark.parametrize("where", ["between", "step", "end"])
+@pytest.mark.parametrize("stack", [False, True])
+def test_images_with_their_channels_last(where, stack, tmp_path):
+    """They come to the policy transposed, but not in memory."""
+    make = images((36, 36, 3))
+    wrapped = (lambda seed: sb3.VecFrameStack(make(seed), 2)) if stack else make
+    check(PPO, wrapped, tmp_path / "model.zip", where, policy="CnnPolicy")
+
+
+def test_rollouts_larger_than_what_is_written_of_an_environment(tmp_path):
+    make = of(functools.partial(FakeEnv, spaces.Box(-1.0, 1.0, (9000,))))
+    assert 16 * 2 * 9000 * 4 > LARGEST_ARRAY
+    check(PPO, make, tmp_path / "model.zip", n_steps=32, at=27)
+
+
+def test_an_unfinished_rollout_with_what_cannot_be_written(tmp_path, capsys):
+    env = DummyVecEnv([lambda: Monitor(Telling(), info_keywords=("objects",))])
+    model = tiny(PPO, env, verbose=1)
+    model.learn(TOTAL, callback=Saving(tmp_path / "model.zip", at=8))
+    assert "The unfinished rollout is not in the archive: it['unrecorded']" in capsys.readouterr().out
+    resumed = PPO.load(tmp_path / "model.zip", env=env, trusted=True)  # for the episodes that are noted
+    assert resumed._resume is not None and "rollout" not in resumed._resume
+    go_on_with(resumed)
+
+
+class Telling(FakeEnv):
+    """Says at the end of an episode what is no plain data."""
+
+    def step(self, action):
+        *found, info = super().step(action)
+        return *found, info | {"objects": np.array([None])}
+
+
 def test_set_parameters_drops_the_unfinished_rollout_only(tmp_path):
     path = tmp_path / "model.zip"
     tiny(PPO, CARTPOLE(0)).learn(TOTAL, callback=Saving(path))
@@ -682,6 +721,26 @@ def test_what_is_no_plain_data(x):
 def test_plain_values_come_back(x):
     found = value(plain(x))
     assert found == x and type(found) is type(x)
+
+
+LARGE = [
+    np.arange(LARGEST_ARRAY // 8 + 1.0),
+    np.arange(24.0).reshape(2, 4, 3).transpose(2, 0, 1),
+    np.arange(6.0).reshape(2, 3).T,
+    np.arange(24.0).reshape(2, 4, 3)[:, ::-2],
+]
+
+
+@pytest.mark.parametrize("x", LARGE, ids=lambda x: str(x.shape))
+def test_arrays_come_back_in_the_order_of_their_memory(x):
+    found = value(plain([x]))[0]
+    np.testing.assert_array_equal(found, x)
+    assert np.argsort(found.strides).tolist() == np.argsort(np.abs(x.strides)).tolist()
+
+
+def test_much_comes_back():
+    cuts = [(step, 0, np.array([step])) for step in range(LARGEST_STATE // 2)]
+    assert value(plain(cuts)) == cuts
 
 
 def test_generators_come_back():

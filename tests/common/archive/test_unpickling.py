@@ -80,6 +80,7 @@ ARRAYS = [
     np.int64(-3),
     np.bool_(True),
     np.arange(10)[::2],
+    np.arange(24, dtype=np.uint8).reshape(1, 2, 4, 3).transpose(0, 3, 1, 2),  # of images with their channels last
 ]
 
 
