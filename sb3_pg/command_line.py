@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import reprlib
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,9 @@ import gymnasium as gym
 
 #: NumPy's random generators take no larger one.
 LAST_SEED = 2**32 - 1
+
+#: No number that an option takes has more.
+MOST_DIGITS = 100
 
 #: Packages that come with an extra of ours, and which.
 EXTRAS = {"optuna": "zoo", "rl_zoo3": "zoo", "huggingface_sb3": "zoo", "box2d": "zoo", "moviepy": "zoo"}
@@ -39,9 +43,10 @@ def whole(text: str, low: int = 0, high: int | None = None, besides: int | None 
     """
     if besides is not None and text == str(besides):
         return int(text)
-    if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
+    is_number = text.isdecimal() and len(text) <= MOST_DIGITS
+    if not is_number or int(text) < low or (high is not None and int(text) > high):
         limits = f">= {low}" if high is None else f"from {low} to {high}"
-        raise argparse.ArgumentTypeError(f"must be a whole number {limits}, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number {limits}, not {reprlib.repr(text)}")
     return int(text)
 
 
@@ -59,6 +64,28 @@ def make_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise CommandError(f"cannot write to {folder}: {error.strerror}. Pass another folder by --out.") from None
+
+
+def folder_to_write(text: str) -> str:
+    """Return the folder of an option, which need not be there yet."""
+    if not text:
+        return text
+    there = next(place for place in (Path(text).absolute(), *Path(text).absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write to {text}: {there} is a file")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write to {text}: {error.strerror}") from None
+    return text
+
+
+def file_to_read(text: str) -> str:
+    """Return the file of an option; an empty one stands for none."""
+    if text and not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return text
 
 
 def missing_package(error: ImportError | gym.error.DependencyNotInstalled) -> str:

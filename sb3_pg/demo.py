@@ -95,7 +95,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--timesteps", type=positive, metavar="N", help="environment steps in all; default: about a minute's"
     )
     parser.add_argument("--n-envs", type=positive, metavar="N", help="environments side by side; default: 2 or 4")
-    parser.add_argument("--workers", type=positive, default=1, metavar="N", help="processes that train together")
+    parser.add_argument(
+        "--workers", type=positive, default=1, metavar="N", help="processes that train together, best one for each core"
+    )
     parser.add_argument("--seed", type=seed_number, default=1, metavar="S", help="default: 1")
     parser.add_argument("--trusted", action="store_true", help="when loading, run the code that the files hold")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, up to --timesteps")
@@ -133,6 +135,8 @@ def inspect_environment(env_id: str) -> tuple[str, bool]:
         elif isinstance(error, gym.error.NamespaceNotFound):
             reason += " An id may begin with the module that registers it: ale_py:ALE/Pong-v5."
         raise CommandError(f"cannot make environment {env_id!r}: {reason}") from None
+    except Exception as error:  # in code of the user's
+        raise CommandError(f"cannot make environment {env_id!r}: {type(error).__name__}: {error}") from error
     env.close()
     if isinstance(env.observation_space, spaces.Dict):
         return "MultiInputPolicy", False
@@ -167,11 +171,20 @@ def set_up_again(options: argparse.Namespace, continuous: bool, device: str) -> 
     path = options.out / FILES["model"]
     if not path.exists():
         raise CommandError(f"nothing to resume: there is no {path}")
-    n_envs = options.n_envs or read_archive(path).data["n_envs"]
-    env = make_vec_env(options.env, n_envs=n_envs)
+    archive = read_archive(path)
+    if archive.algorithm != ALGORITHMS[options.algo].archive_name:
+        raise CommandError(f"{path} is of {archive.algorithm}: pass --algo {str(archive.algorithm).lower()}")
+    if continuous != (options.out / FILES["statistics"]).exists():
+        raise CommandError(f"{options.out} is no run of {options.env}: pass the --env that it began with")
+    env = make_vec_env(options.env, n_envs=options.n_envs or archive.data["n_envs"])
     if continuous:
         env = VecNormalize.load(options.out / FILES["statistics"], env, trusted=options.trusted)
-    model = ALGORITHMS[options.algo].load(path, env=env, device=device, trusted=options.trusted)
+    try:
+        model = ALGORITHMS[options.algo].load(path, env=env, device=device, trusted=options.trusted)
+    except ValueError as error:
+        if "spaces do not match" not in str(error):
+            raise
+        raise CommandError(f"{options.out} is no run of {options.env}: pass the --env that it began with") from None
     if model.num_timesteps >= options.timesteps:
         raise CommandError(f"{path} has {model.num_timesteps:,} steps already: pass --timesteps with more")
     return model
@@ -272,11 +285,12 @@ def save(model: PolicyGradientAlgorithm, folder: Path, episodes: list[tuple[int,
 def save_for_later(model: PolicyGradientAlgorithm, options: argparse.Namespace, episodes: Any) -> str:
     """Save an interrupted run; return where, and how to go on."""
     save(model, options.out, episodes)
-    of_workers = f" --workers {options.workers}" if options.workers > 1 else ""
+    others = f" --seed {options.seed}" + " --trusted" * options.trusted
+    others += f" --workers {options.workers}" if options.workers > 1 else ""
     return (
         f"{options.out / FILES['model']} after {model.num_timesteps:,} steps; go on with {PROGRAM} --resume --algo "
         f"{options.algo} --env {options.env} --timesteps {options.timesteps} --out {shlex.quote(str(options.out))}"
-        f"{of_workers}"
+        f"{others}"
     )
 
 

@@ -86,6 +86,22 @@ def test_nothing_to_resume_is_one_line(tmp_path, capsys):
     assert "nothing to resume" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "others, says",
+    [
+        (["--algo", "trpo"], "is of PPO: pass --algo ppo"),
+        (["--env", "Pendulum-v1"], "is no run of Pendulum-v1: pass the --env that it began with"),
+        (["--env", "Acrobot-v1"], "is no run of Acrobot-v1: pass the --env that it began with"),
+    ],
+)
+def test_resuming_another_run_is_one_line(others, says, tmp_path, capsys):
+    run = ["--algo", "ppo", "--env", "CartPole-v1", "--out", str(tmp_path), "--resume"]
+    PPO("MlpPolicy", "CartPole-v1").save(tmp_path / "model.zip")
+    assert main([*run, *others]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
 def test_every_algorithm_has_settings():
     assert set(CONTINUOUS) == set(DISCRETE) == {"reinforce", "trpo", "ppo"}
 
@@ -107,6 +123,7 @@ def test_every_algorithm_has_settings():
         (["--n-envs", "-1"], "n-envs"),
         (["--n-envs", "0"], "n-envs"),
         (["--env", "CartPole-v1", "--n-envs", "1000000000"], "--n-envs 1000000000 cannot share --timesteps 50000"),
+        (["--timesteps", "9" * 5000], "...99"),
         (["--workers", "0"], "workers"),
         (["--workers", "10000"], "10000 workers on"),
         (["--seed", "x"], "seed"),
@@ -124,6 +141,15 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, says, tmp_path, caps
     assert code == 2
     assert says in printed.err and printed.err.count("\n") == 1
     assert printed.out == "" and list(tmp_path.iterdir()) == []
+
+
+def test_an_environment_that_cannot_be_made_is_one_line(monkeypatch, capsys):
+    def fails(name):
+        raise RuntimeError("no such level")
+
+    monkeypatch.setattr("gymnasium.make", fails)
+    assert main(["--env", "CartPole-v1"]) == 2
+    assert "cannot make environment 'CartPole-v1': RuntimeError: no such level\n" in capsys.readouterr().err
 
 
 def test_the_case_of_an_algorithm_does_not_matter():
@@ -213,6 +239,7 @@ def test_ctrl_c_saves_and_leaves_the_terminal_whole(tmp_path):
         os.close(parent)
     *_, last = shown.decode().strip().splitlines()
     said = re.match(r"(\x1b\[\?25h)?Interrupted: saved in .*model\.zip after ([\d,]+) steps; go on with ", last)
+    assert "--seed 1" in last
     assert "Traceback" not in shown.decode()
     assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l") > 0  # the cursor is shown again
     model = PPO.load(tmp_path / "model.zip", env="CartPole-v1")

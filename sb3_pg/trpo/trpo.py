@@ -62,9 +62,9 @@ class TRPO(PolicyGradientAlgorithm):
     :param rollout_buffer_class: a subclass of SB3's; None chooses
     :param rollout_buffer_kwargs: its arguments
     :param normalize_advantage: whether advantages get mean 0 and deviation 1 over the rollout
-    :param target_kl: radius of the trust region in nats, the largest mean KL between policies of successive
-        updates. Higher learns faster until it breaks. Usual are 0.005 to 0.05 for Discrete and MultiDiscrete actions,
-        and as much for each dimension of Box and MultiBinary ones: 0.24 is 0.04 for each of six
+    :param target_kl: radius of the trust region in nats, a number or schedule: the largest mean KL between policies of
+        successive updates. Higher learns faster until it breaks. Usual are 0.005 to 0.05 for Discrete and MultiDiscrete
+        actions, and as much for each dimension of Box and MultiBinary ones: 0.24 is 0.04 for each of six
     :param sub_sampling_factor: use every n-th observation for the curvature only. Higher is cheaper and noisier
     :param ent_coef: weight of the entropy bonus in the surrogate, a number or schedule. Higher explores more
     :param stats_window_size: episodes over which the logged return and length are averaged

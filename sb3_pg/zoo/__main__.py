@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 import gymnasium as gym
 
-from sb3_pg.command_line import missing_package, whole
+from sb3_pg.command_line import file_to_read, folder_to_write, missing_package, whole
 from sb3_pg.common import workers
 from sb3_pg.common.errors import ArgumentError, NonFiniteError, did_you_mean
 from sb3_pg.common.interrupts import Interrupted
@@ -69,6 +69,10 @@ DRAWN = {"all_plots": "evaluations.npz", "plot_train": "*.monitor.csv"}
 #: Options that are numbers, and the lowest that makes sense; rl_zoo3 takes any.
 LOWEST = {"--n-timesteps": 1, "--n-envs": 1, "--n-eval-envs": 1, "--eval-episodes": 1, "--n-trials": 1}
 LOWEST |= {"--max-total-trials": 1, "--n-evaluations": 1, "--n-startup-trials": 0}
+LOWEST |= {"--n-jobs": 1, "--log-interval": 1, "--save-freq": 1, "--num-threads": 1}
+
+#: Options that are places, and what reads them.
+PLACES = {"--log-folder": folder_to_write, "--output-folder": folder_to_write, "--trained-agent": file_to_read}
 
 
 def one_line_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
@@ -84,6 +88,8 @@ def add_checked(add: Callable[..., argparse.Action]) -> Callable[..., argparse.A
             settings["choices"] = [*settings["choices"], *VEC_ENVS, POOL]
         for name in {*names} & LOWEST.keys():
             settings["type"] = partial(whole, low=LOWEST[name], besides=settings.get("default"))
+        for name in {*names} & PLACES.keys():
+            settings["type"] = PLACES[name]
         return add(self, *names, **settings)
 
     return add_argument
@@ -141,6 +147,8 @@ def do_without_screen(command: str, options: list[str]) -> list[str]:
     if command == "enjoy" and not {"--no-render", "-h", "--help"} & {*options}:
         print("There is no screen: nothing is shown, as with --no-render; record_video films it.", flush=True)
         return [*options, "--no-render"]
+    if command == "plot_train":
+        print("There is no screen: nothing is shown. The returns are in the monitor.csv files of each run.", flush=True)
     if command in ("record_video", "record_training") and "MUJOCO_GL" not in os.environ:
         library = next((name for name in ("EGL", "OSMesa") if find_library(name)), None)
         if library is not None:

@@ -125,6 +125,12 @@ def test_zero_steps_are_no_steps(tmp_path, capsys, monkeypatch):
     assert "Supervised start: 0 steps" in printed and "After 0 tokens" in printed
 
 
+def test_resuming_with_another_algorithm_is_one_line(tmp_path, capsys):
+    PPO("MlpPolicy", "CartPole-v1").save(tmp_path / "model.zip")
+    assert main(["--algo", "trpo", "--out", str(tmp_path), "--resume"]) == 2
+    assert "model.zip is of PPO: pass --algo ppo" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
