@@ -632,7 +632,7 @@ def test_images_with_their_channels_last(where, stack, tmp_path):
 
 def test_rollouts_larger_than_what_is_written_of_an_environment(tmp_path):
     make = of(functools.partial(FakeEnv, spaces.Box(-1.0, 1.0, (9000,))))
-    assert 16 * 2 * 9000 * 4 > LARGEST_ARRAY
+    assert LARGEST_ARRAY < 16 * 2 * 9000 * 4
     check(PPO, make, tmp_path / "model.zip", n_steps=32, at=27)
 
 
