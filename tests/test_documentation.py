@@ -163,3 +163,20 @@ def test_the_example_of_a_language_model_is_the_recorded_one():
     first, last = run["curve"][0], run["curve"][-1]
     assert f"BLEU rose from {first['bleu']:.1f} to {last['bleu']:.1f} and" in page
     assert f"the reward (chrF) from {first['score']:.2f} to {last['score']:.2f}\n" in page
+
+
+def test_the_readmes_figures_are_those_of_the_tables():
+    speeds = (ROOT / "benchmarks" / "speed" / "table.md").read_text()
+    pairs = [("PPO / SB3 PPO", "CartPole-v1, 1 env"), ("PPO / SB3 PPO", "HalfCheetah-v5, 1 env")]
+    pairs += [("TRPO / contrib TRPO", task) for _, task in pairs] + [("PPO / SB3 PPO", "Images 84x84")]
+    found = [
+        next(line for line in speeds.splitlines() if line.startswith(f"| {who} | {task}")).split(" | ")[5].split()[0]
+        for who, task in pairs
+    ]
+    said = TEXTS["README.md"].split("With the defaults PPO")[1].split("Everything")[0]
+    assert re.findall(r"\d+\.\d", said) == [f"{float(ratio):.1f}" for ratio in found]
+
+    scores = (ROOT / "benchmarks" / "learning" / "table.md").read_text()
+    rows = [line.split(" | ") for line in scores.splitlines() if line.startswith("| HalfCheetah-v5 | 300,000 |")]
+    said = TEXTS["README.md"].split("interquartile mean) ")[1].split("Each side")[0]
+    assert re.findall(r"\d,\d{3}", said) == [row[4].split()[0] for row in rows[:6]]

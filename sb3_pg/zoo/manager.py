@@ -176,6 +176,8 @@ class ExperimentManager(exp_manager.ExperimentManager):
     def _check_key(self, key: str, where: str) -> None:
         """Refuse a key that is neither the algorithm's nor rl-zoo's, with what the user may have meant."""
         known = config_arguments(ALGOS[self.algo])
+        if key in (self.custom_hyperparams or {}):
+            where = "-params"
         if key in known:
             return
         if key in COMMAND_LINE_ARGUMENTS:

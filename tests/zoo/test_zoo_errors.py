@@ -67,6 +67,7 @@ from sb3_pg.zoo.__main__ import COMMANDS, add_checked, do_without_screen, explai
         ("train --distributed -2", "--distributed: must be a whole number >= 1, not '-2'"),
         ("train -optimize --n-jobs 0", "--n-jobs: must be a whole number >= 1, not '0'"),
         ("train --log-interval 0", "--log-interval"),
+        ("train -params n_stepz:10", "-params: 'n_stepz' is neither an argument of ppo nor rl-zoo's. Did you mean"),
         ("train -f empty.yml", "empty.yml is a file"),
         ("train -f empty.yml/runs", "cannot write to empty.yml/runs"),
         ("record_video -o empty.yml", "empty.yml is a file"),
