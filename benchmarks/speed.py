@@ -679,7 +679,9 @@ def draw(results: list[dict[str, Any]], folder: Path) -> None:
         axis.set_xticks(x, [str(v) for v in x])
         axis.grid(alpha=0.3)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle("PPO on CartPole-v1", fontsize=10)
+    figure.suptitle(
+        "PPO on CartPole-v1; where nothing else is said, 8 environments and 2,048 steps a rollout", fontsize=10
+    )
     figure.savefig(folder / "growth.png", dpi=150)
 
 
