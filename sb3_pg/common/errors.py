@@ -104,12 +104,17 @@ def check_number(
         raise ArgumentError(f"`{name}` must be a finite number {sign} {low:g}{upper}, not {value!r}.")
 
 
+def is_whole(value: Any) -> bool:
+    """Return whether it is a whole number, NumPy's too, and no truth value."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def check_count(name: str, value: Any, low: int = 1) -> None:
     """Check an argument that counts something.
 
     :raises ArgumentError: the value is not a whole number of at least ``low``
     """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
+    if not is_whole(value) or value < low:
         raise ArgumentError(f"`{name}` must be a whole number >= {low}, not {value!r}.")
 
 
@@ -238,6 +243,23 @@ def require_finite(what: str, x: Any, first_step: int = 0) -> None:
     found = first_not_finite(x)
     if found is not None:
         raise EnvironmentNumberError(what, found[1], x[found], found[0] + first_step)
+
+
+def require_finite_given(what: str, x: Any) -> None:
+    """Check what the user has given, an array or a dictionary of them.
+
+    :param what: its name, for the message
+    :raises NonFiniteError: naming the first value that is not finite, and where it is
+    """
+    if isinstance(x, dict):
+        for key, value in x.items():
+            require_finite_given(f"{what}[{key!r}]", value)
+        return
+    numbers = np.asarray(x)
+    found = first_not_finite(numbers) if numbers.dtype.kind == "f" else None
+    if found is not None:
+        place = ", ".join(map(str, found))
+        raise NonFiniteError(f"`{what}` is not finite ({numbers[found]} at [{place}]): look at where it comes from.")
 
 
 def require_finite_of(env: int | None, what: str, x: Any, step: int | None = None) -> None:

@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from stable_baselines3.common import buffers as sb3_buffers
+from stable_baselines3.common.utils import get_device
 
 from sb3_pg.common.advantages import BASELINES, SCALES, require_several
 from sb3_pg.common.batch import AVERAGES, has_own_get
@@ -18,6 +19,7 @@ from sb3_pg.common.errors import (
     check_number,
     check_parameters,
     evaluate_schedule,
+    is_whole,
 )
 from sb3_pg.common.registry import ENGINE_PLACES, entered_for, has_memory
 
@@ -44,12 +46,27 @@ def check_common(model: "PolicyGradientAlgorithm") -> None:
                 f"`sequence_length={model.sequence_length}` is for policies with a memory, such as 'MlpLstmPolicy', "
                 f"but {model.policy_class.__name__} has none. Leave it out."
             )
+    if model.seed is not None and (not is_whole(model.seed) or not 0 <= model.seed < 2**32):
+        raise ArgumentError(f"`seed` must be a whole number from 0 to {2**32 - 1}, or None, not {model.seed!r}.")
     check_choice("use_masking", model.use_masking, (True, False))
     check_choice("engine", model.engine, ("auto", "autograd"))
     _check_baseline(model)
     _check_average(model)
     if model._learns_from_episodes:
         _check_buffer_of_episodes(model.rollout_buffer_class)
+
+
+def check_device(device: Any) -> None:
+    """Refuse what torch knows no device of the name for.
+
+    :raises ArgumentError: naming it
+    """
+    try:
+        get_device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(
+            f"`device` must be 'auto' or one of torch's such as 'cpu', 'cuda' and 'cuda:0', not {device!r}."
+        ) from error
 
 
 def _check_max_grad_norm(max_grad_norm: Any) -> None:

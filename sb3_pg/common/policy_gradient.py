@@ -55,6 +55,7 @@ from sb3_pg.common.errors import (
     evaluate_schedule,
     is_finite,
     require_finite,
+    require_finite_given,
     require_finite_of,
 )
 from sb3_pg.common.estimation import estimate_by_comparison, estimate_by_values, share_without_signal
@@ -62,7 +63,7 @@ from sb3_pg.common.figures import Figures
 from sb3_pg.common.groups import MaxGradNorm, give_critic_a_group, has_critic_group
 from sb3_pg.common.masks import masks_of, masks_of_caller
 from sb3_pg.common.objectives import squared_error
-from sb3_pg.common.options import check_common, check_learning
+from sb3_pg.common.options import check_common, check_device, check_learning
 from sb3_pg.common.policies import (
     POLICIES,
     check_policy,
@@ -141,6 +142,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         policy = unmasked(policy)
         if is_vectorised(env):
             env = as_vec_env(env)
+        check_device(arguments.get("device", "auto"))
         check_policy(policy, getattr(env, "observation_space", None), policy_kwargs)
         # SB3 writes into nested dictionaries of policy_kwargs, so the caller's are copied first.
         policy_kwargs = {k: dict(v) if isinstance(v, dict) else v for k, v in (policy_kwargs or {}).items()}
@@ -533,10 +535,15 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         :param action_masks: True for what is allowed, (n, options), see :mod:`sb3_pg.common.masks`. None allows all,
             unless SB3's ``evaluate_policy`` asks, whose environment then tells
         :raises ArgumentError: the masks are of the wrong shape, or allow nothing
+        :raises NonFiniteError: an observation is not finite
         """
         if action_masks is None and self.use_masking:
             action_masks = masks_of_caller(self.observation_space, observation)
-        actions, state = predict(self.policy, observation, state, episode_start, deterministic, action_masks)
+        try:
+            actions, state = predict(self.policy, observation, state, episode_start, deterministic, action_masks)
+        except ValueError:  # of torch's distributions
+            require_finite_given("observation", observation)
+            raise
         return shifted(self.action_space, actions), state
 
     def _blame_observations(self, step: int) -> None:
