@@ -109,7 +109,7 @@ def plain(x: Any) -> Plain:
 
     :raises UnstorableError: there are none
     """
-    return Writer(copies=True)(x, "it")
+    return Writer().unlimited(x, "it", copies=True)
 
 
 def value(data: Plain) -> Any:
@@ -126,22 +126,32 @@ def value(data: Plain) -> Any:
 class Writer:
     """Turns values into plain data; what occurs several times is written once.
 
-    :param copies: write arrays without what other array's memory they look at, and all of them, however large: nobody
-        else has them
     :param largest: bytes of an array that is written
+    :param most: numbers, texts and containers
     """
 
-    def __init__(self, copies: bool = False, largest: int = LARGEST_ARRAY) -> None:
-        self._copies = copies
-        self._largest = sys.maxsize if copies else largest
+    def __init__(self, largest: int = LARGEST_ARRAY, most: int = LARGEST_STATE) -> None:
+        self._largest, self._most, self._copies = largest, most, False
         self._seen: dict[int, int] = {}
         self._kept: list[Any] = []  # so that no other object gets the identity of one that is seen
         self._n = 0
         self._above: list[Any] = []  # the objects that those being written are in
 
+    def unlimited(self, x: Any, where: str, copies: bool = False) -> Plain:
+        """Write a value that nobody else has, however large.
+
+        :param copies: write arrays without what memory they look at
+        """
+        before = self._n, self._largest, self._most, self._copies
+        self._largest, self._most, self._copies = sys.maxsize, sys.maxsize, copies
+        try:
+            return self(x, where)
+        finally:
+            self._n, self._largest, self._most, self._copies = before
+
     def __call__(self, x: Any, where: str) -> Plain:
         self._n += 1
-        if self._n > LARGEST_STATE and not self._copies:
+        if self._n > self._most:
             raise UnstorableError(f"{where}: there is too much of it")
         if x is None or type(x) in (bool, str, bytes, float):
             return x
@@ -215,7 +225,7 @@ class Writer:
         holds_data = any(name_of(part) == _MUJOCO_DATA for part in its.values())
         chosen = next((names for kind, names in _CHOSEN.items() if isinstance(x, kind)), None)
         if issubclass(type(x), Stateful) and not holds_data:
-            described |= {"is": "stateful", "state": self(x.get_state(), f"{where}.get_state()")}
+            described |= {"is": "stateful", "state": self.unlimited(x.get_state(), f"{where}.get_state()")}
             names = its.keys() & ({"env"} if isinstance(x, gym.Wrapper) else {"_np_random"})
         elif chosen is not None:
             described |= {"is": "object", "arguments": ""}

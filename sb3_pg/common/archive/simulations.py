@@ -6,7 +6,16 @@ import gymnasium as gym
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper
 
-from sb3_pg.common.archive.plain import LARGEST_OF_ALL, Plain, Reader, UnstorableError, Writer, generator_state, name_of
+from sb3_pg.common.archive.plain import (
+    LARGEST_OF_ALL,
+    LARGEST_STATE,
+    Plain,
+    Reader,
+    UnstorableError,
+    Writer,
+    generator_state,
+    name_of,
+)
 from sb3_pg.common.errors import ArgumentError
 
 #: What the usual wrappers remember of an episode. Environments in other processes are asked for it by name.
@@ -115,7 +124,7 @@ def _generators_in(env: Any) -> list[dict[str, Any]]:
 
 
 def _generators(env: VecEnv) -> Plain:
-    base, writer = env.unwrapped, Writer()
+    base, writer = env.unwrapped, Writer(most=LARGEST_STATE * env.num_envs)
     if isinstance(base, DummyVecEnv):
         return [writer(_generators_in(single), "generators") for single in base.envs]
     if isinstance(base, SubprocVecEnv):
@@ -158,14 +167,14 @@ def _check_number(state: Plain, env: VecEnv) -> None:
 
 
 def _simulations(env: VecEnv) -> Plain:
-    base, writer = env.unwrapped, Writer()
+    base, writer = env.unwrapped, Writer(most=LARGEST_STATE * env.num_envs)
     if not isinstance(base, SubprocVecEnv):
         return {"class": name_of(base), "state": writer(base, type(base).__name__)}
     if not (base.has_attr("get_state") and base.has_attr("set_state")):
         raise UnstorableError("environments in other processes have neither get_state() nor set_state()")
     names = [name for name in _OF_WRAPPERS if base.has_attr(name)]
     wrappers = {name: writer(base.get_attr(name), name) for name in names}
-    states = writer(base.env_method("get_state"), "get_state()")
+    states = writer.unlimited(base.env_method("get_state"), "get_state()", copies=True)
     return {"class": name_of(base), "state": states, "wrappers": wrappers}
 
 

@@ -348,6 +348,41 @@ def test_environments_in_other_processes_that_tell_their_state(where, tmp_path):
     check(PPO, lambda seed: Subproc(Told, seed), tmp_path / "model.zip", where)
 
 
+class ToldMuch(Told):
+    """Its state has a large array that changes, and many numbers."""
+
+    def reset(self, *, seed=None, options=None):
+        found = super().reset(seed=seed, options=options)
+        its = self.elsewhere[id(self)]
+        its |= {"large": np.full(LARGEST_ARRAY // 8 + 1, its["x"][0]), "many": list(range(LARGEST_STATE))}
+        return found
+
+    def _seen(self):
+        its = self.elsewhere[id(self)]
+        return (its["x"] + its.get("large", its["x"])[-1]).astype(np.float32)
+
+
+@pytest.mark.parametrize("make", [of(ToldMuch), lambda seed: Subproc(ToldMuch, seed)], ids=["dummy", "subproc"])
+def test_a_large_state_that_is_told(make, tmp_path):
+    check(PPO, make, tmp_path / "model.zip")
+
+
+def test_many_environments():
+    """The limit is for each of them."""
+    make = of(functools.partial(CountsMuch), n_envs=3)
+    env, other = make(0), make(0)
+    env.reset()
+    state = state_of(env)
+    assert go_on(other, state) is None
+    assert other.envs[0].unwrapped.many == env.envs[0].unwrapped.many
+
+
+class CountsMuch(FakeEnv):
+    def reset(self, *, seed=None, options=None):
+        self.many = list(range(LARGEST_STATE * 2 // 3))
+        return super().reset(seed=seed, options=options)
+
+
 @ALL
 @pytest.mark.parametrize("at", [1, 45])
 def test_a_model_saved_after_a_failed_step_goes_on_as_it_does_itself(algorithm, at, tmp_path):
