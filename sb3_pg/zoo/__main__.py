@@ -129,6 +129,8 @@ def make_pools_known(options: list[str]) -> None:
 
     :raises ImportError: EnvPool is not installed
     """
+    if not any(option.endswith(POOL) for option in options):
+        return
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--env", default="")
     parser.add_argument("--vec-env")
