@@ -30,7 +30,7 @@ Plain: TypeAlias = Any  # recursive, which annotations cannot say
 #: Larger arrays are taken for data that do not change: their fingerprint is written in their place.
 LARGEST_ARRAY = 1 << 20
 
-#: The same of wrappers around all environments, some of which hold many frames of each.
+#: The same of wrappers around all environments, some of which hold many frames of each, and of rollouts.
 LARGEST_OF_ALL = 1 << 28
 
 #: An environment with more than so many numbers, texts and containers is not written down.

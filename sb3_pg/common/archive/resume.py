@@ -10,6 +10,7 @@ import torch as th
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 
 from sb3_pg.common.archive.plain import (
+    LARGEST_OF_ALL,
     Plain,
     Stateful,
     UnstorableError,
@@ -21,7 +22,7 @@ from sb3_pg.common.archive.plain import (
 )
 from sb3_pg.common.archive.simulations import go_on, prepare_reset
 from sb3_pg.common.archive.simulations import state_of as state_of_environments
-from sb3_pg.common.arrays import mapped
+from sb3_pg.common.arrays import leaves, mapped
 from sb3_pg.common.buffers import RolloutBuffer
 from sb3_pg.common.rollout import TOLD, Cut, Rollout, Step, Told
 
@@ -56,7 +57,7 @@ def state_of(model: "Archived") -> dict[str, Plain] | None:
     if model._rollout is not None and model._is_amid_rollout:
         try:
             state["rollout"] = plain(_described(model._rollout))
-        except UnstorableError as error:  # in what environments say of their episodes
+        except UnstorableError as error:  # of its size, or in what environments say of their episodes
             if model.verbose >= 1:
                 print(f"The unfinished rollout is not in the archive: {error}.")
         if model.use_sde:
@@ -177,12 +178,18 @@ def _columns(buffer: Any) -> dict[str, Any]:
 
 
 def _described(rollout: Rollout) -> dict[str, Any]:
-    """Return an unfinished rollout as values without objects of our own."""
+    """Return an unfinished rollout as values without objects of our own.
+
+    :raises UnstorableError: it is larger than a checkpoint should be
+    """
     used = slice(0, rollout.n_steps)
     columns = {
         name: x.get_state() if isinstance(x, Stateful) else mapped(lambda its: its[used], x)
         for name, x in _columns(rollout.buffer).items()
     }
+    size = sum(x.nbytes for column in columns.values() for x in leaves(column) if isinstance(x, np.ndarray))
+    if size > LARGEST_OF_ALL:
+        raise UnstorableError(f"it has {size >> 20:,} MB, more than {LARGEST_OF_ALL >> 20}")
     step = rollout.unrecorded
     if step is not None:
         infos = [{name: info[name] for name in _READ_INFOS if name in info} for info in step.infos]

@@ -671,6 +671,15 @@ def test_rollouts_larger_than_what_is_written_of_an_environment(tmp_path):
     check(PPO, make, tmp_path / "model.zip", n_steps=32, at=27)
 
 
+def test_an_unfinished_rollout_that_is_too_large(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sb3_pg.common.archive.resume.LARGEST_OF_ALL", 1 << 10)
+    tiny(PPO, CARTPOLE(0), verbose=1, n_steps=64).learn(TOTAL, callback=Saving(tmp_path / "model.zip", at=40))
+    assert "not in the archive: it has 0 MB, more than 0" in capsys.readouterr().out
+    resumed = PPO.load(tmp_path / "model.zip", env=CARTPOLE(1))
+    assert "rollout" not in resumed._resume
+    assert go_on_with(resumed).num_timesteps >= TOTAL
+
+
 def test_an_unfinished_rollout_with_what_cannot_be_written(tmp_path, capsys):
     env = DummyVecEnv([lambda: Monitor(Telling(), info_keywords=("objects",))])
     model = tiny(PPO, env, verbose=1)
