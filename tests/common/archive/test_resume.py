@@ -656,8 +656,7 @@ def images(shape):
     return of(functools.partial(FakeEnv, spaces.Box(0, 255, shape, np.uint8), spaces.Discrete(2), (-7,)))
 
 
-@pytest.mark.parametrize("where", ["between", "step", "end"])
-@pytest.mark.parametrize("stack", [False, True])
+@pytest.mark.parametrize("where, stack", [("between", False), ("step", True), ("end", False)])
 def test_images_with_their_channels_last(where, stack, tmp_path):
     """They come to the policy transposed, but not in memory."""
     make = images((36, 36, 3))
