@@ -89,10 +89,14 @@ _HANDLES = ("multiprocessing", "threading", "socket", "subprocess", "asyncio", "
 _MUJOCO_MODEL, _MUJOCO_DATA = "mujoco._structs.MjModel", "mujoco._structs.MjData"
 
 
+#: Where there are subclasses of SB3's vectorised environments, and of gymnasium's TimeLimit, with the same state.
+_STAND_INS = ("sb3_pg.common.vec_env.", "rl_zoo3.gym_patches")
+
+
 def name_of(x: Any) -> str:
-    """Return the full name of an object's class; of our vectorised environments that of SB3's, with the same state."""
+    """Return the full name of an object's class, of a stand-in that of the class with the same state."""
     kind = type(x)
-    if kind.__module__.startswith("sb3_pg.common.vec_env."):
+    if kind.__module__.startswith(_STAND_INS):
         kind = kind.__mro__[1]
     return f"{kind.__module__}.{kind.__qualname__}"
 

@@ -612,6 +612,19 @@ def test_the_state_survives_saving_a_loaded_model_again(tmp_path):
     np.testing.assert_array_equal(numbers(whole), numbers(go_on_with(model)))
 
 
+def test_time_limits_of_the_zoo_and_of_gymnasium_go_on_with_each_other():
+    class PatchedTimeLimit(wrappers.TimeLimit):
+        """rl_zoo3 puts such a class in the place of gymnasium's."""
+
+    PatchedTimeLimit.__module__ = "rl_zoo3.gym_patches"
+    env, other = (
+        of(ManyKinds, lambda env, kind=kind: kind(env, 7))(0) for kind in (PatchedTimeLimit, wrappers.TimeLimit)
+    )
+    for one, another in ((env, other), (other, env)):
+        one.reset()
+        assert go_on(another, state_of(one)) is None
+
+
 def test_other_numbers_of_environments_begin_new_episodes(tmp_path):
     path = tmp_path / "model.zip"
     tiny(PPO, CARTPOLE(0)).learn(TOTAL, callback=Saving(path))
