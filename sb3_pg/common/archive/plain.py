@@ -95,9 +95,7 @@ _STAND_INS = ("sb3_pg.common.vec_env.", "rl_zoo3.gym_patches")
 
 def name_of(x: Any) -> str:
     """Return the full name of an object's class, of a stand-in that of the class with the same state."""
-    kind = type(x)
-    if kind.__module__.startswith(_STAND_INS):
-        kind = kind.__mro__[1]
+    kind = next(kind for kind in type(x).__mro__ if not kind.__module__.startswith(_STAND_INS))
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
