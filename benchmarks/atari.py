@@ -1,6 +1,6 @@
 """Pong from its pixels, in EnvPool's environments, by ours with their zoo settings for Atari.
 
-    python benchmarks/atari.py                          # PPO, five seeds: an hour and more each; resumable
+    python benchmarks/atari.py                          # PPO, five seeds: hours each; resumable
     python benchmarks/atari.py --algos trpo --seeds 1
     python benchmarks/atari.py --report                 # the table again from the data
 
@@ -12,11 +12,11 @@ game goes to 21 points: -21 is to lose all, 0 as good as the opponent. Writes le
 import argparse
 import contextlib
 import io
-import json
 import os
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,8 @@ if __name__ == "__main__" and os.environ.get("OMP_NUM_THREADS") != "1":
 import learning
 import numpy as np
 import torch as th
-from filelock import FileLock
+from kept import kept, read, run_or_report
 from processes import in_a_process
-from speed import machine
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 
@@ -94,7 +93,7 @@ def train(algo: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 def report(path: Path) -> None:
-    known = json.loads(path.read_text())
+    known = read(path)
     lines = ["# Pong", "", f"Made by `benchmarks/atari.py` on {known.pop('machine')}; one core and one thread.", ""]
     lines += [
         "- As good as the opponent: steps until the mean return of the last 100 episodes of training is above 0.",
@@ -118,13 +117,7 @@ def do_runs(path: Path, args: argparse.Namespace) -> None:
     for seed in range(args.seeds):
         for algo in args.algos:
             name = f"{algo} {seed} {args.steps}"
-            known = json.loads(path.read_text()) if path.exists() else {}
-            if name in known:
-                continue
-            found = in_a_process(train, algo, seed, args.steps)
-            with FileLock(f"{path}.lock"):
-                known = json.loads(path.read_text()) if path.exists() else {}
-                path.write_text(json.dumps(known | {name: found, "machine": machine()}, indent=1))
+            found = kept(path, name, partial(in_a_process, train, algo, seed, args.steps))
             print(f"{name}: {np.mean(found['returns']):.1f}", flush=True)
 
 
@@ -133,13 +126,7 @@ def main() -> None:
     parser.add_argument("--algos", nargs="+", choices=learning.PEERS, default=["ppo"], metavar="ALGO")
     parser.add_argument("--seeds", type=learning.positive, default=SEEDS)
     parser.add_argument("--steps", type=learning.positive, default=STEPS)
-    parser.add_argument("--folder", type=Path, default=learning.HERE, help="where the results are")
-    parser.add_argument("--report", action="store_true", help="only write the table again")
-    args = parser.parse_args()
-    path = args.folder / "atari.json"
-    if not args.report:
-        do_runs(path, args)
-    report(path)
+    run_or_report(parser, learning.HERE / "atari.json", do_runs, report)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,10 @@ PPO has the settings of SB3's. Writes learning/budget.json and learning/budget.m
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +26,8 @@ if __name__ == "__main__" and os.environ.get("OMP_NUM_THREADS") != "1":
 import learning
 import numpy as np
 import torch as th
-from filelock import FileLock
+from kept import kept, read, run_or_report
 from processes import in_a_process
-from speed import machine
 from stable_baselines3.common.callbacks import BaseCallback
 
 #: Every side, as the data names it and as the report does.
@@ -105,18 +102,6 @@ def train(side: str, task: str, seed: int, steps: int) -> dict[str, float]:
     return dict(zip(learning.COLUMNS[5:], row, strict=True))
 
 
-def kept(path: Path, name: str, find: Callable[[], Any]) -> Any:
-    """Return what the file holds by a name, or find it and add it to the file, which others may add to too."""
-    known = json.loads(path.read_text()) if path.exists() else {}
-    if name not in known:
-        found = find()
-        with FileLock(f"{path}.lock"):
-            known = json.loads(path.read_text()) if path.exists() else {}
-            known |= {name: found, "machine": machine()}
-            path.write_text(json.dumps(known, indent=1))
-    return known[name]
-
-
 def do_runs(path: Path, args: argparse.Namespace) -> None:
     for seconds in args.seconds:
         for seed in range(SEEDS):
@@ -129,7 +114,7 @@ def do_runs(path: Path, args: argparse.Namespace) -> None:
 
 
 def report(path: Path) -> None:
-    known = json.loads(path.read_text())
+    known = read(path)
     lines = [
         "# In the same time",
         "",
@@ -155,13 +140,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=learning.TASKS, default=TASKS, metavar="TASK")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), metavar="SIDE", help=", ".join(SIDES))
     parser.add_argument("--seconds", nargs="+", type=learning.positive, default=SECONDS)
-    parser.add_argument("--folder", type=Path, default=learning.HERE, help="where the results are")
-    parser.add_argument("--report", action="store_true", help="only write the table again")
-    args = parser.parse_args()
-    path = args.folder / "budget.json"
-    if not args.report:
-        do_runs(path, args)
-    report(path)
+    run_or_report(parser, learning.HERE / "budget.json", do_runs, report)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from typing import NoReturn
 
 import gymnasium as gym
 
-#: NumPy's random generators take no larger one.
-LAST_SEED = 2**32 - 1
+from sb3_pg.common.archive.archived import Archived
+from sb3_pg.common.archive.container import Archive, read_archive
+from sb3_pg.common.errors import LAST_SEED
 
 #: No number that an option takes has more.
 MOST_DIGITS = 100
@@ -64,6 +65,17 @@ def make_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise CommandError(f"cannot write to {folder}: {error.strerror}. Pass another folder by --out.") from None
+
+
+def read_own(path: Path, algorithm: type[Archived]) -> Archive:
+    """Return the archive of a run to go on with.
+
+    :raises CommandError: it is another algorithm's
+    """
+    archive = read_archive(path)
+    if archive.algorithm not in (None, algorithm.archive_name):  # what is no archive of a model, ``load`` says
+        raise CommandError(f"{path} is of {archive.algorithm}: pass --algo {archive.algorithm.lower()}")
+    return archive
 
 
 def folder_to_write(text: str) -> str:

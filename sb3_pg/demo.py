@@ -31,9 +31,8 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import sync_envs_normalization
 
 from sb3_pg import PPO, REINFORCE, TRPO
-from sb3_pg.command_line import CommandError, Parser, make_writable, missing_package, seed_number, whole
+from sb3_pg.command_line import CommandError, Parser, make_writable, missing_package, read_own, seed_number, whole
 from sb3_pg.common import workers
-from sb3_pg.common.archive.container import read_archive
 from sb3_pg.common.errors import NonFiniteError
 from sb3_pg.common.interrupts import Interrupted, interrupts_after_steps, saved_when_interrupted
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
@@ -171,20 +170,20 @@ def set_up_again(options: argparse.Namespace, continuous: bool, device: str) -> 
     path = options.out / FILES["model"]
     if not path.exists():
         raise CommandError(f"nothing to resume: there is no {path}")
-    archive = read_archive(path)
-    if archive.algorithm != ALGORITHMS[options.algo].archive_name:
-        raise CommandError(f"{path} is of {archive.algorithm}: pass --algo {str(archive.algorithm).lower()}")
+    algorithm = ALGORITHMS[options.algo]
+    archive = read_own(path, algorithm)
+    is_another = CommandError(f"{options.out} is no run of {options.env}: pass the --env that it began with")
     if continuous != (options.out / FILES["statistics"]).exists():
-        raise CommandError(f"{options.out} is no run of {options.env}: pass the --env that it began with")
+        raise is_another
     env = make_vec_env(options.env, n_envs=options.n_envs or archive.data["n_envs"])
     if continuous:
         env = VecNormalize.load(options.out / FILES["statistics"], env, trusted=options.trusted)
     try:
-        model = ALGORITHMS[options.algo].load(path, env=env, device=device, trusted=options.trusted)
+        model = algorithm.load(path, env=env, device=device, trusted=options.trusted)
     except ValueError as error:
         if "spaces do not match" not in str(error):
             raise
-        raise CommandError(f"{options.out} is no run of {options.env}: pass the --env that it began with") from None
+        raise is_another from None
     if model.num_timesteps >= options.timesteps:
         raise CommandError(f"{path} has {model.num_timesteps:,} steps already: pass --timesteps with more")
     return model

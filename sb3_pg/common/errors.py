@@ -104,6 +104,10 @@ def check_number(
         raise ArgumentError(f"`{name}` must be a finite number {sign} {low:g}{upper}, not {value!r}.")
 
 
+#: NumPy's random generators take no larger seed.
+LAST_SEED = 2**32 - 1
+
+
 def is_whole(value: Any) -> bool:
     """Return whether it is a whole number, NumPy's too, and no truth value."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -12,6 +12,7 @@ from sb3_pg.common.advantages import BASELINES, SCALES, require_several
 from sb3_pg.common.batch import AVERAGES, has_own_get
 from sb3_pg.common.buffers import RolloutBuffer
 from sb3_pg.common.errors import (
+    LAST_SEED,
     ArgumentError,
     as_number,
     check_choice,
@@ -46,8 +47,8 @@ def check_common(model: "PolicyGradientAlgorithm") -> None:
                 f"`sequence_length={model.sequence_length}` is for policies with a memory, such as 'MlpLstmPolicy', "
                 f"but {model.policy_class.__name__} has none. Leave it out."
             )
-    if model.seed is not None and (not is_whole(model.seed) or not 0 <= model.seed < 2**32):
-        raise ArgumentError(f"`seed` must be a whole number from 0 to {2**32 - 1}, or None, not {model.seed!r}.")
+    if model.seed is not None and (not is_whole(model.seed) or not 0 <= model.seed <= LAST_SEED):
+        raise ArgumentError(f"`seed` must be a whole number from 0 to {LAST_SEED}, or None, not {model.seed!r}.")
     check_choice("use_masking", model.use_masking, (True, False))
     check_choice("engine", model.engine, ("auto", "autograd"))
     _check_baseline(model)

@@ -21,7 +21,7 @@ from sb3_pg.common.distributions import BoxOptions, BoxPolicy, masking
 from sb3_pg.common.distributions.recognition import detached
 from sb3_pg.common.engines.blueprint import PLAIN
 from sb3_pg.common.engines.prediction import Predictor
-from sb3_pg.common.errors import ArgumentError, check_count, did_you_mean
+from sb3_pg.common.errors import ArgumentError, check_count, did_you_mean, is_whole
 from sb3_pg.common.masks import checked_masks, n_rows
 from sb3_pg.common.registry import OWN_PLACES, POLICY_PLACES, at, place_of
 
@@ -249,7 +249,7 @@ def _check_net_arch(net_arch: Any) -> None:
         for width in widths:
             if isinstance(width, dict):
                 continue  # SB3's older form, which it explains itself
-            if isinstance(width, bool) or not isinstance(width, int | np.integer) or width < 1:
+            if not is_whole(width) or width < 1:
                 raise ArgumentError(f"policy_kwargs: `net_arch` must be whole numbers >= 1, not {width!r}.")
 
 

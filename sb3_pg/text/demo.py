@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch as th
 
 from sb3_pg import PPO, REINFORCE, TRPO
-from sb3_pg.command_line import CommandError, Parser, make_writable, missing_package, seed_number, whole
-from sb3_pg.common.archive.container import read_archive
+from sb3_pg.command_line import CommandError, Parser, make_writable, missing_package, read_own, seed_number, whole
 from sb3_pg.common.interrupts import Interrupted, interrupts_raised, saved_when_interrupted
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
 
@@ -144,10 +143,9 @@ def load_again(options: argparse.Namespace, task: "TextTask", path: Path) -> Pol
     """Return the model of an interrupted run."""
     if not path.exists():
         raise CommandError(f"there is no {path} to go on with: leave out --resume")
-    holds = read_archive(path).algorithm
-    if holds != ALGORITHMS[options.algo].archive_name:
-        raise CommandError(f"{path} is of {holds}: pass --algo {str(holds).lower()}")
-    model = ALGORITHMS[options.algo].load(path, env=environments(options.algo, task, options.seed), device="cpu")
+    algorithm = ALGORITHMS[options.algo]
+    read_own(path, algorithm)
+    model = algorithm.load(path, env=environments(options.algo, task, options.seed), device="cpu")
     print(f"Going on with {path} after {model.num_timesteps:,} tokens")
     return model
 
