@@ -132,6 +132,7 @@ def test_every_algorithm_has_settings():
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(arguments, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.distributed.run.main", None)  # no worker starts, should it not be noticed
     monkeypatch.chdir(tmp_path)
     try:
         code = main(arguments)
@@ -252,8 +253,11 @@ def test_sigterm_saves(tmp_path, capsys, monkeypatch):
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(sb3_pg.demo, "train", train)
-    assert main(["--algo", "ppo", "--env", "CartPole-v1", "--timesteps", "600", "--out", str(tmp_path)]) == 143
-    assert capsys.readouterr().err.startswith(f"Interrupted: saved in {tmp_path / 'model.zip'} after ")
+    arguments = ["--algo", "ppo", "--env", "CartPole-v1", "--timesteps", "600", "--seed", "7", "--trusted"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 143
+    error = capsys.readouterr().err
+    assert error.startswith(f"Interrupted: saved in {tmp_path / 'model.zip'} after ")
+    assert error.endswith(f"--out {tmp_path} --seed 7 --trusted\n")
 
 
 def test_an_interrupt_before_anything_was_learned_is_one_line(tmp_path, capsys, monkeypatch):

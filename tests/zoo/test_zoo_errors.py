@@ -10,7 +10,7 @@ import pytest
 from zoo_tools import python
 
 from sb3_pg import PPO
-from sb3_pg.zoo.__main__ import COMMANDS, add_checked, do_without_screen, explain, has_screen, main
+from sb3_pg.zoo.__main__ import COMMANDS, add_checked, distributed, do_without_screen, explain, has_screen, main
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,7 @@ from sb3_pg.zoo.__main__ import COMMANDS, add_checked, do_without_screen, explai
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(arguments, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.distributed.run.main", None)  # no worker starts, should it not be noticed
     monkeypatch.chdir(tmp_path)
     Path("broken.yml").write_text("CartPole-v1: [")
     Path("empty.yml").write_text("Other-v1: {}")
@@ -169,10 +170,18 @@ def test_the_zoo_asks_whether_there_is_a_screen(monkeypatch):
     assert given == ["-n", "5", "--no-render"]
 
 
+def test_without_a_number_there_is_a_worker_for_each_core(monkeypatch):
+    monkeypatch.setattr("sb3_pg.common.workers.cores", lambda: 3)
+    assert distributed(["--distributed", "--env", "CartPole-v1"]) == (3, ["--env", "CartPole-v1"])
+    assert distributed(["--distributed", "5", "-n", "9"]) == (5, ["-n", "9"])
+
+
 def test_without_a_screen_nothing_is_rendered_to_one(monkeypatch, capsys):
     without_screen(monkeypatch)
     assert not has_screen()
     assert do_without_screen("enjoy", ["-n", "5"]) == ["-n", "5", "--no-render"]
+    assert "There is no screen" in capsys.readouterr().out
+    assert do_without_screen("plot_train", ["-a", "ppo"]) == ["-a", "ppo"]
     assert "There is no screen" in capsys.readouterr().out
     assert do_without_screen("enjoy", ["--no-render"]) == ["--no-render"]
     monkeypatch.setattr("sb3_pg.zoo.__main__.find_library", lambda name: name == "OSMesa")

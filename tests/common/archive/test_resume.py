@@ -25,7 +25,7 @@ from text_models import config_of, letters_task
 from tiny_models import ALL, tiny, weights
 
 from sb3_pg import PPO, REINFORCE, TRPO
-from sb3_pg.common.archive.plain import LARGEST_ARRAY, LARGEST_STATE, UnstorableError, plain, value
+from sb3_pg.common.archive.plain import LARGEST_ARRAY, LARGEST_STATE, UnstorableError, Writer, plain, value
 from sb3_pg.common.archive.settings import settings_of
 from sb3_pg.common.archive.simulations import go_on, prepare_reset, state_of
 from sb3_pg.common.vec_env import DummyVecEnv, VecNormalize
@@ -797,6 +797,28 @@ def test_arrays_come_back_in_the_order_of_their_memory(x):
 def test_much_comes_back():
     cuts = [(step, 0, np.array([step])) for step in range(LARGEST_STATE // 2)]
     assert value(plain(cuts)) == cuts
+
+
+def test_limits_are_back_after_what_has_none():
+    write, large, many = Writer(), np.zeros(LARGEST_ARRAY), list(range(LARGEST_STATE))
+    assert write.unlimited(large, "it")["is"] == "array"
+    write.unlimited(many, "it")
+    assert write(large.copy(), "it")["is"] == "fixed"
+    with pytest.raises(UnstorableError, match="too much"):
+        write(many.copy(), "it")
+
+
+def test_frames_of_many_environments_go_on():
+    """Together they are larger than what is written of an environment."""
+    frames = functools.partial(FakeEnv, spaces.Box(0, 255, (150, 150, 3), np.uint8))
+    env, other = (sb3.VecFrameStack(of(frames, n_envs=4)(seed), 4) for seed in (0, 1))
+    for its in (env, other):
+        its.reset()
+    for _ in range(3):
+        env.step([env.action_space.sample()] * 4)
+    assert env.stacked_obs.stacked_obs.nbytes > LARGEST_ARRAY
+    assert go_on(other, state_of(env)) is None
+    np.testing.assert_array_equal(other.stacked_obs.stacked_obs, env.stacked_obs.stacked_obs)
 
 
 def test_generators_come_back():
