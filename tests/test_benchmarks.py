@@ -229,3 +229,10 @@ def test_report_of_pong(module, tmp_path):
         "| PPO | 0 | 300 | 3.0 | 200 | 5.0 | 19.0, 18 |",
         "| TRPO | 1 | 100 | 1.0 | never | -20.0 | -21.0, -21 |",
     ]
+
+
+def test_what_is_kept_is_not_found_again(module, tmp_path):
+    kept, path = importlib.import_module("kept"), tmp_path / "results.json"
+    assert [kept.kept(path, name, lambda name=name: name * 2) for name in ("a", "b")] == ["aa", "bb"]
+    assert kept.kept(path, "a", lambda: "other") == "aa"
+    assert kept.read(path).keys() == {"a", "b", "machine"}

@@ -45,7 +45,7 @@ def start(n: int, module: str, arguments: list[str]) -> int:
     """
     if n > (most := _MOST_ON_A_CORE * cores()):
         raise ArgumentError(
-            f"{n} workers on {cores()} core(s) only get into each other's way, and each takes some 200 MB: ask for at "
+            f"{n} workers on {cores()} core(s) only get into each other's way, and fill the memory: ask for at "
             f"most {most}, best for one on each core"
         )
     from torch.distributed import run
