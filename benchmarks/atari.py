@@ -2,11 +2,13 @@
 
     python benchmarks/atari.py                          # PPO, five seeds: hours each; resumable
     python benchmarks/atari.py --algos trpo --seeds 1
+    python benchmarks/atari.py --device cuda --processes 5 --env-threads 3     # all seeds at once on one GPU: minutes
     python benchmarks/atari.py --report                 # the table again from the data
 
-Needs EnvPool. A run is one process with one thread. While it trains it notes the mean return of the last 100 episodes
-of training, whose actions are drawn from the policy; afterwards 20 episodes are played with deterministic actions. A
-game goes to 21 points: -21 is to lose all, 0 as good as the opponent. Writes learning/atari.json and learning/atari.md.
+Needs EnvPool. A run is one process, with one thread and those of its environments. While it trains it notes the mean
+return of the last 100 episodes of training, whose actions are drawn from the policy; afterwards 20 episodes are played
+with deterministic actions. A game goes to 21 points: -21 is to lose all, 0 as good as the opponent. Writes
+learning/atari.json and learning/atari.md.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import os
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +45,7 @@ EPISODES = 20
 
 
 class Curve(BaseCallback):
-    """Notes steps, CPU seconds and the mean return of the last episodes of training, at equal intervals."""
+    """Notes steps, seconds and the mean return of the last episodes of training, at equal intervals."""
 
     def __init__(self, total_steps: int) -> None:
         super().__init__()
@@ -50,18 +53,18 @@ class Curve(BaseCallback):
         self.rows: list[list[float]] = []
 
     def _on_training_start(self) -> None:
-        self.start = time.process_time()
+        self.start = time.perf_counter()
 
     def _on_step(self) -> bool:
         if self.num_timesteps >= (len(self.rows) + 1) * self.interval:
             returns = [episode["r"] for episode in self.model.ep_info_buffer or ()]
             score = round(float(np.mean(returns)), 2) if returns else float("nan")
-            self.rows.append([self.num_timesteps, round(time.process_time() - self.start, 1), score])
+            self.rows.append([self.num_timesteps, round(time.perf_counter() - self.start, 1), score])
         return True
 
 
-def train(algo: str, seed: int, steps: int) -> dict[str, Any]:
-    """Return the curve of a run, and the returns afterwards."""
+def train(algo: str, seed: int, steps: int, device: str, env_threads: int) -> dict[str, Any]:
+    """Return the curve of a run, the returns afterwards and the device."""
     th.set_num_threads(1)
     register()
     from sb3_pg.zoo.manager import ExperimentManager
@@ -76,10 +79,10 @@ def train(algo: str, seed: int, steps: int) -> dict[str, Any]:
             eval_freq=-1,
             seed=seed,
             verbose=0,
-            device="cpu",
+            device=device,
             vec_env_type="envpool",
-            env_kwargs={"num_threads": 1},
-            eval_env_kwargs={"num_threads": 1},
+            env_kwargs={"num_threads": env_threads},
+            eval_env_kwargs={"num_threads": env_threads},
         )
         made = manager.setup_experiment()
         assert made is not None
@@ -89,36 +92,41 @@ def train(algo: str, seed: int, steps: int) -> dict[str, Any]:
         manager.seed = learning.EVALUATION_SEED * (1 + seed)
         env = manager.create_envs(EPISODES, eval_env=True)
         returns, _ = evaluate_policy(model, env, EPISODES, return_episode_rewards=True)
-    return {"curve": curve.rows, "returns": np.array(returns, float).tolist()}
+    name = th.cuda.get_device_name() if device == "cuda" else device
+    return {"curve": curve.rows, "returns": np.array(returns, float).tolist(), "device": name}
 
 
 def report(path: Path) -> None:
     known = read(path)
-    lines = ["# Pong", "", f"Made by `benchmarks/atari.py` on {known.pop('machine')}; one core and one thread.", ""]
+    lines = ["# Pong", "", f"Made by `benchmarks/atari.py` on {known.pop('machine')}.", ""]
     lines += [
         "- As good as the opponent: steps until the mean return of the last 100 episodes of training is above 0.",
         "- Last episodes: their mean return at the end of training, with actions drawn from the policy.",
         f"- Played after training: the mean return of {EPISODES} episodes with deterministic actions, and the least.",
         "",
-        "| side | seed | steps | CPU hours | as good as the opponent | last episodes | played after training |",
-        "|---|---|---|---|---|---|---|",
+        "| side | seed | device | steps | minutes | as good as the opponent | last episodes | played after training |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, found in sorted(known.items()):
         algo, seed, _ = name.split()
         steps, seconds, score = found["curve"][-1]
         even = next((f"{int(step):,}" for step, _, mean in found["curve"] if mean > 0), "never")
         played = f"{np.mean(found['returns']):.1f}, {min(found['returns']):.0f}"
-        cells = [learning.SIDES[algo], seed, f"{int(steps):,}", f"{seconds / 3600:.1f}", even, f"{score:.1f}", played]
+        about = [learning.SIDES[algo], seed, found["device"], f"{int(steps):,}", f"{seconds / 60:.1f}"]
+        cells = [*about, even, f"{score:.1f}", played]
         lines.append("| " + " | ".join(cells) + " |")
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def do_runs(path: Path, args: argparse.Namespace) -> None:
-    for seed in range(args.seeds):
-        for algo in args.algos:
-            name = f"{algo} {seed} {args.steps}"
-            found = kept(path, name, partial(in_a_process, train, algo, seed, args.steps))
-            print(f"{name}: {np.mean(found['returns']):.1f}", flush=True)
+    def do_run(algo: str, seed: int) -> None:
+        name = f"{algo} {seed} {args.steps}"
+        run = partial(in_a_process, train, algo, seed, args.steps, args.device, args.env_threads)
+        found = kept(path, name, run)
+        print(f"{name}: {np.mean(found['returns']):.1f}", flush=True)
+
+    with ThreadPoolExecutor(args.processes) as pool:
+        list(pool.map(do_run, args.algos * args.seeds, np.repeat(np.arange(args.seeds), len(args.algos)).tolist()))
 
 
 def main() -> None:
@@ -126,6 +134,9 @@ def main() -> None:
     parser.add_argument("--algos", nargs="+", choices=learning.PEERS, default=["ppo"], metavar="ALGO")
     parser.add_argument("--seeds", type=learning.positive, default=SEEDS)
     parser.add_argument("--steps", type=learning.positive, default=STEPS)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--processes", type=learning.positive, default=1, help="how many runs at a time")
+    parser.add_argument("--env-threads", type=learning.positive, default=1, help="of the environments of a run")
     run_or_report(parser, learning.HERE / "atari.json", do_runs, report)
 
 

@@ -151,7 +151,9 @@ def all_settings(side: str) -> dict[str, Any]:
 
 
 def settings_of(side: str, task: str) -> dict[str, Any]:
-    return dict(all_settings(side)[task])
+    """The entry of a task, or that for tasks without one."""
+    entries = all_settings(side)
+    return dict(entries[task if task in entries else "default"])
 
 
 @functools.cache

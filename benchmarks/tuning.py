@@ -1,11 +1,12 @@
 """Try settings of zoo_configs/ on seeds that the benchmark of learning does not use.
 
     python benchmarks/tuning.py run trpo Hopper-v5 --change "target_kl: 0.06" "policy_kwargs: dict(log_std_init=-1)"
+    python benchmarks/tuning.py run ppo Hopper-v5 --entry default     # how the general settings do
     python benchmarks/tuning.py report
 
-Trains as benchmarks/learning.py does, with the entry as it is or with some of its values changed, plays 20 episodes
-with deterministic actions after training, and adds a row for each seed to learning/tuning.csv; what is there is not
-done again. ``report`` prints all of it, a line for each setting.
+Trains as benchmarks/learning.py does, with the entry of the task (without one, the default) as it is or with some of
+its values changed, plays 20 episodes with deterministic actions after training, and adds a row for each seed to
+learning/tuning.csv; what is there is not done again. ``report`` prints all of it, a line for each setting.
 """
 
 import argparse
@@ -45,8 +46,10 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def try_settings(side: str, task: str, change: dict[str, Any], seeds: list[int], steps: int, path: Path) -> None:
-    settings = {**learning.settings_of(side, task), **change}
+def try_settings(
+    side: str, task: str, entry: str, change: dict[str, Any], seeds: list[int], steps: int, path: Path
+) -> None:
+    settings = {**learning.settings_of(side, entry), **change}
     done = {tuple(row[key] for key in KEYS) for row in read(path)}
     for seed in seeds:
         key = (side, task, str(steps), settings_text(settings), str(seed))
@@ -59,8 +62,9 @@ def try_settings(side: str, task: str, change: dict[str, Any], seeds: list[int],
             if file.tell() == 0:
                 writer.writerow(COLUMNS)
             writer.writerow([*key, *result, cpu_seconds])
+        about = change if entry == task else f"by the entry {entry} {change}"
         print(
-            f"{side} {task} {change} seed {seed}: {result[0]:.1f} +/- {result[1]:.1f}, {cpu_seconds:.0f} s", flush=True
+            f"{side} {task} {about} seed {seed}: {result[0]:.1f} +/- {result[1]:.1f}, {cpu_seconds:.0f} s", flush=True
         )
 
 
@@ -99,10 +103,11 @@ def main() -> None:
     commands.add_parser("report", help="print the results")
     run = commands.add_parser("run", help="train")
     run.add_argument("side", choices=learning.SIDES)
-    run.add_argument("task", choices=learning.TASKS)
+    run.add_argument("task", help="any environment that is registered")
+    run.add_argument("--entry", help="of the configuration file (default: the task's)")
     run.add_argument("--change", nargs="+", type=one_change, default=[], metavar='"KEY: VALUE"')
     run.add_argument("--seeds", nargs="+", type=seed, default=[FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 2])
-    run.add_argument("--steps", type=learning.positive, help="default: those of learning.py")
+    run.add_argument("--steps", type=learning.positive, help="default: those of learning.py, else 300,000")
     args = parser.parse_args()
     path = args.folder / "tuning.csv"
     if args.command == "report":
@@ -110,7 +115,8 @@ def main() -> None:
         return
     change = {key: value for change in args.change for key, value in change.items()}
     th.set_num_threads(1)
-    try_settings(args.side, args.task, change, args.seeds, args.steps or learning.TASKS[args.task], path)
+    steps = args.steps or learning.TASKS.get(args.task, 300_000)
+    try_settings(args.side, args.task, args.entry or args.task, change, args.seeds, steps, path)
 
 
 if __name__ == "__main__":

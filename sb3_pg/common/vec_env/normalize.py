@@ -162,7 +162,7 @@ class VecNormalize(sb3.VecNormalize):
         return [*changes, (self.__dict__, {"old_reward": rewards, "returns": returns})]
 
     def _normalize_obs(self, obs: np.ndarray, obs_rms: RunningMeanStd) -> np.ndarray:
-        scaled = np.asarray(obs - obs_rms.mean)
+        scaled = np.asarray(np.asarray(obs) - obs_rms.mean)  # also of lists and of JAX's arrays, which stay as they are
         scaled /= np.sqrt(obs_rms.var + self.epsilon)
         return _clip(scaled, self.clip_obs)
 
@@ -184,7 +184,7 @@ class VecNormalize(sb3.VecNormalize):
         """Divide rewards by the deviation of the discounted return, and clip."""
         if not self.norm_reward:
             return reward.astype(np.float32)
-        scaled = np.asarray(reward / np.float64(math.sqrt(self.ret_rms.var + self.epsilon)))
+        scaled = np.asarray(np.asarray(reward) / np.float64(math.sqrt(self.ret_rms.var + self.epsilon)))
         return _clip(scaled, self.clip_reward).astype(np.float32)
 
     def save(self, save_path: str | Path) -> None:

@@ -98,6 +98,43 @@ def test_a_dictionary_names_its_key():
     assert obs
 
 
+class Immutable:
+    """An array as JAX has them: what is computed with it is one too."""
+
+    def __init__(self, x):
+        self.x = np.array(x)
+
+    def __array__(self, dtype=None, copy=None):
+        x = np.array(self.x, dtype)
+        x.flags.writeable = False
+        return x
+
+    def __sub__(self, other):
+        return Immutable(self.x - other)
+
+    def __truediv__(self, other):
+        return Immutable(self.x / other)
+
+
+@pytest.mark.parametrize("kind", [list, Immutable])
+def test_other_arrays_are_normalised_as_those_of_numpy(kind):
+    env, expected = (VecNormalize(make_envs(n_envs=2)) for _ in range(2))
+    for its in (env, expected):
+        its.reset()
+    rows = np.array([[1, -2, 0.5], [0, 3, 4]], np.float32)
+    rewards = np.array([1.0, -2.0])
+
+    def act(its):
+        return its.step(np.zeros((2, 2), np.float32))
+
+    changed(env, observations=kind(rows), rewards=kind(rewards), last=kind(rows[0]))
+    changed(expected, observations=rows, rewards=rewards, last=rows[0].copy())
+    found, right = ([*step, infos[1]["terminal_observation"]] for *step, infos in map(act, (env, expected)))
+    np.testing.assert_equal(found, right)
+    np.testing.assert_array_equal(env.normalize_obs(kind(rows)), expected.normalize_obs(rows))
+    np.testing.assert_array_equal(env.normalize_reward(kind(rewards)), expected.normalize_reward(rewards))
+
+
 @pytest.mark.parametrize("which", ["obs_rms", "ret_rms"])
 def test_statistics_that_were_broken_are_to_blame_and_not_the_environment(which):
     env = VecNormalize(make_envs(n_envs=2))
