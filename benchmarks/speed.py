@@ -8,7 +8,8 @@
 Each row runs ``learn()`` of ours and its peer alternately in one process with one thread; the first update of each is
 warm-up and not timed; the figures are medians of ``--repeats`` runs with the range beside. Both sides get the same
 settings, which the table prints. The *limit* is the time that stepping the same environments takes with a constant
-action and SB3's own vectorised environment, so that everybody sees how much of the rest is the algorithm's.
+action and SB3's own vectorised environment, so that everybody sees how much of the rest is the algorithm's; for PPO
+the time is added that the products and convolutions which SB3's counts take at the rate of a large product.
 
 Four groups measure something else: the peak memory, what a number of threads and a busy neighbour change, the time of
 ``predict``, and the time of a run with evaluations as rl-zoo makes it. What has to do with the process as a whole is
@@ -45,6 +46,7 @@ from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from stable_baselines3.common import vec_env as sb3_vec_env
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
+from torch.utils.flop_counter import FlopCounterMode
 
 import sb3_pg
 from sb3_pg.common import vec_env as our_vec_env
@@ -287,6 +289,25 @@ def time_limit(row: Row, steps: int) -> float:
     return (time.perf_counter() - start) / (steps // row.n_envs * row.n_envs)
 
 
+def product_rate() -> float:
+    """Floating-point operations per second of a large matrix product."""
+    n, seconds = 1024, []
+    x, y = th.randn(2, n, n)
+    for _ in range(20):
+        start = time.perf_counter()
+        x @ y
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)
+
+
+def time_arithmetic(row: Row) -> float:
+    """Seconds per environment step of what PPO cannot spare: its products and convolutions, as fast as they can be."""
+    model = make_model(row, row.peer, stable_baselines3.PPO)
+    with FlopCounterMode(display=False) as counter:
+        model.learn(1)
+    return counter.get_total_flops() / model.num_timesteps / product_rate()
+
+
 # ------------------------------------------------- in a process of its own
 
 
@@ -406,6 +427,9 @@ def measure(row: Row, kinds: dict[str, Any], repeats: int) -> dict[str, Any]:
         times["ours"].append(time_learn(sides[row.ours], steps))
         times["peer"].append(time_learn(sides[row.peer], steps))
         times["limit"].append(time_limit(row, min(steps, 4096)))
+    if row.ours == "PPO" and row.group != "masks and memory":
+        arithmetic = time_arithmetic(row)
+        times["limit"] = [seconds + arithmetic for seconds in times["limit"]]
     engine = sides[row.ours].network.description
     return {**asdict(row), "name": row.name, "seconds_per_step": times, "engine": engine, "steps": steps} | {
         "phases": phases(row, kinds[row.ours], steps)
@@ -562,7 +586,8 @@ def write_report(data: dict[str, Any], folder: Path) -> None:
         "",
         f"Made by `benchmarks/speed.py` on {data['machine']}.",
         f"One thread; medians of {repeats_of(results, ['main'])} alternating runs. *At most* is the ratio that a side",
-        "would have which takes no time beside that of the environments, the limit.",
+        "would have which takes no time beside the limit: that of the environments, and for PPO that of its products",
+        "and convolutions at the rate of a large product (torch's convolutions are slower).",
         "",
         table([r for r in results if r["group"] == "main"]),
         "",
@@ -648,7 +673,7 @@ def draw_ratios(rows: list[dict[str, Any]], folder: Path) -> None:
 GROWTH_LINES = {
     "ours": ("sb3_pg", "#1f4e8c"),
     "peer": ("SB3", "#cc6677"),
-    "limit": ("the environments alone, without learning", "#888888"),
+    "limit": ("the environments and the arithmetic alone", "#888888"),
 }
 
 
