@@ -14,6 +14,7 @@ learning/atari.json and learning/atari.md.
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import sys
 import tempfile
@@ -119,14 +120,15 @@ def report(path: Path) -> None:
 
 
 def do_runs(path: Path, args: argparse.Namespace) -> None:
-    def do_run(algo: str, seed: int) -> None:
+    def do_run(which: tuple[int, str]) -> None:
+        seed, algo = which
         name = f"{algo} {seed} {args.steps}"
         run = partial(in_a_process, train, algo, seed, args.steps, args.device, args.env_threads)
         found = kept(path, name, run)
         print(f"{name}: {np.mean(found['returns']):.1f}", flush=True)
 
     with ThreadPoolExecutor(args.processes) as pool:
-        list(pool.map(do_run, args.algos * args.seeds, np.repeat(np.arange(args.seeds), len(args.algos)).tolist()))
+        list(pool.map(do_run, itertools.product(range(args.seeds), args.algos)))
 
 
 def main() -> None:

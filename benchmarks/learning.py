@@ -548,7 +548,7 @@ def draw(curves: Curves, folder: Path) -> None:
     figure.legend(handles=handles, loc="outside upper center", ncols=min(6, 2 * n_columns), frameon=False, fontsize=11)
     explanation = "Thick: mean of the middle half of the seeds. Band: its 95 % interval. Thin: single seeds."
     figure.supxlabel(f"{explanation} Dashed: the peers.", fontsize=11)
-    figure.savefig(folder / "curves.png", dpi=130)
+    figure.savefig(folder / "curves.png", dpi=100)
 
 
 def report_command(args: argparse.Namespace) -> bool:

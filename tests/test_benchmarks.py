@@ -118,8 +118,22 @@ def test_tuning_tries_changed_settings_on_seeds_of_its_own(tmp_path):
         "gamma: 0.9, policy_kwargs: dict(net_arch=[8])",
         "as in the entry",
     ]
+    tune("--seeds", "100", "--entry", "default")
+    with (tmp_path / "tuning.csv").open(newline="") as file:
+        *_, by_default = csv.DictReader(file)
+    assert "normalize: true" in by_default["settings"] and "normalize: true" not in unchanged["settings"]
     with pytest.raises(AssertionError, match="must be at least 100"):
         tune("--seeds", "4")
+
+
+def test_the_arithmetic_of_ppo_is_that_of_its_layers(module, monkeypatch):
+    speed = importlib.import_module("speed")
+    monkeypatch.setattr(speed, "product_rate", lambda: 1.0)
+    settings = {"n_steps": 64, "batch_size": 64, "n_epochs": 2}
+    found = speed.time_arithmetic(speed.Row("main", "PPO", "SB3 PPO", "CartPole-v1", 2, settings))
+    first, others = 2 * 4 * 64, 2 * 64 * 64 + 64 * 3  # products of actor and critic for one observation
+    # Acting is one pass forward; an epoch one forward and two back, none of them to the observations.
+    assert found == pytest.approx(2 * (first + others + 2 * (2 * first + 3 * others)), rel=0.02)
 
 
 @pytest.mark.parametrize("side", RL_ZOO)

@@ -182,9 +182,10 @@ class VecNormalize(sb3.VecNormalize):
 
     def normalize_reward(self, reward: np.ndarray) -> np.ndarray:
         """Divide rewards by the deviation of the discounted return, and clip."""
+        reward = np.asarray(reward)  # of lists and JAX's arrays
         if not self.norm_reward:
             return reward.astype(np.float32)
-        scaled = np.asarray(np.asarray(reward) / np.float64(math.sqrt(self.ret_rms.var + self.epsilon)))
+        scaled = np.asarray(reward / np.float64(math.sqrt(self.ret_rms.var + self.epsilon)))
         return _clip(scaled, self.clip_reward).astype(np.float32)
 
     def save(self, save_path: str | Path) -> None:

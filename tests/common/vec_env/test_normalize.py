@@ -132,7 +132,9 @@ def test_other_arrays_are_normalised_as_those_of_numpy(kind):
     found, right = ([*step, infos[1]["terminal_observation"]] for *step, infos in map(act, (env, expected)))
     np.testing.assert_equal(found, right)
     np.testing.assert_array_equal(env.normalize_obs(kind(rows)), expected.normalize_obs(rows))
-    np.testing.assert_array_equal(env.normalize_reward(kind(rewards)), expected.normalize_reward(rewards))
+    for env.norm_reward in (True, False):
+        expected.norm_reward = env.norm_reward
+        np.testing.assert_array_equal(env.normalize_reward(kind(rewards)), expected.normalize_reward(rewards))
 
 
 @pytest.mark.parametrize("which", ["obs_rms", "ret_rms"])
