@@ -8,8 +8,9 @@
 Each row runs ``learn()`` of ours and its peer alternately in one process with one thread; the first update of each is
 warm-up and not timed; the figures are medians of ``--repeats`` runs with the range beside. Both sides get the same
 settings, which the table prints. The *limit* is the time that stepping the same environments takes with a constant
-action and SB3's own vectorised environment, so that everybody sees how much of the rest is the algorithm's; for PPO
-the time is added that the products and convolutions which SB3's counts take at the rate of a large product.
+action and SB3's own vectorised environment, not normalised, so that everybody sees how much of the rest is the
+algorithm's; for PPO and TRPO the time is added that their products and convolutions take at the rate of a large
+product: as many as SB3's PPO makes, and our TRPO with torch's autograd.
 
 Four groups measure something else: the peak memory, what a number of threads and a busy neighbour change, the time of
 ``predict``, and the time of a run with evaluations as rl-zoo makes it. What has to do with the process as a whole is
@@ -29,7 +30,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +279,7 @@ def time_learn(model: Any, steps: int) -> float:
 
 def time_limit(row: Row, steps: int) -> float:
     """Seconds per environment step with a constant action, and the masks if there are, and nothing else."""
-    env = make_env(row, sb3_vec_env)
+    env = make_env(replace(row, normalize=False), sb3_vec_env)
     is_masked = env.has_attr("action_masks")
     env.reset()
     actions = np.stack([env.action_space.sample()] * row.n_envs)
@@ -300,9 +302,13 @@ def product_rate() -> float:
     return 2 * n**3 / min(seconds)
 
 
+#: Algorithms whose products and convolutions torch can count: SB3's PPO, and ours where the peer's TRPO makes more.
+COUNTED = {"PPO": stable_baselines3.PPO, "TRPO": partial(sb3_pg.TRPO, engine="autograd")}
+
+
 def time_arithmetic(row: Row) -> float:
-    """Seconds per environment step of what PPO cannot spare: its products and convolutions, as fast as they can be."""
-    model = make_model(row, row.peer, stable_baselines3.PPO)
+    """Seconds per environment step of what cannot be spared: products and convolutions, as fast as they can be."""
+    model = make_model(row, row.peer, COUNTED[row.ours])
     with FlopCounterMode(display=False) as counter:
         model.learn(1)
     return counter.get_total_flops() / model.num_timesteps / product_rate()
@@ -427,7 +433,7 @@ def measure(row: Row, kinds: dict[str, Any], repeats: int) -> dict[str, Any]:
         times["ours"].append(time_learn(sides[row.ours], steps))
         times["peer"].append(time_learn(sides[row.peer], steps))
         times["limit"].append(time_limit(row, min(steps, 4096)))
-    if row.ours == "PPO" and row.group != "masks and memory":
+    if row.ours in COUNTED and row.group != "masks and memory":
         arithmetic = time_arithmetic(row)
         times["limit"] = [seconds + arithmetic for seconds in times["limit"]]
     engine = sides[row.ours].network.description
@@ -586,8 +592,8 @@ def write_report(data: dict[str, Any], folder: Path) -> None:
         "",
         f"Made by `benchmarks/speed.py` on {data['machine']}.",
         f"One thread; medians of {repeats_of(results, ['main'])} alternating runs. *At most* is the ratio that a side",
-        "would have which takes no time beside the limit: that of the environments, and for PPO that of its products",
-        "and convolutions at the rate of a large product (torch's convolutions are slower).",
+        "would have which takes no time beside the limit: that of the environments, and for PPO and TRPO that of their",
+        "products and convolutions at the rate of a large product (torch's convolutions are slower).",
         "",
         table([r for r in results if r["group"] == "main"]),
         "",

@@ -136,6 +136,21 @@ def test_the_arithmetic_of_ppo_is_that_of_its_layers(module, monkeypatch):
     assert found == pytest.approx(2 * (first + others + 2 * (2 * first + 3 * others)), rel=0.02)
 
 
+def test_the_arithmetic_of_trpo_is_that_of_its_layers(module, monkeypatch):
+    speed = importlib.import_module("speed")
+    monkeypatch.setattr(speed, "product_rate", lambda: 1.0)
+
+    def operations(iterations, passes):
+        settings = {"n_steps": 64, "batch_size": 64, "cg_max_steps": iterations, "n_critic_updates": passes}
+        return speed.time_arithmetic(speed.Row("main", "TRPO", "contrib TRPO", "CartPole-v1", 2, settings))
+
+    first, actor, critic = 4 * 64, 64 * 64 + 64 * 2, 64 * 64 + 64  # products of a network for one observation
+    # An iteration is two passes with the tangents and two back, a pass of the critic one forward and two back; the
+    # observations have neither a tangent nor a gradient.
+    assert operations(2, 1) - operations(1, 1) == pytest.approx(2 * (2 * first + 4 * actor))
+    assert operations(1, 2) - operations(1, 1) == pytest.approx(2 * (2 * first + 3 * critic))
+
+
 @pytest.mark.parametrize("side", RL_ZOO)
 def test_peers_have_the_published_settings(side):
     package = importlib.util.find_spec("rl_zoo3").submodule_search_locations[0]
