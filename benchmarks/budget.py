@@ -6,8 +6,9 @@
 
 A short run finds how many steps a side makes in the time, what it compiles first included. Then each seed trains for so
 many steps, by which schedules end, and plays 20 episodes with deterministic actions, as in learning.py, which has the
-settings too. The clock is that of the processor, on one core and one thread, so that other work does not count. sbx's
-PPO has the settings of SB3's. Writes learning/budget.json and learning/budget.md.
+settings too. The clock is that of the processor, on one core and one thread, so that other work does not count. What
+was begun on one machine goes on there only. sbx's PPO has the settings of SB3's. Writes learning/budget.json and
+learning/budget.md.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import numpy as np
 import torch as th
 from kept import kept, read, run_or_report
 from processes import in_a_process
+from speed import machine
 from stable_baselines3.common.callbacks import BaseCallback
 
 #: Every side, as the data names it and as the report does.
@@ -85,13 +87,13 @@ def prepare(side: str) -> None:
     ALGOS["sbx_ppo"] = PPO
 
 
-def steps_in(side: str, task: str, seconds: int) -> int:
-    """Return how many steps a side makes in the time."""
+def steps_in(side: str, task: str, seconds: int) -> dict[str, Any]:
+    """Return how many steps a side makes in the time, and on which machine."""
     prepare(side)
     with learning.experiment(learning.Run(side, task, PROBE_SEED, 10**9, ""), settings_of(side, task)) as (model, _):
         pace = Pace(seconds / 8)
         model.learn(10**9, callback=pace)
-    return pace.steps_in(seconds)
+    return {"steps": pace.steps_in(seconds), "machine": machine()}
 
 
 def train(side: str, task: str, seed: int, steps: int) -> dict[str, float]:
@@ -107,22 +109,28 @@ def do_runs(path: Path, args: argparse.Namespace) -> None:
         for seed in range(SEEDS):
             for task in args.tasks:
                 for side in args.sides:
-                    budget = f"{task} {side} {seconds}"
-                    steps = kept(path, budget, partial(in_a_process, steps_in, side, task, seconds))
-                    found = kept(path, f"{budget} {seed}", partial(in_a_process, train, side, task, seed, steps))
-                    print(f"{budget} {seed}: {found['mean']:.1f} after {found['cpu_s']:.0f} s", flush=True)
+                    do_run(path, f"{task} {side} {seconds}", seed)
+
+
+def do_run(path: Path, budget: str, seed: int) -> None:
+    task, side, seconds = budget.split()
+    begun = kept(path, budget, partial(in_a_process, steps_in, side, task, int(seconds)))
+
+    def find() -> dict[str, float]:
+        if begun["machine"] != machine():
+            raise SystemExit(f"{budget} was begun on {begun['machine']}: go on there, or take another --folder.")
+        return in_a_process(train, side, task, seed, begun["steps"])
+
+    found = kept(path, f"{budget} {seed}", find)
+    print(f"{budget} {seed}: {found['mean']:.1f} after {found['cpu_s']:.0f} s", flush=True)
 
 
 def report(path: Path) -> None:
     known = read(path)
-    lines = [
-        "# In the same time",
-        "",
-        f"Made by `benchmarks/budget.py` on {known['machine']}; one core and one thread.",
-        "",
-    ]
+    lines = ["# In the same time", "", "Made by `benchmarks/budget.py`, on one core and with one thread.", ""]
     lines += ["Mean return of 20 episodes with deterministic actions after training, of each seed.", ""]
     lines += ["| task | seconds | side | steps | seconds taken | median | each seed |", "|---|---|---|---|---|---|---|"]
+    machines: dict[str, list[str]] = {}
     for name in (name for name in known if len(name.split()) == 3):
         task, side, seconds = name.split()
         runs = [known[f"{name} {seed}"] for seed in range(SEEDS) if f"{name} {seed}" in known]
@@ -130,8 +138,12 @@ def report(path: Path) -> None:
             continue
         scores = [run["mean"] for run in runs]
         taken = statistics.median(run["cpu_s"] for run in runs)
-        cells = [task, seconds, SIDES[side], f"{known[name]:,}", f"{taken:.0f}", learning.number(np.median(scores))]
+        steps, on = f"{known[name]['steps']:,}", known[name]["machine"]
+        cells = [task, seconds, SIDES[side], steps, f"{taken:.0f}", learning.number(np.median(scores))]
         lines.append("| " + " | ".join([*cells, ", ".join(map(learning.number, scores))]) + " |")
+        if f"{task}, {seconds} s" not in machines.setdefault(on, []):
+            machines[on].append(f"{task}, {seconds} s")
+    lines += ["", *(f"- {'; '.join(budgets)}: on {on}." for on, budgets in machines.items())]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -236,15 +236,29 @@ def test_a_budget_of_seconds_is_so_many_steps(module):
     assert pace._on_step()
 
 
-def test_report_of_a_budget(module, tmp_path):
-    budget = importlib.import_module("budget")
-    known = {"machine": "a machine", "Hopper-v5 trpo 60": 4000, "Hopper-v5 ppo 60": 5000}
+@pytest.fixture
+def begun(tmp_path):
+    """Results in the time of 60 seconds, all of one side and four of another."""
+    known = {f"Hopper-v5 {side} 60": {"steps": 4000, "machine": "a machine"} for side in ("trpo", "ppo")}
     known |= {f"Hopper-v5 trpo 60 {seed}": {"mean": 10.0 * seed, "cpu_s": 59.0 + seed} for seed in range(5)}
     known |= {f"Hopper-v5 ppo 60 {seed}": {"mean": 1.0, "cpu_s": 60.0} for seed in range(4)}
     (tmp_path / "budget.json").write_text(json.dumps(known))
-    budget.report(tmp_path / "budget.json")
-    rows = (tmp_path / "budget.md").read_text().splitlines()[8:]
-    assert rows == ["| Hopper-v5 | 60 | TRPO | 4,000 | 61 | 20.0 | 0.0, 10.0, 20.0, 30.0, 40.0 |"]  # not four seeds
+    return tmp_path / "budget.json"
+
+
+def test_report_of_a_budget(module, begun):
+    importlib.import_module("budget").report(begun)
+    assert begun.with_suffix(".md").read_text().splitlines()[8:] == [
+        "| Hopper-v5 | 60 | TRPO | 4,000 | 61 | 20.0 | 0.0, 10.0, 20.0, 30.0, 40.0 |",  # not four seeds
+        "",
+        "- Hopper-v5, 60 s: on a machine.",
+    ]
+
+
+def test_a_budget_goes_on_where_it_was_begun(module, begun):
+    """Seconds of one machine are not those of another."""
+    with pytest.raises(SystemExit, match=r"Hopper-v5 ppo 60 was begun on a machine: go on there, or take another"):
+        importlib.import_module("budget").do_run(begun, "Hopper-v5 ppo 60", 4)
 
 
 def test_report_of_pong(module, tmp_path):
