@@ -4,14 +4,14 @@
     python benchmarks/budget.py --seconds 60 --tasks Hopper-v5   # an hour; two of these side by side take two cores
     python benchmarks/budget.py --report                         # the table again from the data
 
-A short run finds how many steps a side makes in the time, what it compiles first included. Then each seed trains for so
-many steps, by which schedules end, and plays 20 episodes with deterministic actions, as in learning.py, which has the
-settings too. The clock is that of the processor, on one core and one thread, so that other work does not count. What
-was begun on one machine goes on there only. sbx's PPO has the settings of SB3's. Writes learning/budget.json and
-learning/budget.md.
+Short runs, of all sides by turns, find how many steps each makes in the time, what it compiles first included. Then
+each seed trains for so many steps, by which schedules end, and plays 20 episodes with deterministic actions, as in
+learning.py, which has the settings too. The clock is that of the processor, on one core and one thread, so that other
+work does not count. sbx's PPO has the settings of SB3's. Writes learning/budget.json and learning/budget.md.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
@@ -37,7 +37,7 @@ SIDES = {side: name for side, name in learning.SIDES.items() if side != "sb3_a2c
 TASKS = ("HalfCheetah-v5", "Hopper-v5")
 SECONDS = (60, 600)
 SEEDS = 5
-PROBE_SEED = 99
+PROBES, PROBE_SECONDS, PROBE_SEED = 5, 8, 99
 
 
 class Pace(BaseCallback):
@@ -58,10 +58,14 @@ class Pace(BaseCallback):
     def _on_step(self) -> bool:
         return len(self.clock) <= 3 or self.clock[-1] < self.seconds
 
-    def steps_in(self, seconds: float) -> int:
-        """Return how many steps there are in so many seconds; the first rollout compiles."""
-        rate = (self.steps[-1] - self.steps[1]) / (self.clock[-1] - self.clock[1])
-        return max(1, self.steps[1] + int((seconds - self.clock[1]) * rate))
+    def found(self) -> list[float]:
+        """Return steps and seconds of the first rollout, which compiles, and the steps per second after it."""
+        return [self.steps[1], self.clock[1], (self.steps[-1] - self.steps[1]) / (self.clock[-1] - self.clock[1])]
+
+
+def steps_in(seconds: int, paces: list[list[float]]) -> int:
+    """Return how many steps there are in so many seconds, by the median of what several runs have found."""
+    return max(1, int(statistics.median(first + (seconds - after) * rate for first, after, rate in paces)))
 
 
 def settings_of(side: str, task: str) -> dict[str, Any]:
@@ -87,13 +91,18 @@ def prepare(side: str) -> None:
     ALGOS["sbx_ppo"] = PPO
 
 
-def steps_in(side: str, task: str, seconds: int) -> dict[str, Any]:
-    """Return how many steps a side makes in the time, and on which machine."""
+def pace(side: str, task: str) -> list[float]:
     prepare(side)
     with learning.experiment(learning.Run(side, task, PROBE_SEED, 10**9, ""), settings_of(side, task)) as (model, _):
-        pace = Pace(seconds / 8)
-        model.learn(10**9, callback=pace)
-    return {"steps": pace.steps_in(seconds), "machine": machine()}
+        callback = Pace(PROBE_SECONDS)
+        model.learn(10**9, callback=callback)
+    return callback.found()
+
+
+def all_paces(task: str, sides: list[str]) -> dict[str, Any]:
+    """Return the paces of all sides, which run by turns."""
+    rounds = [{side: in_a_process(pace, side, task) for side in sides} for _ in range(PROBES)]
+    return {"machine": machine(), "paces": {side: [found[side] for found in rounds] for side in sides}}
 
 
 def train(side: str, task: str, seed: int, steps: int) -> dict[str, float]:
@@ -108,42 +117,32 @@ def do_runs(path: Path, args: argparse.Namespace) -> None:
     for seconds in args.seconds:
         for seed in range(SEEDS):
             for task in args.tasks:
+                paces = kept(path, task, partial(all_paces, task, args.sides))["paces"]
+                if missing := set(args.sides) - set(paces):
+                    raise SystemExit(f"{path} has paces for {task} without those of {missing}: take another --folder.")
                 for side in args.sides:
-                    do_run(path, f"{task} {side} {seconds}", seed)
-
-
-def do_run(path: Path, budget: str, seed: int) -> None:
-    task, side, seconds = budget.split()
-    begun = kept(path, budget, partial(in_a_process, steps_in, side, task, int(seconds)))
-
-    def find() -> dict[str, float]:
-        if begun["machine"] != machine():
-            raise SystemExit(f"{budget} was begun on {begun['machine']}: go on there, or take another --folder.")
-        return in_a_process(train, side, task, seed, begun["steps"])
-
-    found = kept(path, f"{budget} {seed}", find)
-    print(f"{budget} {seed}: {found['mean']:.1f} after {found['cpu_s']:.0f} s", flush=True)
+                    name = f"{task} {side} {seconds} {seed}"
+                    steps = steps_in(seconds, paces[side])
+                    found = kept(path, name, partial(in_a_process, train, side, task, seed, steps))
+                    print(f"{name}: {found['mean']:.1f} after {found['cpu_s']:.0f} s", flush=True)
 
 
 def report(path: Path) -> None:
     known = read(path)
-    lines = ["# In the same time", "", "Made by `benchmarks/budget.py`, on one core and with one thread.", ""]
-    lines += ["Mean return of 20 episodes with deterministic actions after training, of each seed.", ""]
-    lines += ["| task | seconds | side | steps | seconds taken | median | each seed |", "|---|---|---|---|---|---|---|"]
-    machines: dict[str, list[str]] = {}
-    for name in (name for name in known if len(name.split()) == 3):
-        task, side, seconds = name.split()
-        runs = [known[f"{name} {seed}"] for seed in range(SEEDS) if f"{name} {seed}" in known]
-        if len(runs) < SEEDS:
-            continue
-        scores = [run["mean"] for run in runs]
-        taken = statistics.median(run["cpu_s"] for run in runs)
-        steps, on = f"{known[name]['steps']:,}", known[name]["machine"]
-        cells = [task, seconds, SIDES[side], steps, f"{taken:.0f}", learning.number(np.median(scores))]
-        lines.append("| " + " | ".join([*cells, ", ".join(map(learning.number, scores))]) + " |")
-        if f"{task}, {seconds} s" not in machines.setdefault(on, []):
-            machines[on].append(f"{task}, {seconds} s")
-    lines += ["", *(f"- {'; '.join(budgets)}: on {on}." for on, budgets in machines.items())]
+    begun = {task: known[task] for task in learning.TASKS if task in known}
+    times = sorted({int(name.split()[2]) for name in known if len(name.split()) == 4})
+    lines = ["# In the same time", "", "Made by `benchmarks/budget.py`, for one core and one thread.", ""]
+    lines += [f"- The seconds of {task} are those of {found['machine']}." for task, found in begun.items()]
+    lines += ["- Mean return of 20 episodes with deterministic actions after training, of each seed.", ""]
+    lines += ["| task | seconds | side | steps | median | each seed |", "|---|---|---|---|---|---|"]
+    for task, seconds in itertools.product(begun, times):
+        for side, paces in begun[task]["paces"].items():
+            runs = [known.get(f"{task} {side} {seconds} {seed}") for seed in range(SEEDS)]
+            if None not in runs:
+                scores = [run["mean"] for run in runs if run]
+                cells = [task, str(seconds), SIDES[side], f"{steps_in(seconds, paces):,}"]
+                cells += [learning.number(np.median(scores)), ", ".join(map(learning.number, scores))]
+                lines.append("| " + " | ".join(cells) + " |")
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
