@@ -484,7 +484,7 @@ def write_table(curves: Curves, folder: Path) -> None:
     text = [
         "# Learning",
         "",
-        f"Made by `benchmarks/learning.py` on {', '.join(where.read_text().splitlines())}; one thread for each run.",
+        f"Made by `benchmarks/learning.py` on {', and '.join(where.read_text().splitlines())}; one thread for each run.",
         "",
         f"- Final return: the mean of {EPISODES} episodes with deterministic actions after training; of the seeds the",
         f"  interquartile mean, with its 95 % bootstrap interval from {MIN_SEEDS} seeds on.",
