@@ -479,12 +479,12 @@ def disturbed(curves: Curves) -> str:
 
 
 def write_table(curves: Curves, folder: Path) -> None:
-    where = folder / "machine.txt"
+    machines = ", and ".join((folder / "machine.txt").read_text().splitlines())
     pairs = ", ".join(f"{SIDES[ours]} above {SIDES[peer]}" for ours, peer in PEERS.items())
     text = [
         "# Learning",
         "",
-        f"Made by `benchmarks/learning.py` on {', and '.join(where.read_text().splitlines())}; one thread for each run.",
+        f"Made by `benchmarks/learning.py` on {machines}; one thread for each run.",
         "",
         f"- Final return: the mean of {EPISODES} episodes with deterministic actions after training; of the seeds the",
         f"  interquartile mean, with its 95 % bootstrap interval from {MIN_SEEDS} seeds on.",
