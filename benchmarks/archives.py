@@ -22,7 +22,6 @@ import pickle
 import random
 import resource
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -34,9 +33,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __name__ == "__main__" and os.environ.get("OMP_NUM_THREADS") != "1":
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+from processes import with_one_thread
+
+if __name__ == "__main__":
+    with_one_thread()
 
 import cloudpickle
 import numpy as np

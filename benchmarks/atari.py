@@ -15,8 +15,6 @@ import argparse
 import contextlib
 import io
 import itertools
-import os
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,15 +22,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and os.environ.get("OMP_NUM_THREADS") != "1":
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+from processes import in_a_process, with_one_thread
+
+if __name__ == "__main__":
+    with_one_thread()
 
 import learning
 import numpy as np
 import torch as th
 from kept import kept, read, run_or_report
-from processes import in_a_process
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 

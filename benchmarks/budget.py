@@ -12,24 +12,21 @@ work does not count. sbx's PPO has the settings of SB3's. Writes learning/budget
 
 import argparse
 import itertools
-import os
 import statistics
-import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and os.environ.get("OMP_NUM_THREADS") != "1":
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+from processes import in_a_process, machine, with_one_thread
+
+if __name__ == "__main__":
+    with_one_thread()
 
 import learning
 import numpy as np
 import torch as th
 from kept import kept, read, run_or_report
-from processes import in_a_process
-from speed import machine
 from stable_baselines3.common.callbacks import BaseCallback
 
 #: Every side, as the data names it and as the report does.
@@ -102,7 +99,7 @@ def pace(side: str, task: str) -> list[float]:
 def all_paces(task: str, sides: list[str]) -> dict[str, Any]:
     """Return the paces of all sides, which run by turns."""
     rounds = [{side: in_a_process(pace, side, task) for side in sides} for _ in range(PROBES)]
-    return {"machine": machine(), "paces": {side: [found[side] for found in rounds] for side in sides}}
+    return {"machine": machine("NumPy"), "paces": {side: [found[side] for found in rounds] for side in sides}}
 
 
 def train(side: str, task: str, seed: int, steps: int) -> dict[str, float]:

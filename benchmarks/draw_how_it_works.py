@@ -1,4 +1,4 @@
-"""Draw images/how_it_works.png for the README's "How it works": ``python benchmarks/draw_how_it_works.py``."""
+"""Draw images/how_it_works.png for docs/how_it_works.md: ``python benchmarks/draw_how_it_works.py``."""
 
 from pathlib import Path
 

@@ -44,7 +44,7 @@ PPO_SIZE, TRPO_SIZE = {**SMALL, "n_epochs": 2}, {**SMALL, "n_critic_updates": 2,
 EPISODES = {"policy_kwargs": SMALL["policy_kwargs"], "device": "cpu", "seed": 0, "n_episodes": 4, "n_critic_updates": 1}
 A2C_SIZE = {"policy_kwargs": SMALL["policy_kwargs"], "device": "cpu", "seed": 0, "n_steps": 16}
 
-#: (name, class, arguments); the sides of one row of the table stand beside each other
+#: (class, arguments) by names; the sides of one row of the table stand beside each other
 SIDES: dict[str, tuple[type, dict[str, Any]]] = {
     "PPO": (PPO, PPO_SIZE),
     "PPO, autograd": (PPO, {**PPO_SIZE, "engine": "autograd"}),

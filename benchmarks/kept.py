@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from speed import machine
+from processes import machine
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def kept(path: Path, name: str, find: Callable[[], Any]) -> Any:
     if name not in known:
         found = find()
         with FileLock(f"{path}.lock"):
-            known = read(path) | {name: found, "machine": machine()}
+            known = read(path) | {name: found, "machine": machine("NumPy")}
             path.write_text(json.dumps(known, indent=1))
     return known[name]
 

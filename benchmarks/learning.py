@@ -22,7 +22,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -32,16 +31,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __name__ == "__main__" and os.environ.get("OMP_NUM_THREADS") != "1":
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+from processes import machine, with_one_thread
+
+if __name__ == "__main__":
+    with_one_thread()
 
 import numpy as np
 import torch as th
 import yaml
 from filelock import FileLock, Timeout
 from scipy.stats import trim_mean
-from speed import machine
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
@@ -292,7 +291,7 @@ def work(args: argparse.Namespace) -> bool:
     claims.mkdir(parents=True, exist_ok=True)
     machines = args.folder / "machine.txt"
     known = machines.read_text().splitlines() if machines.exists() else []
-    machines.write_text("\n".join(dict.fromkeys([*known, machine()])) + "\n")
+    machines.write_text("\n".join(dict.fromkeys([*known, machine("NumPy")])) + "\n")
     for run in wanted_runs(args):
         # The system frees the lock of a process that ends in whatever way.
         claim = FileLock(claims / f"{'-'.join(map(str, run))}.lock")

@@ -15,7 +15,6 @@ import csv
 import functools
 import hashlib
 import json
-import os
 import sys
 import textwrap
 import time
@@ -23,9 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __name__ == "__main__" and os.environ.get("OMP_NUM_THREADS") != "1":
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+from processes import machine, with_one_thread
+
+if __name__ == "__main__":
+    with_one_thread()
 
 import gymnasium as gym
 import numpy as np
@@ -35,7 +35,6 @@ from rl_zoo3.wrappers import MaskVelocityWrapper
 from sb3_contrib import MaskablePPO, RecurrentPPO
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete, InvalidActionEnvMultiDiscrete
 from sb3_contrib.common.maskable.evaluation import evaluate_policy as evaluate_with_masks
-from speed import machine
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, sync_envs_normalization
@@ -347,7 +346,7 @@ def run_command(args: argparse.Namespace) -> None:
     th.set_num_threads(1)
     path = args.folder / "results.csv"
     args.folder.mkdir(parents=True, exist_ok=True)
-    (args.folder / "machine.txt").write_text(machine() + "\n")
+    (args.folder / "machine.txt").write_text(machine("NumPy") + "\n")
     for task in args.tasks:
         for seed in args.seeds:
             for side in (side for side in args.sides if side in TASKS[task].settings):

@@ -22,8 +22,6 @@ import contextlib
 import io
 import json
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,9 +33,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and "--alone" not in sys.argv and os.environ.get("OMP_NUM_THREADS") != "1":
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+from processes import highest_memory, machine, with_one_thread
+
+if __name__ == "__main__" and "--alone" not in sys.argv:
+    with_one_thread()
 
 import numpy as np
 import sb3_contrib
@@ -322,15 +321,7 @@ def peak_memory(row: Row, side: str) -> float:
     model = make_model(row, side, algorithms()[side])
     before = highest_memory()
     model.learn(row.settings["n_steps"] * row.n_envs)
-    return (highest_memory() - before) / 1024
-
-
-def highest_memory() -> int:
-    """Kilobytes that this process has had at most; ``ru_maxrss`` begins with what its parent had."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return highest_memory() - before
 
 
 def learn_seconds(row: Row, condition: str) -> float:
@@ -716,14 +707,6 @@ def draw(results: list[dict[str, Any]], folder: Path) -> None:
     figure.savefig(folder / "growth.png", dpi=150)
 
 
-def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-    versions = f"Python {platform.python_version()}, torch {th.__version__}, NumPy {np.__version__}"
-    return f"{cpu} ({os.cpu_count()} cores), {versions}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose name contains this, any case")
@@ -743,7 +726,7 @@ def main() -> None:
     if not args.report:
         th.set_num_threads(1)
         kinds = algorithms()
-        data["machine"] = machine()
+        data["machine"] = machine("NumPy")
         for row in all_rows():
             wanted = args.only.lower() in row.name.lower() and args.group in row.group
             if wanted and (not row.peer or row.peer in kinds):

@@ -15,24 +15,20 @@ sentiment, a few settings are compared there by GRPO.
 
 import argparse
 import json
-import os
-import platform
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and os.environ.get("OMP_NUM_THREADS") != "1":
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+from processes import highest_memory, in_a_process, machine, with_one_thread
+
+if __name__ == "__main__":
+    with_one_thread()
 
 import numpy as np
 import torch as th
 import transformers
-from processes import in_a_process
 from stable_baselines3.common.logger import Logger
 
 from sb3_pg import PPO
@@ -186,20 +182,12 @@ def decoding(repeats: int) -> list[dict[str, Any]]:
     return found
 
 
-def peak_memory() -> float:
-    """MB of this process. Linux hands ``ru_maxrss`` down from the process that started it, so it is the last resort."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
-    return (kilobytes or [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss])[0] / 1024
-
-
 def update_cost(algo: str, folder: Path) -> dict[str, float]:
     """Sequences that an update reads and pushes gradients through, and the memory of a process that does it."""
     th.set_num_threads(1)
     model: Any = make_model(algo, TASKS["translation"].make("train"), folder, 0)
     model.set_logger(Logger(None, []))
-    loaded = peak_memory()
+    loaded = highest_memory()
     _, callback = model._setup_learn(10**6)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
     batch = model.network.batch(model.rollout, model.horizon.keep(model.rollout))
@@ -216,7 +204,7 @@ def update_cost(algo: str, folder: Path) -> dict[str, float]:
     model.policy.read_sequences = counted
     model.train()
     found = {"sequences": sequences, "forward": sum(forward), "backward": sum(backward)}
-    return {**found, "epochs": getattr(model, "n_epochs", 1), "loaded_mb": loaded, "peak_mb": peak_memory()}
+    return {**found, "epochs": getattr(model, "n_epochs", 1), "loaded_mb": loaded, "peak_mb": highest_memory()}
 
 
 # ----------------------------------------------------------------------- report
@@ -322,19 +310,11 @@ def draw(data: dict[str, Any], out: Path) -> None:
     plt.close(figure)
 
 
-def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-    versions = f"Python {platform.python_version()}, torch {th.__version__}, transformers {transformers.__version__}"
-    return f"{cpu}, one thread, {versions}"
-
-
 def record(path: Path, only_report: bool) -> dict[str, Any]:
     """What has been measured so far, with the machine of today if there will be more."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = json.loads(path.read_text()) if path.exists() else {"runs": {}}
-    return data if only_report else {**data, "machine": machine()}
+    return data if only_report else {**data, "machine": machine("transformers")}
 
 
 def setup(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -21,12 +21,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from text import OUT, before_and_after, command_line, peak_memory  # first, since it pins the threads
+from text import OUT, before_and_after, command_line  # first, since it pins the threads
 
 # isort: split
 import torch as th
 import transformers
-from processes import in_a_process
+from processes import highest_memory, in_a_process
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
@@ -194,17 +194,17 @@ def run_long(half: bool) -> dict[str, Any]:
         policy_kwargs={**model_of(**more), "reference_kl_coef": 0.02},
     )
     model.set_logger(Logger(None, []))
-    loaded, clock = peak_memory(), Clock()
+    loaded, clock = highest_memory(), Clock()
     model.learn(10**9, callback=clock)
     acted, stepped = clock.times[1] - clock.times[0], time.process_time() - clock.times[1]
     found = {"acted_and_judged": acted, "stepped": stepped, "seconds": acted + stepped, "length": clock.length}
-    print(f"long, half={half}: {found}, {peak_memory():.0f} MB", flush=True)
-    return {**found, "loaded_mb": loaded, "peak_mb": peak_memory()}
+    print(f"long, half={half}: {found}, {highest_memory():.0f} MB", flush=True)
+    return {**found, "loaded_mb": loaded, "peak_mb": highest_memory()}
 
 
 def watch_memory() -> None:
     """End the process, and the one that waits for it, if it takes too much."""
-    while peak_memory() < MOST_MEGABYTES:
+    while highest_memory() < MOST_MEGABYTES:
         time.sleep(0.5)
     print(f"more than {MOST_MEGABYTES} MB", flush=True)
     os.kill(os.getppid(), signal.SIGTERM)

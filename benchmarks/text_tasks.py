@@ -239,7 +239,7 @@ def main() -> None:
     def line(name: str, found: Any) -> str:
         return f"{name}: {json.dumps({w: found[w].get('figures', found[w]) for w in ('before', 'after')})}"
 
-    command_line(__doc__, "tasks.json", wanted, report, "runs such as 'summary ppo 0' whose name contains this", line)
+    command_line(__doc__, "tasks.json", wanted, report, "runs such as 'summary grpo 0' whose name contains this", line)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ from text import (  # first, since it pins the threads
     TASKS,
     evaluate,
     missing_runs,
-    peak_memory,
     record,
     setup,
 )
@@ -44,7 +43,7 @@ from text import (  # first, since it pins the threads
 # isort: split
 import torch as th
 from datasets import Dataset
-from processes import in_a_process
+from processes import highest_memory, in_a_process
 from scipy import stats
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
@@ -256,7 +255,7 @@ def run_length(method: str, length: int, seed: int, who: str, device: str) -> di
     model = make_model(method, task, seed, folder, device)
     found = timed(model, task, updates, method, who, seed)
     scores, lengths = of_updates(reward.scores, updates), of_updates(reward.lengths, updates)
-    peak = peak_memory() if device == "cpu" else th.cuda.max_memory_allocated() / 2**20
+    peak = highest_memory() if device == "cpu" else th.cuda.max_memory_allocated() / 2**20
     return {**found, "scores": scores, "lengths": lengths, "peak_mb": peak}
 
 

@@ -11,14 +11,13 @@ learning/tuning.csv; what is there is not done again. ``report`` prints all of i
 
 import argparse
 import csv
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and os.environ.get("OMP_NUM_THREADS") != "1":
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+from processes import with_one_thread
+
+if __name__ == "__main__":
+    with_one_thread()
 
 import learning
 import numpy as np

@@ -16,15 +16,15 @@ import functools
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and os.environ.get("OMP_NUM_THREADS") != "1":
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+from processes import machine, with_one_thread
+
+if __name__ == "__main__":
+    with_one_thread()
 
 import gymnasium as gym
 import numpy as np
@@ -33,7 +33,6 @@ import stable_baselines3
 import torch as th
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
-from speed import machine
 from stable_baselines3.common import vec_env as sb3_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
@@ -390,7 +389,7 @@ def main() -> None:
     data = json.loads(path.read_text()) if path.exists() else {"groups": {}, "returns": {}}
     if not args.report:
         th.set_num_threads(1)
-        data["machine"] = f"{machine()}, load {os.getloadavg()[0]:.0f}"
+        data["machine"] = f"{machine('NumPy')}, load {os.getloadavg()[0]:.0f}"
         for group, rows in GROUPS.items():
             for name, make in rows().items() if args.group in ("", group) else ():
                 if args.only in name:

@@ -255,9 +255,9 @@ def n_evaluation_episodes(model: PolicyGradientAlgorithm) -> int:
 def evaluate(
     model: PolicyGradientAlgorithm, env_id: str, seed: int, callback: Callable[..., None] | None = None
 ) -> tuple[float, float]:
-    """Return mean and standard deviation of the true return: the model's statistics, the same starts for a seed.
+    """Return mean and standard deviation of the unscaled return, of the same episodes for the same seed.
 
-    Episodes without a time limit get one.
+    Observations are normalised by the model's statistics, if it has any. Episodes without a time limit get one.
     """
     assert model.env is not None
     (spec,) = model.env.get_attr("spec", 0)
@@ -281,7 +281,9 @@ def save(model: PolicyGradientAlgorithm, folder: Path, episodes: list[tuple[int,
         statistics.save(str(folder / FILES["statistics"]))
 
 
-def save_for_later(model: PolicyGradientAlgorithm, options: argparse.Namespace, episodes: Any) -> str:
+def save_for_later(
+    model: PolicyGradientAlgorithm, options: argparse.Namespace, episodes: list[tuple[int, float]]
+) -> str:
     """Save an interrupted run; return where, and how to go on."""
     save(model, options.out, episodes)
     others = f" --seed {options.seed}" + " --trusted" * options.trusted
@@ -301,7 +303,7 @@ def episodes_in(folder: Path) -> list[tuple[int, float]]:
 
 
 def load(algorithm: str, env_id: str, folder: Path, trusted: bool = False) -> PolicyGradientAlgorithm:
-    """Read both back into fresh objects."""
+    """Return the saved model with a new environment, and with its statistics if there are any."""
     env = make_vec_env(env_id, n_envs=1)
     statistics = folder / FILES["statistics"]
     if statistics.exists():

@@ -45,7 +45,7 @@ def _scanned(y: FloatArray, c: FloatArray) -> FloatArray:
 def generalized_advantage(
     rewards: FloatArray, values: FloatArray, last_values: FloatArray, dones: BoolArray, gamma: float, gae_lambda: float
 ) -> FloatArray:
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16).
+    """Return generalised advantage estimates (Schulman et al. 2016, eq. 16).
 
     :param rewards: (n_steps, n_envs); those of truncated episodes already hold ``gamma * V(terminal observation)``
     :param values: V(s_t), (n_steps, n_envs)
@@ -68,7 +68,7 @@ def reward_to_go(rewards: FloatArray, dones: BoolArray, gamma: float) -> FloatAr
 
 
 def episode_numbers(dones: BoolArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For every step, which episode of its environment it belongs to and how many steps that episode had before.
+    """Return which episode of its environment each step belongs to, and how many steps that episode had before.
 
     :param dones: (n_steps, n_envs), row 0 being the first step of an episode in every environment
     :return: episode number within its environment and step within its episode, both (n_steps, n_envs)
@@ -307,14 +307,15 @@ def require_several(baseline: str, n_episodes: int) -> None:
 def _own(baseline: Baseline, samples: Samples) -> FloatArray:
     """Return what the user's function says."""
     given = baseline(mapped(np.asarray, samples.observations), samples.returns)
+    wanted = f"`baseline` must return one finite number for each of the {len(samples.returns)} samples"
     try:
         found = np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError):
-        found = np.empty(0)
+        raise ArgumentError(f"{wanted}, but gave a {type(given).__name__} that is no array of numbers.") from None
     if found.shape != samples.returns.shape or not np.isfinite(found).all():
         raise ArgumentError(
-            f"`baseline` must return one finite number for each of the {len(samples.returns)} samples, but gave a "
-            f"{type(given).__name__} of shape {found.shape}, {int((~np.isfinite(found)).sum())} of them not finite."
+            f"{wanted}, but gave a {type(given).__name__} of shape {found.shape}, {int((~np.isfinite(found)).sum())} "
+            "of them not finite."
         )
     return found
 
@@ -326,7 +327,10 @@ def moving_average(before: float | None, returns: FloatArray, decay: float) -> f
 
 
 def moments(columns: Sequence[Any]) -> list[tuple[float, float]]:
-    """Return the mean and the standard deviation (n - 1) of each of several columns of numbers, over all workers."""
+    """Return the mean and the standard deviation (n - 1) of each of several columns, over all workers.
+
+    Of one number or none they are (0, 1), which change nothing when they are taken out.
+    """
     numbers = [np.asarray(x.cpu() if isinstance(x, th.Tensor) else x, np.float64) for x in columns]
     sums = workers.total([y for x in numbers for y in (len(x), x.sum(), (x * x).sum())])
     found = []

@@ -103,7 +103,10 @@ class Batch:
         return None if self.weight is None else self.weight != 0
 
     def normalized(self, scale: tuple[float, float] | None = None) -> Array:
-        """Return the advantages with mean 0 and deviation 1 over the samples that count; arguments as there."""
+        """Return the advantages with mean 0 and deviation 1 over the samples that count.
+
+        :param scale: mean and deviation that are taken out instead of their own
+        """
         found: Array = normalized(self.advantages, scale, self.counts)
         return found
 
@@ -167,7 +170,7 @@ class Batch:
             yield piece if silent is None else piece.without(silent)
 
     def _edges(self, size: int, order: np.ndarray | None, even: bool) -> list[int]:
-        """Where pieces begin, and where the last one ends."""
+        """Return where pieces begin, and where the last one ends."""
         n, n_pieces = len(self), -(-len(self) // size)
         if self.sequences is None:
             edges = [int(x) for x in np.linspace(0, n, n_pieces + 1)] if even else [*range(0, n, size), n]
@@ -248,8 +251,8 @@ def episode_parts(rollout: Rollout) -> np.ndarray:
 def weighted(batch: Batch, rollout: Rollout, asarray: Callable[[Any], Any], average: str | int) -> Batch:
     """Return a batch whose samples count as an average of the loss wants.
 
-    A sequence is what of an episode is in the rollout, or of a response. Where a minibatch cuts one, its samples count
-    as parts of it.
+    A sequence is the part of an episode, or of a response, that is in the rollout. Where a minibatch cuts one, its
+    samples count as parts of it.
 
     :param batch: of a rollout; weights that it has already, of 0 or 1, say which samples count at all
     :param asarray: makes an engine's array of one of NumPy

@@ -72,7 +72,7 @@ def _bars(callback: BaseCallback) -> Iterator[ProgressBarCallback]:
 
 
 class ScreenLogger(Logger):
-    """SB3's, whose folder is made when somebody asks for it: itself it writes no files."""
+    """SB3's logger, but its folder is made only when somebody asks for it: it writes no files itself."""
 
     @property
     def dir(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.utils import FloatSchedule
+from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
 
 
 class ArgumentError(ValueError, AssertionError):
@@ -100,8 +100,9 @@ def check_number(
         raise ArgumentError(f"`{name}` must be {wanted}, not {value!r}.")
     if not math.isfinite(number) or not low <= number <= high or (above_low and number == low):
         sign = ">" if above_low else ">="
-        upper = "" if high == math.inf else f" and <= {high:g}"
-        raise ArgumentError(f"`{name}` must be a finite number {sign} {low:g}{upper}, not {value!r}.")
+        lower = "" if low == -math.inf else f" {sign} {low:g}"
+        upper = "" if high == math.inf else f" and <= {high:g}" if lower else f" <= {high:g}"
+        raise ArgumentError(f"`{name}` must be a finite number{lower}{upper}, not {value!r}.")
 
 
 #: NumPy's random generators take no larger seed.
@@ -130,6 +131,11 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     choices = list(choices)
     if not any(value is choice or value == choice for choice in choices):
         raise ArgumentError(f"`{name}` must be one of {', '.join(map(repr, choices))}, not {value!r}.")
+
+
+def name_of(function: Any) -> str:
+    """Return what a class or function is called in a message, whatever has been put in its place."""
+    return function.__name__ if inspect.isroutine(function) or inspect.isclass(function) else repr(function)
 
 
 def did_you_mean(name: str, known: Iterable[str], *, suffix: str = "") -> str:
@@ -166,18 +172,27 @@ def check_parameters(name: str, function: Callable[..., Any], *parameters: str) 
         return  # it does not tell, as some of NumPy's
 
 
+def without_wrappers(value: Any) -> Any:
+    """Return the number or the schedule of a coefficient that SB3 or the zoo may have wrapped."""
+    while isinstance(value, FloatSchedule):
+        value = value.value_schedule
+    return value.val if isinstance(value, ConstantSchedule) else value
+
+
 def evaluate_schedule(name: str, value: Any, progress_remaining: float) -> float:
     """Return the present value of a coefficient that may be a schedule.
 
     :param name: the argument's name, for the message
     :param value: a number or a function of the remaining progress (from 1 to 0)
     :param progress_remaining: between 0 and 1
-    :raises ArgumentError: a schedule gave a negative or non-finite number, or something else
+    :raises ArgumentError: it is a negative or non-finite number or something else, or the schedule gave such
     """
-    while isinstance(value, FloatSchedule):  # what SB3 wraps schedules in has errors of its own
-        value = value.value_schedule
+    value = without_wrappers(value)  # SB3's have errors of their own
+    if not callable(value):
+        check_number(name, value)
+        return float(value)
     try:
-        given = value(progress_remaining) if callable(value) else value
+        given = value(progress_remaining)
     except (TypeError, ValueError) as error:
         given, number = error, None
     else:

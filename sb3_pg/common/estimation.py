@@ -1,7 +1,5 @@
 """From a judged rollout to returns and advantages, written into its buffer."""
 
-from typing import Any
-
 import numpy as np
 import torch as th
 
@@ -26,7 +24,7 @@ def estimate_by_values(rollout: Rollout, final_values: np.ndarray, gamma: float)
 
 def estimate_by_comparison(
     rollout: Rollout,
-    keep: Any,
+    keep: np.ndarray,
     baseline: str | Baseline | None,
     gamma: float,
     average: float | None,
@@ -44,8 +42,7 @@ def estimate_by_comparison(
     buffer, n, dones = rollout.buffer, rollout.n_steps, rollout.dones
     returns = reward_to_go(buffer.rewards[:n], dones, gamma)
     number, step = episode_numbers(dones)
-    of_env = number * rollout.n_envs + np.arange(rollout.n_envs)
-    episode = np.unique(of_env[keep], return_inverse=True)[1].reshape(-1)
+    episode = _kept_episodes(number, keep)
     observations = take(rollout.column("observations"), np.flatnonzero(keep))
     advantages = np.zeros(keep.shape)
     first = mapped(np.asarray, take(observations, np.flatnonzero(step[keep] == 0)))
@@ -54,13 +51,21 @@ def estimate_by_comparison(
     buffer.returns[:n], buffer.advantages[:n] = returns, advantages
 
 
-def share_without_signal(rollout: Rollout, keep: Any) -> float:
+def _kept_episodes(number: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Return which episode each kept sample is in, (n,), counted from 0 over all environments.
+
+    :param number: of the episode within its environment, (n_steps, n_envs)
+    """
+    of_all = number * number.shape[1] + np.arange(number.shape[1])
+    return np.unique(of_all[keep], return_inverse=True)[1].reshape(-1)
+
+
+def share_without_signal(rollout: Rollout, keep: np.ndarray) -> float:
     """Return the share of the episodes whose advantages are all zero, over all workers.
 
     :param keep: which samples count, bool (n_steps, n_envs)
     """
-    number = episode_numbers(rollout.dones)[0] * rollout.n_envs + np.arange(rollout.n_envs)
-    episode = np.unique(number[keep], return_inverse=True)[1].reshape(-1)
+    episode = _kept_episodes(episode_numbers(rollout.dones)[0], keep)
     largest = np.zeros(int(episode.max(initial=-1)) + 1)
     np.maximum.at(largest, episode, np.abs(rollout.buffer.advantages[: rollout.n_steps][keep]))
     silent, n = workers.total([float((largest == 0).sum()), float(len(largest))])

@@ -3,12 +3,15 @@
 Archives hold the optimizer as SB3 has it, with one group for all: what the critic's differs in follows from arguments.
 """
 
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_pg.common.errors import ArgumentError, did_you_mean
+from sb3_pg.common.errors import ArgumentError, did_you_mean, name_of
 
 #: What SB3, sb3-contrib and our policies call the modules that belong to the critic.
 _OF_CRITIC = (
@@ -20,8 +23,10 @@ _OF_CRITIC = (
     "value_head.",
 )
 
-#: What tells the critic's group from those that an optimizer of the user's has.
-_MARK = "is_critics"
+#: What tells the critic's group from those that an optimizer of the user's has: there are the options of its own.
+_OWN = "critics_own"
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 #: The state of an optimizer as ``state_dict`` returns it.
 State = dict[str, Any]
@@ -37,38 +42,94 @@ def critic_parameters(policy: ActorCriticPolicy) -> list[th.nn.Parameter]:
     return [p for p in policy.parameters() if id(p) not in shared]
 
 
-def give_critic_a_group(policy: ActorCriticPolicy, options: dict[str, Any]) -> None:
-    """Move the critic's parameters to a second group of the policy's optimizer, whose state stays.
+def group_critic(policy: ActorCriticPolicy, options: dict[str, Any]) -> None:
+    """Have the critic's parameters in a second group of the policy's optimizer, whose state stays.
 
-    :param options: what this group has in place of the first one's, such as ``weight_decay``
-    :raises ArgumentError: the policy has no such parameters or several groups already, or the optimizer no such option
+    :param options: what this group has in place of the first one's, such as ``weight_decay``; others that it had before
+        it has no more
+    :raises ArgumentError: the policy has no such parameters or several groups already, or the options cannot work
     """
-    groups, kind = policy.optimizer.param_groups, type(policy.optimizer).__name__
-    if len(groups) != 1:
+    optimizer = policy.optimizer
+    if has_critic_group(optimizer) and optimizer.param_groups[1][_OWN] == options:
+        return
+    if not has_critic_group(optimizer):
+        _require_one_group(policy)
+    _check_options(optimizer, options)
+    if not has_critic_group(optimizer):
+        _divide(policy)
+    actor, critic = optimizer.param_groups
+    critic.update({**{name: actor[name] for name in critic[_OWN]}, **options, _OWN: dict(options)})
+
+
+def _require_one_group(policy: ActorCriticPolicy) -> None:
+    if len(policy.optimizer.param_groups) != 1:
         raise ArgumentError(
-            f"{type(policy).__name__} has an optimizer of {len(groups)} groups already: leave out "
-            "`critic_learning_rate` and `critic_optimizer_kwargs`, and set the options of its groups."
+            f"{type(policy).__name__} has an optimizer of {len(policy.optimizer.param_groups)} groups already: leave "
+            "out `critic_learning_rate` and `critic_optimizer_kwargs`, and set the options of its groups."
         )
+
+
+def _check_options(optimizer: th.optim.Optimizer, options: dict[str, Any]) -> None:
+    group, kind = optimizer.param_groups[0], type(optimizer)
     for name in options:
-        if name not in groups[0] or name in ("params", "lr"):
-            hint = did_you_mean(name, groups[0].keys() - {"params", "lr"})
+        if name not in group or name in ("params", "lr"):
+            hint = did_you_mean(str(name), group.keys() - {"params", "lr"})
             advice = " Pass `critic_learning_rate`." if name == "lr" else hint
-            raise ArgumentError(f"`critic_optimizer_kwargs` has {name!r}, which {kind} does not take here.{advice}")
+            raise ArgumentError(
+                f"`critic_optimizer_kwargs` has {name!r}, which {kind.__name__} does not take here.{advice}"
+            )
+    known = inspect.signature(kind).parameters.keys() - {"params", "lr"}
+    inherited = {name: its for name, its in group.items() if name in known}
+    if options:
+        check_optimizer("critic_optimizer_kwargs", kind, options, group["params"][0].device, inherited)
+
+
+def _divide(policy: ActorCriticPolicy) -> None:
+    (group,) = policy.optimizer.param_groups
     of_critic = {id(p) for p in critic_parameters(policy)}
-    mine, its = ([p for p in groups[0]["params"] if (id(p) in of_critic) == is_its] for is_its in (False, True))
+    mine, its = ([p for p in group["params"] if (id(p) in of_critic) == is_its] for is_its in (False, True))
     if not its:
         raise ArgumentError(
             f"{type(policy).__name__} has no module that is known to be the critic's alone, such as `value_net`: leave "
             "out `critic_learning_rate` and `critic_optimizer_kwargs`."
         )
-    groups[0]["params"] = mine
-    groups.append({**groups[0], **options, _MARK: True, "params": its})
+    group["params"] = mine
+    policy.optimizer.param_groups.append({**group, _OWN: {}, "params": its})
+
+
+def check_optimizer(
+    where: str,
+    kind: Any,
+    options: dict[str, Any],
+    device: th.device,
+    inherited: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Refuse an optimizer that cannot be made with some options, or that cannot take a step by gradients alone.
+
+    :param where: the argument that holds the options, for the message
+    :param kind: the optimizer's class, or whatever makes one
+    :param device: that the parameters are on
+    :param inherited: what it has besides these options
+    :raises ArgumentError: says what the optimizer says
+    """
+    if "lr" in options:
+        raise ArgumentError(f"`{where}` has 'lr', which is set by `learning_rate`. Leave it out.")
+    parameters = [th.nn.Parameter(th.zeros(shape, device=device)) for shape in ((2, 2), (2,))]
+    for p in parameters:
+        p.grad = th.zeros_like(p)
+    try:
+        kind(parameters, lr=1e-3, **{**inherited, **options}).step()
+    except Exception as error:  # whatever it is, learning would end with it
+        raise ArgumentError(
+            f"{name_of(kind)} with `{where}={options!r}` cannot take a step: {error}. Correct its options, or choose "
+            "another optimizer."
+        ) from error
 
 
 def has_critic_group(optimizer: th.optim.Optimizer) -> bool:
-    """Return whether the critic's parameters are the optimizer's second group by ``give_critic_a_group``."""
+    """Return whether the critic's parameters are the optimizer's second group by ``group_critic``."""
     groups = optimizer.param_groups
-    return len(groups) == 2 and _MARK in groups[1]
+    return len(groups) == 2 and _OWN in groups[1]
 
 
 def _numbers(policy: ActorCriticPolicy) -> list[int]:
@@ -96,8 +157,8 @@ def with_two_groups(policy: ActorCriticPolicy, state: State) -> State:
     if not isinstance(groups, list) or len(groups) != 1 or groups[0].get("params") != sorted(number):
         return state
     place, n = {of: i for i, of in enumerate(number)}, len(policy.optimizer.param_groups[0]["params"])
-    actor, critic = policy.optimizer.param_groups
-    own = {name: its for name, its in critic.items() if name != "params" and its != actor.get(name)}
+    critic = policy.optimizer.param_groups[1]
+    own = {name: critic[name] for name in ("lr", *critic[_OWN], _OWN)}
     of_actor = {**groups[0], "params": list(range(n))}
     of_critic = {**groups[0], **own, "params": list(range(n, len(number)))}
     return {

@@ -55,7 +55,8 @@ class _Postponed:
 def uninterrupted() -> Iterator[None]:
     """Let ctrl-C and SIGTERM wait for the end of the block, or of the outermost of such blocks.
 
-    Another one, a second or more after the first, does not wait.
+    Another one, a second or more after the first, does not wait, nor does a signal without a handler in Python, as
+    SIGTERM is where the program gives it none: it ends the process at once.
     """
     # No handler of signals runs in any other thread than the main one.
     if _Postponed.is_in_use or threading.current_thread() is not threading.main_thread():
@@ -82,18 +83,24 @@ class Interrupted(BaseException):
 
 
 @contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, its in before.items():
+            signal.signal(number, its)
+
+
+@contextmanager
 def interrupts_raised() -> Iterator[None]:
     """Let ctrl-C and SIGTERM raise ``Interrupted`` within the block."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
 
-    before = {number: signal.signal(number, interrupt) for number in _SIGNALS}
-    try:
+    with _handled_by(interrupt):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class AfterStep(BaseCallback):
@@ -125,13 +132,9 @@ def interrupts_after_steps() -> Iterator[AfterStep]:
             callback.raise_if_asked()
         callback.number = number
 
-    before = {number: signal.signal(number, note) for number in _SIGNALS}
-    try:
+    with _handled_by(note):
         yield callback
         callback.raise_if_asked()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

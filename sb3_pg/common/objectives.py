@@ -53,7 +53,7 @@ def surrogate(log_ratio: Array, advantage: Array) -> tuple[Array, Array]:
 def clipped_surrogate(
     log_ratio: Array, advantage: Array, low: float = 0.2, high: float = 0.2, dual_clip: float | None = None
 ) -> tuple[Array, Array]:
-    """PPO's objective (Schulman et al. 2017, eq. 7): ``-min(r A, clip(r, 1 - low, 1 + high) A)``.
+    """Return PPO's loss and its derivative (Schulman et al. 2017, eq. 7): ``-min(r A, clip(r, 1 - low, 1 + high) A)``.
 
     :param low: how far the ratio may fall below one before its gradient stops; smaller is more cautious
     :param high: the same above one; a larger ``high`` lets rare good actions grow faster (Yu et al. 2025, DAPO)
@@ -76,7 +76,7 @@ def clipped_surrogate(
 
 
 def simple_policy_optimization(log_ratio: Array, advantage: Array, epsilon: float = 0.2) -> tuple[Array, Array]:
-    """SPO (Xie et al. 2024, eq. 13): ``-(r A - |A| (r - 1)^2 / (2 epsilon))``.
+    """Return the loss of SPO and its derivative (Xie et al. 2024, eq. 13): ``-(r A - |A| (r - 1)^2 / (2 epsilon))``.
 
     A parabola with its peak at the edge of the clip range, so the gradient pulls an overshooting ratio back
     instead of vanishing there.
@@ -143,7 +143,7 @@ def sequence_means(x: Array, sequences: np.ndarray) -> Array:
 
 
 def squared_error(value: Array, target: Array) -> tuple[Array, Array]:
-    """``(v - R)^2`` and its derivative with respect to ``v``."""
+    """Return ``(v - R)^2`` and its derivative with respect to ``v``."""
     error = value - target
     return error * error, 2.0 * error
 

@@ -1,6 +1,7 @@
 """SB3's policies under their names, with a faster ``predict``, and checks of what they are given."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ from sb3_pg.common.distributions import BoxOptions, BoxPolicy, masking
 from sb3_pg.common.distributions.recognition import detached
 from sb3_pg.common.engines.blueprint import PLAIN
 from sb3_pg.common.engines.prediction import Predictor
-from sb3_pg.common.errors import ArgumentError, check_count, did_you_mean, is_whole
+from sb3_pg.common.errors import ArgumentError, check_count, check_number, did_you_mean, is_whole, name_of
 from sb3_pg.common.masks import checked_masks, n_rows
 from sb3_pg.common.registry import OWN_PLACES, POLICY_PLACES, at, place_of
 
@@ -183,6 +184,9 @@ def check_policy(policy: Any, observation_space: spaces.Space[Any] | None, polic
     _check_values(kwargs)
     defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
     for part in ("optimizer", "features_extractor"):
+        if not isinstance(kwargs.get(f"{part}_kwargs"), dict | None):
+            its = kwargs[f"{part}_kwargs"]
+            raise ArgumentError(f"policy_kwargs: `{part}_kwargs` must be a dictionary or None, not {its!r}.")
         function = kwargs.get(f"{part}_class", defaults.get(f"{part}_class"))
         _check_names(f"policy_kwargs: {part}_kwargs", function, kwargs.get(f"{part}_kwargs") or {})
     if observation_space is not None:
@@ -204,8 +208,8 @@ def _check_names(where: str, function: Any, kwargs: dict[str, Any], added: Seque
         return
     for name in kwargs:
         if name not in parameters and name not in added:
-            hint = did_you_mean(name, [*parameters, *added])
-            raise ArgumentError(f"`{where}` has {name!r}, which {function.__name__} does not take.{hint}")
+            hint = did_you_mean(str(name), [*parameters, *added])
+            raise ArgumentError(f"`{where}` has {name!r}, which {name_of(function)} does not take.{hint}")
 
 
 _CLASSES = {
@@ -221,8 +225,7 @@ def _check_values(kwargs: dict[str, Any]) -> None:
         if not callable(value) or isinstance(value, th.nn.Module):
             raise ArgumentError(f"policy_kwargs: `{name}` is {value!r}, but must be a class such as {example}.")
     for name in ("log_std_init", "forget_bias"):
-        if not isinstance(kwargs.get(name, 0.0), int | float | np.number):
-            raise ArgumentError(f"policy_kwargs: `{name}` must be a number, not {kwargs[name]!r}.")
+        check_number(f"policy_kwargs: {name}", kwargs.get(name, 0.0), low=-math.inf)
     if "net_arch" in kwargs and kwargs["net_arch"] is not None:
         _check_net_arch(kwargs["net_arch"])
     for name in ("lstm_hidden_size", "n_lstm_layers"):

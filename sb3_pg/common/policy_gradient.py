@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
-import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common import buffers as sb3_buffers
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
@@ -60,7 +60,7 @@ from sb3_pg.common.errors import (
 )
 from sb3_pg.common.estimation import estimate_by_comparison, estimate_by_values, share_without_signal
 from sb3_pg.common.figures import Figures
-from sb3_pg.common.groups import MaxGradNorm, give_critic_a_group, has_critic_group
+from sb3_pg.common.groups import MaxGradNorm, check_optimizer, group_critic, has_critic_group
 from sb3_pg.common.masks import masks_of, masks_of_caller
 from sb3_pg.common.objectives import squared_error
 from sb3_pg.common.options import check_common, check_device, check_learning
@@ -176,8 +176,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
 
         Vectorised environments of gymnasium and EnvPool are adapted.
         """
-        if isinstance(env, str):
-            env = gym.make(env)
+        env = maybe_make_env(env, verbose)
         if is_vectorised(env):
             env = as_vec_env(env)
         if not isinstance(env, VecEnv):
@@ -226,6 +225,10 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         self.rollout_buffer = self._make_rollout_buffer()
         self.policy_class = unmasked(self.policy_class)
         check_policy(self.policy_class, self.observation_space, self.policy_kwargs)
+        if self.policy_kwargs.keys() & {"optimizer_class", "optimizer_kwargs"}:
+            kind = self.policy_kwargs.get("optimizer_class", th.optim.Adam)
+            options = self.policy_kwargs.get("optimizer_kwargs") or {}
+            check_optimizer("policy_kwargs: optimizer_kwargs", kind, options, self.device)
         self.policy = own_class(self.policy_class)(
             self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
         )
@@ -240,10 +243,10 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
 
     def _group_parameters(self) -> None:
         """Give the critic's parameters a group of their own, if it has a learning rate or options of its own."""
-        if self.critic_learning_rate is None and self.critic_optimizer_kwargs is None:
+        is_apart = self.critic_learning_rate is not None or self.critic_optimizer_kwargs is not None
+        if not is_apart and not has_critic_group(self.policy.optimizer):
             return
-        if not has_critic_group(self.policy.optimizer):
-            give_critic_a_group(self.policy, self.critic_optimizer_kwargs or {})
+        group_critic(self.policy, self.critic_optimizer_kwargs or {})
         if self.critic_learning_rate is not None:
             self.policy.optimizer.param_groups[1]["lr"] = self._coefficient("critic_learning_rate")
 
@@ -576,16 +579,19 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
             if self.baseline == "value":
                 estimate_by_values(rollout, judged.final_values, self.gamma)
             else:
-                self._estimate_by_comparison(rollout)
+                keep, average = self._compared(rollout), self._return_ema
+                estimate_by_comparison(rollout, keep, self.baseline, self.gamma, average, self.scale_rewards)
         rollout.n_judged, rollout.figures, self._rollout = n, judged.figures, rollout
         rollout.starting_memory, rollout.reference_log_probs = judged.starting_memory, judged.reference_log_probs
         for name, value in judged.figures.items():
             self.logger.record(name, value)
         return judged
 
-    def _estimate_by_comparison(self, rollout: Rollout) -> None:
-        keep, its = self.horizon.keep(rollout), (self.baseline, self.gamma, self._return_ema, self.scale_rewards)
-        estimate_by_comparison(rollout, keep, *its)
+    def _compared(self, rollout: Rollout) -> np.ndarray:
+        """Return which samples a baseline without values compares, bool (n_steps, n_envs)."""
+        keep = self.horizon.keep(rollout)
+        assert keep is not None  # only whole episodes can be compared
+        return keep
 
     def _write_judgement(self, rollout: Rollout, judged: Judged) -> None:
         n, buffer = rollout.n_steps, rollout.buffer
@@ -659,6 +665,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
 
         :raises NonFiniteError: a gradient is not finite, or its square is not, which optimizers remember
         """
+        max_grad_norm = tuple(max_grad_norm) if isinstance(max_grad_norm, list) else max_grad_norm  # set since
         norm = self.network.step(max_grad_norm, batch.share)
         limits = max_grad_norm if isinstance(max_grad_norm, tuple) else (max_grad_norm,)
         if not (math.isfinite(norm) and min(norm, sum(its or math.inf for its in limits)) < LARGEST_GRADIENT):
@@ -668,7 +675,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         """Complete the figures of an update by what all algorithms log, and log them."""
         n, buffer = rollout.n_steps, rollout.buffer
         if self.baseline == "ema":  # for the next rollout
-            returns = buffer.returns[:n][self.horizon.keep(rollout)]
+            returns = buffer.returns[:n][self._compared(rollout)]
             self._return_ema = moving_average(self._return_ema, returns, self.ema_decay)
         # flat already if SB3's ``get`` was asked
         values, returns = (x.reshape(-1)[: n * self.n_envs] for x in (buffer.values, buffer.returns))
@@ -676,7 +683,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         std = deviation(self.policy)
         figures.std = None if std is None else std.mean().item()
         if self.baseline in SAME_START:
-            figures.frac_reward_zero_std = share_without_signal(rollout, self.horizon.keep(rollout))
+            figures.frac_reward_zero_std = share_without_signal(rollout, self._compared(rollout))
         figures.n_updates = self._n_updates
         figures.record(self.logger)
 
@@ -715,6 +722,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
             raise ArgumentError("The model has no environment to learn from: call set_env(env) or load(path, env=env).")
         with learning_alone(self):
             self._apply_changes()
+            self._group_parameters()
             if reset_num_timesteps or self._last_obs is None:
                 self._rollout = self._last_obs = None
             with resuming(self, reset_num_timesteps):

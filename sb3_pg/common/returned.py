@@ -18,7 +18,7 @@ USUAL: list[type[VecEnv]] = [DummyVecEnv]
 def is_usual(env: VecEnv) -> bool:
     """Return whether steps return arrays of the usual types in memory of their own, as DummyVecEnv's do.
 
-    So do those of SB3's wrappers, for which the numbers are looked at no more.
+    SB3's wrappers keep them so, and are looked through.
     """
     while isinstance(env, VecEnvWrapper) and _is_sb3s(env):
         env = env.venv

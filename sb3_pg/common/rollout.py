@@ -64,13 +64,13 @@ class Rollout:
     :param sequence_length: longer stretches of episodes are cut into pieces of so many steps; None leaves them whole
     :param memory: what the policy remembered of each environment before the first step
     :param replaced: the step after which a callback replaced the policy, and what was remembered then
-    :param starting_memory: and when each of the stretches begins, found by judging
+    :param starting_memory: what it remembered when each of the stretches began, found by judging
     :param reference_log_probs: log-probabilities under the reference, where the loss needs them, found by judging
     :param n_known: of so many first steps values and log-probabilities are in the buffer, by the policy that acted
     :param n_judged: steps when it was judged; 0 before
     :param needs_values: whether values are used; an engine for which judging is costly may leave out what is not
-    :param needs_log_probs: the same of log-probabilities
-    :param is_paused: whether it is whole, and was interrupted if nobody acts or learns: from where it can go on
+    :param needs_log_probs: whether log-probabilities are used; judging may leave them out, too
+    :param is_paused: whether nothing of a step is missing, so that an interrupted run can go on from here
     :param unrecorded: the step after which the callback is asked
     :param figures: what judging has found to log
     :param n_finished: episodes that each environment has ended, (n_envs,)

@@ -46,14 +46,13 @@ def start(n: int, module: str, arguments: list[str]) -> int:
     if n > (most := _MOST_ON_A_CORE * cores()):
         raise ArgumentError(
             f"{n} workers on {cores()} core(s) only get into each other's way, and fill the memory: ask for at "
-            f"most {most}, best for one on each core"
+            f"most {most}, best one for each core"
         )
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # the workers themselves say what is wrong
+    # The workers themselves say what is wrong.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         run.main(["--standalone", f"--nproc-per-node={n}", "-m", module, *arguments])
     except ChildFailedError as error:

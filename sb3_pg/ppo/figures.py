@@ -36,14 +36,15 @@ class Means:
     """Means over all samples of an update, collected minibatch by minibatch.
 
     :param like: an array with one row for each sample of the rollout
-    :param clip_range: ratios further from one than this count as clipped
+    :param low: ratios further below one than this count as clipped
+    :param high: and those further above one than this
     :param by_sequence: these ratios are those of whole sequences
     """
 
-    def __init__(self, like: Array, clip_range: float, *, by_sequence: bool = False) -> None:
+    def __init__(self, like: Array, low: float, high: float, *, by_sequence: bool = False) -> None:
         self.value_loss, self._log_ratio, self._loss, self._entropy = (Column(like[:_KEPT_SAMPLES]) for _ in range(4))
         self._of_sequences = Column(like[:_KEPT_SAMPLES]) if by_sequence else None
-        self._clip_range = clip_range
+        self._low, self._high = low, high
         self._sums = dict.fromkeys(("value_loss", "policy_gradient_loss", "entropy", "approx_kl", "clip_fraction"), 0.0)
         self._counts = dict.fromkeys(self._sums, 0)
         self._at_last_end = (0.0, 0.0)
@@ -90,5 +91,6 @@ class Means:
 
     def _outside(self, log_ratio: Array) -> Array:
         xp = namespace(log_ratio)
-        outside: Array = xp.astype(xp.abs(xp.expm1(log_ratio)) > self._clip_range, log_ratio.dtype)
+        change = xp.expm1(log_ratio)
+        outside: Array = xp.astype((change > self._high) | (-change > self._low), log_ratio.dtype)
         return outside

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
-
 from sb3_pg.common.arrays import Array, namespace
 from sb3_pg.common.batch import Batch, has_own_get
 from sb3_pg.common.errors import (
@@ -16,6 +14,7 @@ from sb3_pg.common.errors import (
     check_number,
     check_parameters,
     evaluate_schedule,
+    without_wrappers,
 )
 from sb3_pg.common.objectives import (
     clipped_surrogate,
@@ -52,18 +51,23 @@ def make_objective(ppo: "PPO", kl_coef: float) -> BatchObjective:
     return chosen if kl_coef == 0.0 else _with_kl_penalty(chosen, kl_coef)
 
 
+def clip_ranges(ppo: "PPO") -> tuple[float, float]:
+    """Return how far the ratio may be below one, and how far above it, before it is clipped."""
+    low = ppo._coefficient("clip_range")
+    return low, low if ppo.clip_range_high is None else ppo._coefficient("clip_range_high")
+
+
 def _of_ratio(ppo: "PPO") -> Objective:
-    clip_range = ppo._coefficient("clip_range")
+    low, high = clip_ranges(ppo)
     objective: Objective
     if callable(ppo.objective):
         objective = _checked(ppo.objective)
     elif ppo.objective == "spo":
-        objective = partial(simple_policy_optimization, epsilon=clip_range)
+        objective = partial(simple_policy_optimization, epsilon=low)
     elif ppo.objective == "surrogate":
         objective = surrogate
     else:
-        high = clip_range if ppo.clip_range_high is None else ppo._coefficient("clip_range_high")
-        objective = partial(clipped_surrogate, low=clip_range, high=high, dual_clip=ppo.dual_clip)
+        objective = partial(clipped_surrogate, low=low, high=high, dual_clip=ppo.dual_clip)
     return objective
 
 
@@ -167,6 +171,4 @@ def _check_rollout_size(ppo: "PPO") -> None:
 
 def is_constant(value: Any) -> bool:
     """Return whether a coefficient is a number, perhaps wrapped as SB3 and the zoo wrap constants."""
-    while isinstance(value, FloatSchedule):
-        value = value.value_schedule
-    return isinstance(value, ConstantSchedule) or not callable(value)
+    return not callable(without_wrappers(value))

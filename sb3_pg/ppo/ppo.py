@@ -20,7 +20,7 @@ from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm, shared
 from sb3_pg.common.presets import takes_preset
 from sb3_pg.common.rollout import Rollout
 from sb3_pg.ppo.figures import Means
-from sb3_pg.ppo.options import Objective, check_arguments, learns_from_advantages_alone, make_objective
+from sb3_pg.ppo.options import Objective, check_arguments, clip_ranges, learns_from_advantages_alone, make_objective
 from sb3_pg.ppo.stopping import EarlyStopping, adapted_kl_coef, adapted_learning_rate
 
 SelfPPO = TypeVar("SelfPPO", bound="PPO")
@@ -45,7 +45,7 @@ class PPO(PolicyGradientAlgorithm):
     :param clip_range: how far the probability ratio may leave one before its gradient stops, a number or
         schedule. Lower is more cautious
     :param clip_range_vf: how far the value may move from its old prediction, in units of the return; the loss is
-        the larger of the clipped and the unclipped one. None does not clip
+        the larger of the clipped and the unclipped one. Lower is slower and steadier; None does not clip
     :param normalize_advantage: True or "minibatch" gives advantages mean 0 and deviation 1 in each minibatch,
         "batch" over the whole rollout, False leaves them
     :param ent_coef: weight of the entropy bonus, a number or schedule. Higher explores more
@@ -54,12 +54,13 @@ class PPO(PolicyGradientAlgorithm):
     :param max_grad_norm: gradients are scaled down to this norm; None does not clip. A pair is for the actor's and the
         critic's gradients apart. Lower is steadier and slower
     :param use_sde: generalised state-dependent exploration (Box actions only)
-    :param sde_sample_freq: new gSDE noise every so many steps; -1 only at the start of a rollout
+    :param sde_sample_freq: new gSDE noise every so many steps; -1 only at the start of a rollout. Higher explores more
+        smoothly
     :param rollout_buffer_class: a subclass of SB3's; None chooses
     :param rollout_buffer_kwargs: its arguments
     :param target_kl: stop the policy's part of an update when the estimated KL of a minibatch exceeds 1.5 times
-        this, and take back the step that led there; the critic finishes its epochs. None never stops
-    :param stats_window_size: episodes over which the logged return and length are averaged
+        this, and take back the step that led there; the critic finishes its epochs. Lower stops sooner; None never
+    :param stats_window_size: episodes over which the logged return and length are averaged. Higher is smoother
     :param tensorboard_log: folder for TensorBoard; None writes none
     :param policy_kwargs: arguments of the policy class; not changed
     :param verbose: 0 says nothing, 1 says what runs and logs to the screen, 2 more
@@ -204,7 +205,7 @@ class PPO(PolicyGradientAlgorithm):
         batch = self._batch(rollout)
         if self.ratio == "sequence" and batch.sequences is None:
             batch.sequences = episode_parts(rollout)[batch.rows]
-        normalizes_minibatches = self.normalize_advantage in (True, "minibatch")
+        normalize = self.normalize_advantage in (True, "minibatch")
         if self.normalize_advantage == "batch":
             batch.advantages = batch.normalized()
         stopping = EarlyStopping(engine, batch, None if self.target_kl is None else self._coefficient("target_kl"))
@@ -214,13 +215,11 @@ class PPO(PolicyGradientAlgorithm):
         has_critic = self.baseline == "value"
         vf_coef = self._coefficient("vf_coef") if has_critic else 0.0
 
-        means = Means(batch.returns, self._coefficient("clip_range"), by_sequence=self.ratio == "sequence")
-        options = {
-            "normalize": normalizes_minibatches,
-            "only_advantages": learns_from_advantages_alone(self, kl_coef, ent_coef) and self._may_leave_out(batch),
-        }
+        means = Means(batch.returns, *clip_ranges(self), by_sequence=self.ratio == "sequence")
+        alone = learns_from_advantages_alone(self, kl_coef, ent_coef) and self._may_leave_out(batch)
         for _ in range(self.n_epochs):
-            for minibatch in epoch(batch, rollout, engine, self.batch_size, **options):
+            minibatches = epoch(batch, rollout, engine, self.batch_size, normalize=normalize, only_advantages=alone)
+            for minibatch in minibatches:
                 # r = pi(a|s) / pi_old(a|s), by its logarithm
                 evaluation = engine.evaluate(minibatch)
                 if minibatch.old_log_prob is None:

@@ -50,17 +50,19 @@ class REINFORCE(PolicyGradientAlgorithm):
     :param gamma: discount factor in [0, 1]. Higher looks further ahead, with more variance
     :param gae_lambda: 1 is REINFORCE. Lower trusts the value network for what comes later: less variance, more bias
     :param ent_coef: weight of the entropy bonus, a number or schedule. Higher explores more
-    :param vf_coef: weight of the value loss in the joint step, a number or schedule
+    :param vf_coef: weight of the value loss in the joint step, a number or schedule. Matters where features are
+        shared, and by way of ``max_grad_norm``
     :param max_grad_norm: gradients are scaled down to this norm; None does not clip. A pair is for the actor's and the
         critic's gradients apart. Lower is steadier and slower
     :param rms_prop_eps: RMSprop's epsilon, if ``use_rms_prop``. Higher makes smaller steps
     :param use_rms_prop: A2C's optimizer instead of the policy's (Adam)
     :param use_sde: generalised state-dependent exploration (Box actions only)
-    :param sde_sample_freq: new gSDE noise every so many steps; -1 only at the start of a rollout
+    :param sde_sample_freq: new gSDE noise every so many steps; -1 only at the start of a rollout. Higher explores more
+        smoothly
     :param rollout_buffer_class: a subclass of SB3's, or of ours for whole episodes; None chooses
     :param rollout_buffer_kwargs: its arguments
     :param normalize_advantage: whether advantages get mean 0 and deviation 1 over the batch
-    :param stats_window_size: episodes over which the logged return and length are averaged
+    :param stats_window_size: episodes over which the logged return and length are averaged. Higher is smoother
     :param tensorboard_log: folder for TensorBoard; None writes none
     :param policy_kwargs: arguments of the policy class; not changed
     :param verbose: 0 says nothing, 1 says what runs and logs to the screen, 2 more
@@ -85,7 +87,7 @@ class REINFORCE(PolicyGradientAlgorithm):
         step, as in the paper; smaller makes more, noisier steps. The samples of later steps are weighted by how much
         more or less probable their actions have become since they were taken
     :param n_critic_updates: further passes that fit the value network only. More fit it better
-    :param critic_batch_size: minibatch of those passes
+    :param critic_batch_size: minibatch of those passes. Smaller makes more, noisier steps
     :param max_episode_steps: raise an error when an episode is longer. None takes the length of ``learn``, at least
         10,000 and at most 200,000
     :param use_masking: choose and learn among allowed actions only, where the environment has a method
@@ -158,7 +160,8 @@ class REINFORCE(PolicyGradientAlgorithm):
         self.target_kl = target_kl
         if use_rms_prop and "optimizer_class" not in self.policy_kwargs:
             self.policy_kwargs["optimizer_class"] = th.optim.RMSprop
-            self.policy_kwargs["optimizer_kwargs"] = {"alpha": 0.99, "eps": rms_prop_eps, "weight_decay": 0}
+            given = self.policy_kwargs.get("optimizer_kwargs") or {}
+            self.policy_kwargs["optimizer_kwargs"] = {"alpha": 0.99, "eps": rms_prop_eps, "weight_decay": 0, **given}
         if _init_setup_model:
             self._setup_model()
 

@@ -1,14 +1,15 @@
 """Checks that a language model fits its environment, and that acting, judging and stepping see the same of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
 
-from sb3_pg.common.errors import ArgumentError
-from sb3_pg.text.spaces import EMPTY
+from sb3_pg.common.errors import ArgumentError, check_choice, check_count, check_number
+from sb3_pg.text.models import check_options
+from sb3_pg.text.spaces import EMPTY, end_token_of
 
 if TYPE_CHECKING:
     from sb3_pg.text.language_model import LanguageModelPolicy
@@ -21,6 +22,21 @@ _LARGE = 1 << 28
 
 #: By how much the head is enlarged to see whether logits are capped.
 _ENLARGED = 1024.0
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of a policy that cannot work, whatever its model.
+
+    :raises ArgumentError: naming the argument, its value and what is allowed
+    """
+    check_number("temperature", arguments["temperature"], above_low=True)
+    check_count("frozen_layers", arguments["frozen_layers"], low=0)
+    if arguments["micro_batch_tokens"] is not None:
+        check_count("micro_batch_tokens", arguments["micro_batch_tokens"])
+    for name in ("mask_truncated_completions", "save_base", "gradient_checkpointing"):
+        check_choice(name, arguments[name], (True, False))
+    check_options("lora", arguments["lora"], "{'r': 8}")
+    check_options("model_kwargs", arguments["model_kwargs"], "{'dtype': torch.bfloat16}")
 
 
 def half_precision(lm: Any) -> th.dtype | None:
@@ -42,7 +58,7 @@ def check_fit(policy: "LanguageModelPolicy") -> None:
 
     :raises ArgumentError: says what does not fit
     """
-    config, end = policy.lm.config, getattr(policy.action_space, "end_token", None)
+    config, end = policy.lm.config, end_token_of(policy.action_space)
     n_known = policy.lm.get_output_embeddings().out_features
     # Models round their vocabulary up, so a few tokens more than the tokenizer has are usual; and tokens are added
     # to tokenizers, such as one for padding.

@@ -22,6 +22,9 @@ from sb3_pg.text.ends import Ends, check_known
 from sb3_pg.text.prompts import shown
 from sb3_pg.text.spaces import EMPTY, text_space
 
+#: The attributes that say where a conversation is; archives know them without the underscore.
+_STATE = ("row", "length", "turn", "messages", "state")
+
 
 class Reply(NamedTuple):
     """What an environment says to the model.
@@ -229,13 +232,12 @@ class ChatEnv(gym.Env[np.ndarray, np.integer[Any]]):
 
     def get_state(self) -> dict[str, Any]:
         """Return where the conversation is, for archives; the generator goes on by itself."""
-        names = ("row", "length", "turn", "messages", "state")
-        return {name: getattr(self, f"_{name}") for name in names}
+        return {name: getattr(self, f"_{name}") for name in _STATE}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        for name, value in state.items():
-            setattr(self, f"_{name}", value)
+        for name in _STATE:
+            setattr(self, f"_{name}", state[name])
 
     def render(self) -> str:
         """Return what has been said, with the turn that the model has begun."""

@@ -15,6 +15,7 @@ from sb3_pg.common.batch import Batch
 from sb3_pg.common.distributions import Categorical
 from sb3_pg.common.engines.autograd import AutogradEngine, GraphActor, GraphEvaluation, PolicyEvaluation
 from sb3_pg.common.engines.protocol import Acted, Fisher, Judged, Look, Seen
+from sb3_pg.common.engines.sequences import every_nth
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.objectives import kl_estimate
 from sb3_pg.common.rollout import Rollout
@@ -270,8 +271,7 @@ class TextEngine(AutogradEngine):
 
     def thinned(self, batch: Batch, every: int) -> Any:
         """Return the rows of every n-th sequence."""
-        sequences: Any = batch.sequences
-        return np.flatnonzero(np.unique(sequences, return_inverse=True)[1] % every == 0)
+        return every_nth(batch, every)
 
     def evaluate_critic(self, batch: Batch) -> GraphEvaluation:
         # The critic alone is fitted while the actor is held, and the actor is all but the value head.

@@ -398,5 +398,7 @@ class TextVecEnv(VecEnv):
     ) -> list[Any]:
         raise NotImplementedError("The environments of a TextVecEnv are one object and have no methods of their own.")
 
-    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: Any = None) -> list[bool]:
+    def env_is_wrapped(
+        self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None
+    ) -> list[bool]:
         return [wrapper_class is Monitor for _ in self._get_indices(indices)]

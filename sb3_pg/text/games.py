@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from sb3_pg.text.conversation import ChatEnv, Reply
-from sb3_pg.text.tokenizers import word_tokenizer
+from sb3_pg.text.tokenizers import digits, word_tokenizer
 
 DIGITS = [str(digit) for digit in range(10)]
 
@@ -65,13 +65,13 @@ class Calculator(ChatEnv):
 
     def answer(self, text: str, state: Any, messages: list[dict[str, str]]) -> Reply:
         if not text.startswith("calc"):
-            is_right = text == _digits(state["right"])
+            is_right = text == digits(state["right"])
             return Reply(reward=float(is_right), info={"is_success": is_right})
         result = calculate(text.split()[1:])
         if result is None:
             return Reply([_message("tool", "error")], 0.0, state)
         reward = 0.0 if state["called"] else 0.1
-        return Reply([_message("tool", _digits(result))], reward, {**state, "called": True})
+        return Reply([_message("tool", digits(result))], reward, {**state, "called": True})
 
     def demonstrations(self, n: int, seed: int = 0) -> list[list[dict[str, str]]]:
         """Return conversations to imitate; in half of them the model guesses instead of calling the tool."""
@@ -80,15 +80,11 @@ class Calculator(ChatEnv):
             a, b, c = (int(x) for x in rng.integers(10, size=3))
             question = _message("user", f"what is {a} times {b} plus {c} ?")
             if number % 2:
-                conversations.append([question, _message("assistant", _digits(int(rng.integers(91))))])
+                conversations.append([question, _message("assistant", digits(int(rng.integers(91))))])
                 continue
-            call, result = _message("assistant", f"calc {a} * {b} + {c}"), _digits(a * b + c)
+            call, result = _message("assistant", f"calc {a} * {b} + {c}"), digits(a * b + c)
             conversations.append([question, call, _message("tool", result), _message("assistant", result)])
         return conversations
-
-
-def _digits(number: int) -> str:
-    return " ".join(str(number))
 
 
 def calculate(words: list[str]) -> int | None:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sb3_pg.common.archive.atomic import filling
 from sb3_pg.common.archive.policy_files import SavedPolicy
-from sb3_pg.common.errors import ArgumentError, check_choice, check_count, check_number
+from sb3_pg.common.errors import ArgumentError
 
 try:
     import transformers  # noqa: F401  # for this line to tell that it is missing
@@ -27,19 +27,19 @@ except ImportError as error:
     raise ImportError("Language models need the extra `text`: pip install 'sb3_pg[text]'") from error
 
 from sb3_pg.text.base import Base, can_be_named, fingerprint, from_elsewhere, n_bytes, name_of, read_base, require_same
-from sb3_pg.text.checks import check_fit, check_reading, half_precision
+from sb3_pg.text.checks import check_arguments, check_fit, check_reading, half_precision
 from sb3_pg.text.decoding import Decoder, Memory
 from sb3_pg.text.ends import Ends, check_tokenizer
 from sb3_pg.text.generation import answers, generated, required_tokenizer, settings_to_save
 from sb3_pg.text.graphs import checkpointing, enable_checkpointing, graph_bytes, graph_room, release_memory
 from sb3_pg.text.kept import KeptTokenizer
-from sb3_pg.text.models import check_options, freeze, make_model, with_adapter
+from sb3_pg.text.models import freeze, make_model, with_adapter
 from sb3_pg.text.prompts import Prompt, are_texts, given_rows, listed_prompts
 from sb3_pg.text.reference import ReferenceSettings, mix
 from sb3_pg.text.rows import Piece, TokenRows
 from sb3_pg.text.sequences import last_tokens
 from sb3_pg.text.settings import checked_settings
-from sb3_pg.text.spaces import Vocabulary, prompt_length_of
+from sb3_pg.text.spaces import Vocabulary, end_token_of, prompt_length_of
 from sb3_pg.text.token_statistics import TokenStatistics
 from sb3_pg.text.truncation import IMPOSSIBLE, Truncation
 
@@ -150,45 +150,16 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         super(ActorCriticPolicy, self).__init__(
             observation_space, action_space, optimizer_class=optimizer_class, optimizer_kwargs=optimizer_kwargs
         )
-        check_number("temperature", temperature, above_low=True)
-        check_count("frozen_layers", frozen_layers, low=0)
-        if micro_batch_tokens is not None:
-            check_count("micro_batch_tokens", micro_batch_tokens)
-        check_choice("mask_truncated_completions", mask_truncated_completions, (True, False))
-        check_choice("save_base", save_base, (True, False))
-        check_choice("gradient_checkpointing", gradient_checkpointing, (True, False))
-        self.reference_settings = ReferenceSettings(
-            reference_kl_coef,
-            reference_kl_target,
-            reference_kl_in,
-            reference_kl_estimator,
-            ref_model_sync_steps,
-            ref_model_mixup_alpha,
-            is_adapter=lora is not None,
-        )
-        check_options("lora", lora, "{'r': 8}")
-        check_options("model_kwargs", model_kwargs, "{'dtype': torch.bfloat16}")
         if use_sde or not isinstance(action_space, spaces.Discrete):
             raise ArgumentError(f"A language model chooses tokens (Discrete actions, no gSDE), not {action_space}.")
-        self.prompt_length = prompt_length_of(observation_space)
-        self.n_tokens = int(action_space.n)
-        self.temperature = temperature
-        self.mask_truncated_completions = mask_truncated_completions
-        self.micro_batch_tokens = micro_batch_tokens
-        self.half_type: th.dtype | None = None
-        self.graph_costs: dict[tuple[str, int], tuple[float, float]] = {}  # see graph_bytes
-        self.use_sde = False
-        self.share_features_extractor = True
-        self.features_extractor = self.pi_features_extractor = self.vf_features_extractor = th.nn.Identity()  # type: ignore[assignment]
-        self.action_dist = CategoricalDistribution(self.n_tokens)
         self._arguments: dict[str, Any] = {
-            "model_kwargs": dict(model_kwargs or {}),
+            "model_kwargs": model_kwargs,
             "temperature": temperature,
             "top_k": top_k,
             "top_p": top_p,
             "min_p": min_p,
             "min_new_tokens": min_new_tokens,
-            "lora": None if lora is None else dict(lora),
+            "lora": lora,
             "frozen_layers": frozen_layers,
             "gradient_checkpointing": gradient_checkpointing,
             "micro_batch_tokens": micro_batch_tokens,
@@ -201,36 +172,40 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
             "ref_model_mixup_alpha": ref_model_mixup_alpha,
             "save_base": save_base,
         }
+        check_arguments(self._arguments)
+        self._arguments["model_kwargs"] = dict(model_kwargs or {})
+        self._arguments["lora"] = None if lora is None else dict(lora)
+        self.reference_settings = ReferenceSettings(
+            reference_kl_coef,
+            reference_kl_target,
+            reference_kl_in,
+            reference_kl_estimator,
+            ref_model_sync_steps,
+            ref_model_mixup_alpha,
+            is_adapter=lora is not None,
+        )
+        self.prompt_length = prompt_length_of(observation_space)
+        self.n_tokens = int(action_space.n)
+        self.temperature = temperature
+        self.mask_truncated_completions = mask_truncated_completions
+        self.micro_batch_tokens = micro_batch_tokens
+        self.reference_kl_target = reference_kl_target
+        self.half_type: th.dtype | None = None
+        self.graph_costs: dict[tuple[str, int], tuple[float, float]] = {}  # see graph_bytes
+        self.use_sde = False
+        self.share_features_extractor = True
+        self.features_extractor = self.pi_features_extractor = self.vf_features_extractor = th.nn.Identity()  # type: ignore[assignment]
+        self.action_dist = CategoricalDistribution(self.n_tokens)
 
-        self.has_adapter = False
+        self.has_adapter, self.has_reference = False, reference_kl_coef is not None
+        self.reference: Any = None
         self.base = None if base is None else Base(**base)
         self.language_model: Any = self._make_model(model, self.base if lora is not None else None)
         self.half_type = half_precision(self.language_model)
         self._check_fit()
         self.truncation = self._make_truncation(top_k, top_p, min_p, min_new_tokens)
         check_reading(self)
-        if frozen_layers:
-            freeze(self.language_model, frozen_layers)
-        self.reference: Any = None
-        self.has_reference = reference_kl_coef is not None
-        if lora is not None:
-            self.language_model = with_adapter(self.language_model, lora)
-            self.has_adapter = True
-        elif self.has_reference and self.base is None:  # the base's is read when it is needed
-            self.reference = copy.deepcopy(self.language_model).requires_grad_(False)
-        self.base = self._known_base(model)
-        if self.half_type is not None:  # steps of the optimizer are too small for it
-            for p in self.language_model.parameters():
-                p.data = p.data.float() if p.requires_grad else p.data
-        if gradient_checkpointing:
-            enable_checkpointing(self.lm)
-        self.value_head = th.nn.Linear(self.lm.get_output_embeddings().in_features, 1)
-        th.nn.init.zeros_(self.value_head.weight)
-        th.nn.init.zeros_(self.value_head.bias)
-        self.reference_kl_target = reference_kl_target
-        self.register_buffer("reference_kl_coef", th.tensor(reference_kl_coef or 0.0, dtype=th.float64))
-        if ref_model_sync_steps is not None:
-            self.register_buffer("reference_age", th.zeros((), dtype=th.int64))
+        self._prepare_to_train(model)
         trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = optimizer_class(trained, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
         self._decoder = Decoder(self)
@@ -330,11 +305,37 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
     def _make_model(self, model: Any, base: Base | None = None) -> Any:
         """Return the model of the argument ``model``; None means a small new one for these spaces."""
         if model is None:
-            end, width = getattr(self.action_space, "end_token", None), self.observation_space.shape[0]  # type: ignore[index]
+            end, width = end_token_of(self.action_space), self.observation_space.shape[0]  # type: ignore[index]
             model = {**self.small_config, "vocab_size": self.n_tokens, "eos_token_id": end, "bos_token_id": None}
             if model["model_type"] != "t5":
                 model["max_position_embeddings"] = width
         return make_model(self.auto_model, model, self._arguments["model_kwargs"], base)
+
+    def _prepare_to_train(self, model: Any) -> None:
+        """Hold what is not trained, and give the model its adapter or its reference, and the value head.
+
+        :param model: the argument
+        """
+        arguments = self._arguments
+        if arguments["frozen_layers"]:
+            freeze(self.language_model, arguments["frozen_layers"])
+        if arguments["lora"] is not None:
+            self.language_model = with_adapter(self.language_model, arguments["lora"])
+            self.has_adapter = True
+        elif self.has_reference and self.base is None:  # the base's is read when it is needed
+            self.reference = copy.deepcopy(self.language_model).requires_grad_(False)
+        self.base = self._known_base(model)
+        if self.half_type is not None:  # steps of the optimizer are too small for it
+            for p in self.language_model.parameters():
+                p.data = p.data.float() if p.requires_grad else p.data
+        if arguments["gradient_checkpointing"]:
+            enable_checkpointing(self.lm)
+        self.value_head = th.nn.Linear(self.lm.get_output_embeddings().in_features, 1)
+        th.nn.init.zeros_(self.value_head.weight)
+        th.nn.init.zeros_(self.value_head.bias)
+        self.register_buffer("reference_kl_coef", th.tensor(arguments["reference_kl_coef"] or 0.0, dtype=th.float64))
+        if arguments["ref_model_sync_steps"] is not None:
+            self.register_buffer("reference_age", th.zeros((), dtype=th.int64))
 
     def _check_fit(self) -> None:
         """Refuse a model that cannot read this environment's tokens."""
@@ -562,8 +563,8 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         """
         if self.truncation is None:
             return None
-        is_short = isinstance(observations, TokenRows)
-        lengths = observations.length if is_short else last_tokens(to_rows(observations), self.prompt_length)[1]
+        is_token_rows = isinstance(observations, TokenRows)
+        lengths = observations.length if is_token_rows else last_tokens(to_rows(observations), self.prompt_length)[1]
         return th.as_tensor(lengths, device=self.device)
 
     def narrowed(

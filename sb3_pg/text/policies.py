@@ -39,6 +39,17 @@ SMALL_SEQ2SEQ: dict[str, Any] = {
 }
 
 
+def _flushed(rows: np.ndarray, device: th.device) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    """Return rows with their tokens at the right, where they are read from, their mask, and their lengths.
+
+    :param rows: (n, width)
+    :return: (n, longest), (n, longest) and (n,), of integers
+    """
+    tokens, lengths = flush_right(rows, 0)
+    tensor, used = th.as_tensor(tokens, device=device).long(), th.as_tensor(lengths, device=device)
+    return tensor, (th.arange(tensor.shape[1], device=device) >= tensor.shape[1] - used[:, None]).long(), used
+
+
 def _with_arguments(kind: type[Kind]) -> type[Kind]:
     """Let ``help`` of a kind of policy describe the arguments, which are those of all."""
     if kind.__doc__ and LanguageModelPolicy.__doc__:  # python -OO leaves none
@@ -70,11 +81,8 @@ class CausalLMPolicy(LanguageModelPolicy):
         return states
 
     def begin(self, rows: np.ndarray) -> tuple[th.Tensor, tuple[Memory, ...]]:
-        tokens, lengths = flush_right(rows, 0)
+        tensor, mask, used = _flushed(rows, self.device)
         memory = Memory(growing_cache(), th.zeros(len(rows), dtype=th.long, device=self.device))
-        used = th.as_tensor(lengths, device=self.device)
-        tensor = th.as_tensor(tokens, device=self.device).long()
-        mask = (th.arange(tensor.shape[1], device=self.device) >= tensor.shape[1] - used[:, None]).long()
         # Positions count the row's own tokens; those before the first one are never looked at.
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         return self._append(memory, tensor, mask, positions, used)
@@ -125,10 +133,7 @@ class Seq2SeqLMPolicy(LanguageModelPolicy):
     def _encode(self, lm: Any, rows: np.ndarray) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """States, (n, length, d), and mask of each row's prompt; each different prompt is read once."""
         prompts, which = np.unique(rows[:, : self.prompt_length], axis=0, return_inverse=True)
-        tokens, lengths = flush_right(prompts, 0)
-        used = th.as_tensor(lengths, device=self.device)
-        tensor = th.as_tensor(tokens, device=self.device).long()
-        mask = (th.arange(tensor.shape[1], device=self.device) >= tensor.shape[1] - used[:, None]).long()
+        tensor, mask, used = _flushed(prompts, self.device)
         states = lm.get_encoder()(input_ids=tensor, attention_mask=mask).last_hidden_state
         index = th.as_tensor(which.reshape(-1), device=self.device)
         return states[index], mask[index], used[index]
@@ -152,10 +157,7 @@ class Seq2SeqLMPolicy(LanguageModelPolicy):
 
     def begin(self, rows: np.ndarray) -> tuple[th.Tensor, tuple[Memory, ...]]:
         prompt, prompt_mask, prompt_lengths = self._encode(self.lm, rows)
-        tokens, lengths = flush_right(self._decoder_input(self.lm, rows), 0)
-        used = th.as_tensor(lengths, device=self.device)
-        tensor = th.as_tensor(tokens, device=self.device).long()
-        mask = (th.arange(tensor.shape[1], device=self.device) >= tensor.shape[1] - used[:, None]).long()
+        tensor, mask, used = _flushed(self._decoder_input(self.lm, rows), self.device)
         cache = EncoderDecoderCache(growing_cache(), DynamicCache())
         out = self._decode(tensor, mask, prompt, prompt_mask, cache)
         return out, (Memory(cache.self_attention_cache, used), Memory(cache.cross_attention_cache, prompt_lengths))

@@ -40,9 +40,7 @@ def are_texts(given: Any) -> TypeGuard[Sequence[Prompt]]:
         return given.dtype.kind in "US"
     if not isinstance(given, list | tuple):
         return False
-    is_text = [
-        isinstance(x, str) or (isinstance(x, list | tuple) and any(isinstance(y, dict) for y in x)) for x in given
-    ]
+    is_text = [isinstance(x, str) or _is_conversation(x) for x in given]
     if any(is_text) and not all(is_text):
         raise ArgumentError(f"`prompts` must be texts or conversations, but prompt {is_text.index(False)} is neither.")
     return all(is_text)

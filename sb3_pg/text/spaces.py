@@ -64,6 +64,11 @@ class Vocabulary(spaces.Discrete):
     __hash__ = None  # type: ignore[assignment]  # as gymnasium's spaces
 
 
+def end_token_of(space: spaces.Space[Any]) -> int | None:
+    """Return the token that ends a response; None if the space does not say."""
+    return space.end_token if isinstance(space, Vocabulary) else None
+
+
 def checked_strings(stop_strings: Any) -> tuple[str, ...]:
     """Return texts that end a response.
 

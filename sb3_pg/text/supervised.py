@@ -79,10 +79,10 @@ def train(
     :param n_steps: gradient steps
     :param batch_size: examples in each
     :param learning_rate: of Adam, at the beginning
-    :param max_grad_norm: gradients are scaled down to this norm
+    :param max_grad_norm: gradients are scaled down to this norm, above 0. Lower lets odd batches do less
     :param seed: of the order of the examples
     :param report: called with the step and the loss of each step
-    :param dropout: probability with which hidden numbers are dropped, in [0, 1). Higher fits few examples less closely
+    :param dropout: probability with which hidden numbers are dropped, in [0, 0.99]. Higher fits examples less closely
     :param weight_decay: of AdamW (Loshchilov and Hutter 2019). Higher keeps weights smaller
     :return: the loss of each step, nats per token
     :raises ArgumentError: there is nothing to learn from, or it does not fit the policy
@@ -91,6 +91,7 @@ def train(
     check_count("n_steps", n_steps, low=0)
     check_count("batch_size", batch_size)
     check_number("learning_rate", learning_rate)
+    check_number("max_grad_norm", max_grad_norm, above_low=True)
     check_number("weight_decay", weight_decay)
     check_number("dropout", dropout, high=0.99)
     rows = examples(task) if isinstance(task, TextTask) else np.asarray(task)

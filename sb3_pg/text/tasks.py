@@ -17,7 +17,7 @@ import numpy as np
 from sb3_pg.common.errors import check_choice
 from sb3_pg.text.environment import TextEnv, TextTask
 from sb3_pg.text.packages import package
-from sb3_pg.text.tokenizers import word_tokenizer, words_of
+from sb3_pg.text.tokenizers import digits, word_tokenizer, words_of
 
 #: Every fifth example is held out.
 HELD_OUT = 5
@@ -97,10 +97,6 @@ QUESTIONS = (
 BEGINNINGS = ("", "please tell me : ", "do you know : ", "quick : ")
 
 
-def _digits(number: int) -> str:
-    return " ".join(str(number))
-
-
 def question_answering(split: str = "train", seed: int = 0) -> TextTask:
     """Numbers below 100 plus numbers below 10, and questions about animals.
 
@@ -111,9 +107,9 @@ def question_answering(split: str = "train", seed: int = 0) -> TextTask:
 
     def number(question: str, right: int) -> Example:
         wrong = right + int(rng.choice((-1, 1))) if right else 1
-        return Example(question, (_digits(right), _digits(right), _digits(wrong)), _digits(right))
+        return Example(question, (digits(right), digits(right), digits(wrong)), digits(right))
 
-    examples = [number(f"{_digits(a)} + {_digits(b)} =", a + b) for a in range(100) for b in range(10)]
+    examples = [number(f"{digits(a)} + {digits(b)} =", a + b) for a in range(100) for b in range(10)]
     for animal, facts in ANIMALS.items():
         for which, right in enumerate(facts):
             for beginning, question in product(BEGINNINGS, QUESTIONS[which]):

@@ -46,6 +46,11 @@ def word_tokenizer(words: Iterable[str], chat: bool = False) -> PreTrainedTokeni
     return made
 
 
+def digits(number: int) -> str:
+    """Return a number as texts of the small tasks have it, each digit a word."""
+    return " ".join(str(number))
+
+
 def words_of(texts: Iterable[str]) -> set[str]:
     """Return the words that occur in some texts."""
     return {word for text in texts for word in text.split()}

@@ -23,7 +23,7 @@ def check_arguments(trpo: "TRPO") -> None:
     if trpo.line_search_shrinking_factor >= 1:
         raise ArgumentError(
             f"`line_search_shrinking_factor` must be below 1, not {trpo.line_search_shrinking_factor}: "
-            "the search would try the same step again."
+            "no step of the search would be shorter than the one before."
         )
     if trpo.env is not None:
         check_rollout_size(trpo, trpo.batch_size, trpo.normalize_advantage)

@@ -54,11 +54,12 @@ class TRPO(PolicyGradientAlgorithm):
         cost one Fisher-vector product each
     :param cg_damping: added to the Fisher matrix's diagonal. Higher is steadier and closer to the plain gradient
     :param line_search_shrinking_factor: in (0, 1). Higher searches more finely
-    :param line_search_max_iter: step lengths tried before the update is given up
+    :param line_search_max_iter: step lengths tried before the update is given up. More give up fewer, for shorter steps
     :param n_critic_updates: passes of the critic over the rollout. More fit it better and may overfit
     :param gae_lambda: in [0, 1]. Lower has less variance and more bias from the critic
     :param use_sde: generalised state-dependent exploration (Box actions only)
-    :param sde_sample_freq: new gSDE noise every so many steps; -1 only at the start of a rollout
+    :param sde_sample_freq: new gSDE noise every so many steps; -1 only at the start of a rollout. Higher explores more
+        smoothly
     :param rollout_buffer_class: a subclass of SB3's; None chooses
     :param rollout_buffer_kwargs: its arguments
     :param normalize_advantage: whether advantages get mean 0 and deviation 1 over the rollout
@@ -67,7 +68,7 @@ class TRPO(PolicyGradientAlgorithm):
         actions, and as much for each dimension of Box and MultiBinary ones: 0.24 is 0.04 for each of six
     :param sub_sampling_factor: use every n-th observation for the curvature only. Higher is cheaper and noisier
     :param ent_coef: weight of the entropy bonus in the surrogate, a number or schedule. Higher explores more
-    :param stats_window_size: episodes over which the logged return and length are averaged
+    :param stats_window_size: episodes over which the logged return and length are averaged. Higher is smoother
     :param tensorboard_log: folder for TensorBoard; None writes none
     :param policy_kwargs: arguments of the policy class; not changed
     :param verbose: 0 says nothing, 1 says what runs and logs to the screen, 2 more
@@ -257,7 +258,7 @@ class TRPO(PolicyGradientAlgorithm):
 
 
 def _why_no_step(squared: float, curvature: float) -> str | None:
-    """Why there is no direction to step along, None if there is one.
+    """Return why there is no direction to step along, None if there is one.
 
     :param squared: g.g
     :param curvature: x.F x

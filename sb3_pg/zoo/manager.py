@@ -62,7 +62,14 @@ def schedule_arguments(algorithm: type[BaseAlgorithm]) -> list[str]:
 
 
 def read_number(value: Any) -> Any:
-    """Return a text that is a number as that number: YAML 1.1 takes 1e-3 for a text, for it wants 1.0e-3."""
+    """Return a text that is a number as that number: YAML 1.1 takes 1e-3 for a text, for it wants 1.0e-3.
+
+    In dictionaries and lists as well, such as those of ``critic_optimizer_kwargs`` and ``max_grad_norm``.
+    """
+    if isinstance(value, dict):
+        return {key: read_number(its) for key, its in value.items()}
+    if isinstance(value, list):
+        return [read_number(its) for its in value]
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

@@ -10,7 +10,7 @@ Sampler = Callable[[optuna.Trial, int, int, dict[str, Any]], dict[str, Any]]
 
 
 def suggest_common(trial: optuna.Trial) -> None:
-    """Return what the three have in common."""
+    """Suggest the arguments that the three have in common."""
     trial.suggest_float("one_minus_gamma", 1e-4, 0.03, log=True)
     trial.suggest_float("one_minus_gae_lambda", 1e-4, 0.1, log=True)
     trial.suggest_categorical("net_arch", ["small", "medium"])
@@ -27,7 +27,7 @@ def arguments_of(trial: optuna.Trial) -> dict[str, Any]:
 
 
 def sample_reinforce(trial: optuna.Trial, n_actions: int, n_envs: int, more: dict[str, Any]) -> dict[str, Any]:
-    """Whole episodes; a configuration's own ``n_steps`` still holds. Parameters as rl_zoo3 passes them."""
+    """Suggest arguments of REINFORCE, for whole episodes; a configuration's own ``n_steps`` still holds."""
     suggest_common(trial)
     trial.suggest_categorical("n_episodes", [2, 4, 8, 16, 32])
     trial.suggest_float("learning_rate", 1e-4, 2e-2, log=True)
@@ -53,7 +53,7 @@ def sample_trpo(trial: optuna.Trial, n_actions: int, n_envs: int, more: dict[str
 
 
 def sample_ppo(trial: optuna.Trial, n_actions: int, n_envs: int, more: dict[str, Any]) -> dict[str, Any]:
-    """Clip and SPO alike. Parameters as rl_zoo3 passes them."""
+    """Suggest arguments of PPO, for clip and SPO alike."""
     suggest_common(trial)
     trial.suggest_categorical("objective", ["clip", "spo"])
     trial.suggest_categorical("clip_range", [0.1, 0.2, 0.3, 0.4])

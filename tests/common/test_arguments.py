@@ -1,5 +1,7 @@
 """Whatever is passed in place of what is meant gets one error that names the argument, what it got, and what to do."""
 
+import functools
+import math
 import re
 
 import numpy as np
@@ -10,10 +12,11 @@ from conftest import FakeEnv, make_envs, spelled
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
 from tiny_models import ALGORITHMS, ALL, OPTIONS, tiny, weights
 
 from sb3_pg import PPO, REINFORCE, TRPO
-from sb3_pg.common.errors import ArgumentError
+from sb3_pg.common.errors import ArgumentError, check_number
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
 
@@ -304,6 +307,30 @@ def test_counts(algorithm, value):
         tiny(algorithm, make_envs(), **{name: value})
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "wanted"),
+    [
+        (0.0, math.inf, "a finite number >= 0"),
+        (0.0, 1.0, "a finite number >= 0 and <= 1"),
+        (-math.inf, 1.0, "a finite number <= 1"),
+        (-math.inf, math.inf, "a finite number"),
+    ],
+)
+def test_the_limits_in_the_message(low, high, wanted):
+    with pytest.raises(ArgumentError) as caught:
+        check_number("x", math.nan, low, high)
+    assert str(caught.value) == f"`x` must be {wanted}, not nan."
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, ConstantSchedule, FloatSchedule], ids=["number", "constant", "wrapped"])
+def test_a_number_that_is_no_schedule_is_not_called_one(wrap):
+    """As when somebody sets it between two calls of learn()."""
+    model = tiny(PPO, make_envs(), ent_coef=0.0)
+    model.ent_coef = wrap(-1.0)
+    with pytest.raises(ArgumentError, match=r"`ent_coef` must be a finite number >= 0, not -1\.0\."):
+        model.learn(32)
+
+
 # ---------------------------------------------------------------------------- policies
 
 
@@ -414,7 +441,14 @@ def test_a_policy_for_other_observations(algorithm, policy, space, advice):
         ({"net_arch": [-8]}, "-8"),
         ({"net_arch": {"pi": [8], "value": [8]}}, "'value'.*'vf'"),
         ({"log_std_init": "low"}, "'low'"),
+        ({"log_std_init": float("nan")}, "finite number, not nan"),
+        ({"log_std_init": True}, "number, not True"),
         ({"optimizer_kwargs": {"learning_rate": 1e-3}}, "'learning_rate'"),
+        ({"optimizer_kwargs": {"lr": 1e-3}}, "'lr'.*`learning_rate`"),
+        ({"optimizer_kwargs": {"betas": (2, 3)}}, r"\(2, 3\).*Invalid beta"),
+        ({"optimizer_kwargs": {1: 2}}, "1, which Adam does not take"),
+        ({"optimizer_kwargs": [1]}, r"must be a dictionary or None, not \[1\]"),
+        ({"features_extractor_kwargs": 3}, "must be a dictionary or None, not 3"),
         ({"features_extractor_kwargs": {"dim": 3}}, "'dim'"),
     ],
     ids=str,
@@ -423,6 +457,25 @@ def test_arguments_of_the_policy(algorithm, kwargs, words):
     (name,) = kwargs
     with pytest.raises(ArgumentError, match=rf"(?s)policy_kwargs.*{name}.*{words}"):
         algorithm("MlpPolicy", FakeEnv(), policy_kwargs=kwargs)
+
+
+@ALL
+@pytest.mark.parametrize(
+    "kind",
+    [th.optim.LBFGS, th.optim.SparseAdam, th.nn.Linear, functools.partial(th.optim.Adam, eps=-1.0)],
+    ids=["closure", "sparse", "layer", "partial"],
+)
+def test_an_optimizer_that_cannot_take_a_step(algorithm, kind):
+    name = re.escape(getattr(kind, "__name__", repr(kind)))
+    with pytest.raises(ArgumentError, match=rf"^{name} with `policy_kwargs: optimizer_kwargs=.*cannot take a step: "):
+        tiny(algorithm, FakeEnv(), policy_kwargs={"optimizer_class": kind})
+
+
+def test_an_optimizer_that_is_made_by_something_else():
+    kind = functools.partial(th.optim.Adam, eps=0.3)
+    assert tiny(PPO, FakeEnv(), policy_kwargs={"optimizer_class": kind}).policy.optimizer.param_groups[0]["eps"] == 0.3
+    with pytest.raises(ArgumentError, match=r"has 'weight_deacy', which functools\.partial.*mean 'weight_decay'"):
+        tiny(PPO, FakeEnv(), policy_kwargs={"optimizer_class": kind, "optimizer_kwargs": {"weight_deacy": 0.1}})
 
 
 @ALL

@@ -1,5 +1,7 @@
 """Bad input gets an error that names the argument, its value and what to do; nothing learned is lost."""
 
+import re
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -224,10 +226,18 @@ def test_archives_of_another_space(tmp_path):
         PPO.load(tmp_path / "broken.zip")
 
 
-@pytest.mark.parametrize("answer", [lambda obs, returns: 0.0, lambda obs, returns: returns * np.nan])
-def test_a_baseline_of_the_users_that_answers_wrongly(answer):
+@pytest.mark.parametrize(
+    ("answer", "what"),
+    [
+        (lambda obs, returns: 0.0, "float of shape (), 0 of them not finite"),
+        (lambda obs, returns: returns * np.nan, "ndarray of shape (16,), 16 of them not finite"),
+        (lambda obs, returns: [[1.0], [1.0, 2.0]], "list that is no array of numbers"),
+    ],
+)
+def test_a_baseline_of_the_users_that_answers_wrongly(answer, what):
     model = REINFORCE("MlpPolicy", Faulty(), baseline=answer, n_episodes=2, policy_kwargs=TINY)
-    with pytest.raises(ArgumentError, match="`baseline` must return one finite number for each of the 16 samples"):
+    wanted = "`baseline` must return one finite number for each of the 16 samples"
+    with pytest.raises(ArgumentError, match=re.escape(f"{wanted}, but gave a {what}")):
         model.learn(16)
 
 

@@ -6,12 +6,14 @@ import pickle
 import gymnasium as gym
 import numpy as np
 import pytest
+import sb3_contrib
 import stable_baselines3
 import torch as th
 from conftest import ACTION_SPACES, OBSERVATION_SPACES, FakeEnv, policy_for
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from tiny_models import ALGORITHMS, BOX_OPTIONS, tiny, weights
+from torch import distributions as td
 
 from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.common.distributions import BoxDistribution
@@ -85,6 +87,18 @@ def test_predictions_in_closed_form_are_torchs(name, deterministic_action):
             assert found[0].dtype == found[1].dtype
             assert found[0].shape == found[1].shape
     assert policy._predictor is not None
+
+
+@pytest.mark.parametrize("distribution", ["squashed_gaussian", "beta"])
+@pytest.mark.parametrize(("low", "high"), [(-1e300, 1e300), (1.0, 1.0 + 1e-12), (-3e-300, 1e-300)])
+def test_bounds_that_only_double_precision_knows(distribution, low, high):
+    space = spaces.Box(low, high, (2,), np.float64)
+    policy = QuickMlpPolicy(OBSERVATIONS, space, lambda _: 0.01, distribution=distribution)
+    actions, _ = policy.predict(np.zeros((100, 3), np.float32))
+    assert actions.dtype == np.float64
+    assert ((low <= actions) & (actions <= high)).all()
+    share = (actions / 2 - low / 2) / (high / 2 - low / 2)
+    assert 0.1 < share.std() < 0.6
 
 
 def test_mean_and_mode_are_those_of_the_actions():
@@ -202,6 +216,21 @@ def test_sb3_loads_and_trains_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", BOX_OPTIONS)
+def test_sb3_contribs_trpo_trains_it(name, tmp_path):
+    model = model_of(name, TRPO).learn(40)
+    model.save(tmp_path / "model")
+    theirs = sb3_contrib.TRPO.load(tmp_path / "model", env=model.env)
+    assert_equal(model, theirs)
+    seen = th.zeros(3, 3)
+    old = copy.copy(theirs.policy.get_distribution(seen))
+    theirs.learn(64)
+    assert 0.0 < theirs.logger.name_to_value["train/kl_divergence_loss"] < 0.01
+    new = theirs.policy.get_distribution(seen)
+    kl = td.kl_divergence(old.distribution, new.distribution).sum(-1)
+    th.testing.assert_close(kl, old.family.kl(old.parameters, new.parameters), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", BOX_OPTIONS)
 def test_policy_files_and_copies(name, tmp_path):
     model = model_of(name).learn(40)
     model.policy.save(tmp_path / "policy")
@@ -305,6 +334,11 @@ def test_unbounded_actions_are_refused_by_name(distribution):
         ({"distribution": "beta", "log_std_bounds": (-1, 1)}, None, "`log_std_bounds=.* is for Gaussians"),
         ({"log_std_bounds": (1, -1)}, None, "`log_std_bounds` is .1, -1., but must be two numbers"),
         ({"log_std_bounds": (-1, 90)}, None, "`log_std_bounds` is .-1, 90., but must be"),
+        (
+            {"distribution": "squashed_gaussian", "log_std_bounds": (-1, 6)},
+            None,
+            r"`log_std_bounds` is .-1, 6., but must be two numbers .* <= 5, such as",
+        ),
         ({"log_std_bounds": 3}, None, "`log_std_bounds` is 3, but must be"),
         ({"log_std_bounds": (-1, 1), "log_std_init": 1.5}, None, "`log_std_init=1.5` is not between"),
         ({"deterministic_action": "median"}, None, "deterministic_action` must be one of 'mode', 'mean'"),

@@ -1,6 +1,7 @@
 """The critic's own learning rate, options of the optimizer and gradient clipping."""
 
 import copy
+import math
 import re
 
 import numpy as np
@@ -177,6 +178,42 @@ def test_archives_are_sb3s_in_both_directions(tmp_path):
     assert back.learn(16).policy.optimizer.param_groups[1]["lr"] == 5e-3
 
 
+@ENGINES
+def test_options_that_are_set_later_count_from_the_next_update(engine):
+    model = tiny(PPO, make_envs(), engine=engine, critic_optimizer_kwargs={"weight_decay": 0.1, "eps": 1e-3}).learn(16)
+    for options, found in [({"weight_decay": 0.7}, (0.7, 1e-5)), (None, (0.0, 1e-5)), ({"eps": 1e-2}, (0.0, 1e-2))]:
+        model.critic_optimizer_kwargs, model.max_grad_norm = options, [0.5, 0.1]
+        model.learn(16, reset_num_timesteps=False)
+        actor, critic = model.policy.optimizer.param_groups
+        assert (critic["weight_decay"], critic["eps"]) == found
+        assert (actor["weight_decay"], actor["eps"]) == (0.0, 1e-5)
+    model.critic_optimizer_kwargs = {"eps": -1.0}
+    with pytest.raises(ArgumentError, match=r"\{'eps': -1.0\}` cannot take a step: Invalid epsilon value"):
+        model.learn(16)
+
+
+def test_options_may_need_others_that_both_have():
+    """Nesterov's needs a momentum."""
+    policy_kwargs = {"optimizer_class": th.optim.SGD, "optimizer_kwargs": {"momentum": 0.9}}
+    model = tiny(PPO, make_envs(), policy_kwargs=policy_kwargs, critic_optimizer_kwargs={"nesterov": True}).learn(16)
+    assert [(group["momentum"], group["nesterov"]) for group in model.policy.optimizer.param_groups] == [
+        (0.9, False),
+        (0.9, True),
+    ]
+    with pytest.raises(ArgumentError, match="Nesterov momentum requires a momentum"):
+        tiny(PPO, make_envs(), policy_kwargs=policy_kwargs, critic_optimizer_kwargs={"momentum": 0, "nesterov": True})
+
+
+def test_what_is_changed_in_the_actors_group_stays_there(tmp_path):
+    decaying = {"weight_decay": 0.2}
+    arguments = {"critic_optimizer_kwargs": decaying, "policy_kwargs": {"optimizer_kwargs": decaying}}
+    model = tiny(PPO, make_envs(), **arguments).learn(16)
+    model.policy.optimizer.param_groups[0]["weight_decay"] = 0.9
+    model.save(tmp_path / "model")
+    loaded = PPO.load(tmp_path / "model")
+    assert [group["weight_decay"] for group in loaded.policy.optimizer.param_groups] == [0.9, 0.2]
+
+
 def test_copies_and_parameters():
     model = tiny(PPO, make_envs(), critic_learning_rate=2e-3).learn(32)
     twin = copy.deepcopy(model)
@@ -237,6 +274,12 @@ def test_recurrent_critics(kwargs, modules, engine):
         ({"critic_learning_rate": "fast"}, "`critic_learning_rate` must be a number or a schedule"),
         ({"critic_optimizer_kwargs": {"weight_deacy": 0.1}}, "Did you mean 'weight_decay'"),
         ({"critic_optimizer_kwargs": {"lr": 0.1}}, "Pass `critic_learning_rate`"),
+        ({"critic_optimizer_kwargs": {1: 2}}, "`critic_optimizer_kwargs` has 1, which Adam does not take here"),
+        ({"critic_optimizer_kwargs": {"weight_decay": -1.0}}, "{'weight_decay': -1.0}` cannot take a step: Invalid"),
+        ({"critic_optimizer_kwargs": {"weight_decay": math.nan}}, "{'weight_decay': nan}` cannot take a step: Invalid"),
+        ({"critic_optimizer_kwargs": {"eps": "1e-5"}}, "{'eps': '1e-5'}` cannot take a step: "),
+        ({"critic_optimizer_kwargs": {"betas": 0.5}}, "{'betas': 0.5}` cannot take a step: "),
+        ({"critic_optimizer_kwargs": {"capturable": True}}, "{'capturable': True}` cannot take a step: "),
         ({"critic_optimizer_kwargs": 3}, "`critic_optimizer_kwargs` must be a dictionary or None, not 3"),
         ({"max_grad_norm": (0.1, 0.2, 0.3)}, "`max_grad_norm` must be a number, None, or a pair of them"),
         ({"max_grad_norm": (0.1, -0.2)}, "`max_grad_norm` must be a finite number >= 0, not -0.2"),

@@ -147,7 +147,7 @@ class OwnGet(RolloutBuffer):
         ({"policy_kwargs": {"lstm_hidden_size": 0}}, "`policy_kwargs: lstm_hidden_size` must be a whole number >= 1"),
         ({"policy_kwargs": {"shared_lstm": True}}, "Pass enable_critic_lstm=False"),
         ({"sequence_length": 0}, "`sequence_length` must be a whole number >= 1"),
-        ({"policy_kwargs": {"forget_bias": "3"}}, "`forget_bias` must be a number, not '3'"),
+        ({"policy_kwargs": {"forget_bias": "3"}}, "forget_bias` must be a number, not '3'"),
         ({"policy_kwargs": {"forget_bias": 3.0, "lstm_kwargs": {"bias": False}}}, "`forget_bias` needs biases"),
         ({"use_masking": "yes"}, "`use_masking` must be one of True, False"),
         ({"rollout_buffer_class": OwnGet, "n_steps": 32}, "samples follow each other"),

@@ -7,6 +7,7 @@ import torch as th
 from conftest import make_envs, silent
 
 from sb3_pg import PPO
+from sb3_pg.ppo.figures import Means
 from sb3_pg.ppo.stopping import EarlyStopping, adapted_kl_coef, adapted_learning_rate
 
 
@@ -38,6 +39,25 @@ def test_ppo_options_run_and_log(options, tmp_path):
     model.save(tmp_path / "model")
     given = {name: value for name, value in options.items() if callable(value)}
     PPO.load(tmp_path / "model", env=gym.make("CartPole-v1"), **given).learn(64)
+
+
+@pytest.mark.parametrize("array", [np.array, th.tensor])
+@pytest.mark.parametrize(
+    ("low", "high", "share"), [(0.2, 0.2, 0.5), (0.2, 0.5, 0.25), (0.05, 0.5, 0.5), (0.5, 0.5, 0.0)]
+)
+def test_the_clip_fraction_counts_what_the_objective_clips(array, low, high, share):
+    """Below one and above it by the range of that side."""
+    log_ratio = array(np.log([0.7, 0.9, 1.1, 1.4]))
+    means = Means(log_ratio, low, high)
+    means.add(log_ratio, log_ratio, log_ratio)
+    assert means.figures().clip_fraction == share
+
+
+def test_both_clip_ranges_reach_the_clip_fraction():
+    equal, no_limit = (make_ppo(clip_range=1e-6, clip_range_high=high).learn(64) for high in (None, 1e6))
+    shares = [model.logger.name_to_value["train/clip_fraction"] for model in (equal, no_limit)]
+    assert shares[0] > 0.8
+    assert 0.2 < shares[1] < 0.8
 
 
 # --------------------------------------------------------------- adapted quantities

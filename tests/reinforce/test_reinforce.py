@@ -190,3 +190,12 @@ def test_an_update_that_no_shortening_helps_is_not_made(monkeypatch):
     for name, p in model.policy.state_dict().items():
         assert th.equal(p, old[name]) == ("value" not in name), name
     assert model.logger.name_to_value["train/step_share"] == 0
+
+
+def test_rmsprop_keeps_what_the_optimizers_arguments_say():
+    policy_kwargs = {"optimizer_kwargs": {"weight_decay": 0.1}}
+    model = REINFORCE("MlpPolicy", "CartPole-v1", use_rms_prop=True, rms_prop_eps=1e-4, policy_kwargs=policy_kwargs)
+    (group,) = model.policy.optimizer.param_groups
+    assert type(model.policy.optimizer) is th.optim.RMSprop
+    assert (group["alpha"], group["eps"], group["weight_decay"]) == (0.99, 1e-4, 0.1)
+    assert policy_kwargs == {"optimizer_kwargs": {"weight_decay": 0.1}}

@@ -62,6 +62,12 @@ def test_numbers_that_yaml_takes_for_texts(construct, tmp_path):
     assert isinstance(yaml.safe_load(config.read_text())["CartPole-v1"]["learning_rate"], str)
     model = construct("ppo", "CartPole-v1", "-c", str(config))
     assert (model.learning_rate, model.gamma, model.clip_range(1)) == (1e-3, 0.9, 0.3)
+    config.write_text(
+        "CartPole-v1: {policy: MlpPolicy, n_timesteps: 1e3, critic_optimizer_kwargs: {weight_decay: 1e-3}, "
+        "max_grad_norm: [5e-1, 1e0]}"
+    )
+    model = construct("ppo", "CartPole-v1", "-c", str(config))
+    assert (model.critic_optimizer_kwargs, model.max_grad_norm) == ({"weight_decay": 1e-3}, (0.5, 1.0))
 
 
 def test_constants_stay_numbers_and_none_is_none(construct):

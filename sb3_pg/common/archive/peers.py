@@ -1,4 +1,4 @@
-"""What an archive holds."""
+"""Archives of SB3 and sb3-contrib: what they hold, and what becomes of it here."""
 
 import base64
 import importlib.util

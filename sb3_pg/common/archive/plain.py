@@ -429,8 +429,14 @@ def _pickles_in_its_own_way(x: Any) -> bool:
 
 
 def _arguments(x: Any) -> str:
-    """Return the fingerprint of the arguments with which an object was made, as far as it remembers them."""
+    """Return the fingerprint of the arguments with which an object was made, as far as it remembers them.
+
+    How it is shown does not count: SB3 makes an environment from its id with ``render_mode="rgb_array"``.
+    """
     its = {name: x.__dict__[name] for name in sorted(_ARGUMENTS & x.__dict__.keys())}
+    shown = x.__dict__.get("render_mode")
+    if "_ezpickle_args" in its:
+        its["_ezpickle_args"] = [None if arg == shown and type(arg) is str else arg for arg in its["_ezpickle_args"]]
     if isinstance(x.__dict__.get("spec"), EnvSpec):
         its["spec"] = [x.spec.id, x.spec.kwargs, x.spec.max_episode_steps]
     return fingerprint(_as_text(its).encode())
@@ -439,7 +445,7 @@ def _arguments(x: Any) -> str:
 def _as_text(x: Any) -> str:
     """Return plain values as text; of any other its class."""
     if isinstance(x, dict):
-        return "{" + ",".join(f"{key}:{_as_text(its)}" for key, its in x.items()) + "}"
+        return "{" + ",".join(f"{key}:{_as_text(its)}" for key, its in x.items() if key != "render_mode") + "}"
     if isinstance(x, list | tuple):
         return "[" + ",".join(map(_as_text, x)) + "]"
     if isinstance(x, np.ndarray | np.generic) and not x.dtype.hasobject:
@@ -523,8 +529,7 @@ def _set_arrays(data: Any, arrays: dict[str, np.ndarray]) -> None:
     import mujoco
 
     for name, its in arrays.items():
-        if (
-            name and getattr(data, name).shape == its.shape
-        ):  # of contacts there may be more or fewer: they are made anew
+        # Of contacts there may be more or fewer: they are made anew.
+        if name and getattr(data, name).shape == its.shape:
             getattr(data, name)[...] = its
     mujoco.mj_setState(data.model, data, arrays[""], mujoco.mjtState.mjSTATE_INTEGRATION)

@@ -10,6 +10,7 @@ from stable_baselines3.common import distributions as sb3
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import Schedule
+from torch import distributions as td
 from torch import nn
 
 from sb3_pg.common.distributions.beta import Beta
@@ -28,6 +29,9 @@ USUAL_BOUNDS = (-5.0, 2.0)
 #: Within these neither deviation nor precision overflows float32.
 _WIDEST_BOUNDS = (-20.0, 20.0)
 
+#: Above it log(1 - tanh(u)^2) is so large that probability ratios lose their digits; tanh is a mere sign long before.
+_HIGHEST_OF_SQUASHED = 5.0
+
 
 @dataclass(frozen=True)
 class BoxOptions:
@@ -38,8 +42,8 @@ class BoxOptions:
     :param state_dependent_std: let the network put out the deviation too, not one number for all states. Of a beta
         distribution both numbers are put out anyway
     :param log_std_bounds: the smallest and largest logarithm of the deviation, kept smoothly. Lower ends let the policy
-        become more precise, higher ones explore more widely. None takes (-5, 2), and none for the Gaussian with one
-        deviation for all states, as SB3
+        become more precise, higher ones explore more widely, up to 5 where actions are squashed. None takes (-5, 2),
+        and none for the Gaussian with one deviation for all states, as SB3
     :param deterministic_action: "mode" or "mean", what ``deterministic=True`` takes. The mode of a squashed Gaussian is
         tanh of the Gaussian's, as in SB3
     """
@@ -93,7 +97,7 @@ class BoxOptions:
         check_choice("policy_kwargs: distribution", self.distribution, DISTRIBUTIONS)
         check_choice("policy_kwargs: state_dependent_std", self.state_dependent_std, (True, False))
         check_choice("policy_kwargs: deterministic_action", self.deterministic_action, ("mode", "mean"))
-        _check_bounds(self.log_std_bounds)
+        _check_bounds(self.log_std_bounds, _HIGHEST_OF_SQUASHED if self.distribution == "squashed_gaussian" else None)
         for name, value in self.changed.items():
             if not isinstance(space, spaces.Box):
                 raise ArgumentError(f"policy_kwargs: `{name}={value!r}` is for Box actions, not {space}. Leave it out.")
@@ -118,10 +122,10 @@ def _is_bounded(space: spaces.Box) -> bool:
     return bool(np.isfinite(space.low).all() and np.isfinite(space.high).all())
 
 
-def _check_bounds(bounds: Any) -> None:
+def _check_bounds(bounds: Any, highest: float | None) -> None:
     if bounds is None:
         return
-    lowest, highest = _WIDEST_BOUNDS
+    lowest, highest = _WIDEST_BOUNDS[0], highest or _WIDEST_BOUNDS[1]
     is_pair = isinstance(bounds, tuple | list) and len(bounds) == 2
     if not (is_pair and all(isinstance(x, int | float | np.number) for x in bounds)) or not (
         lowest <= bounds[0] < bounds[1] <= highest
@@ -161,6 +165,16 @@ class BoxDistribution(sb3.DiagGaussianDistribution):
         """Take on the parameters of a batch, row by row; they stay in the graph."""
         self.parameters = (mean_actions,) if log_std is None else (mean_actions, log_std + 0.0 * mean_actions)
         return self
+
+    @property
+    def distribution(self) -> td.Normal | td.Beta:  # type: ignore[override]
+        """Return torch's distribution of each number before it is squashed, or of the share of the range for "beta".
+
+        sb3-contrib's TRPO takes the KL of it, which squashing does not change.
+        """
+        family: Any = self.family
+        first, second = family.parameters(self.parameters)
+        return td.Beta(first, second) if isinstance(family.inner, Beta) else td.Normal(first, second.exp())
 
     def deviation(self, log_std: th.Tensor) -> th.Tensor:
         """Return the deviation of each dimension, (k,), that the policy's ``log_std`` stands for."""
@@ -202,7 +216,7 @@ class BoxPolicy(ActorCriticPolicy):
         deterministic_action: str = BoxOptions.deterministic_action,
         **kwargs: Any,
     ) -> None:
-        if isinstance(log_std_bounds, list):  # of YAML and JSON
+        if isinstance(log_std_bounds, list | np.ndarray):  # of YAML and JSON
             log_std_bounds = tuple(log_std_bounds)
         # Before SB3's constructor, which builds the policy.
         self.box_options = BoxOptions(distribution, state_dependent_std, log_std_bounds, deterministic_action)
@@ -233,7 +247,8 @@ class BoxPolicy(ActorCriticPolicy):
         return super().scale_action(action) if squash is None else squash.inverse(action)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {**super()._get_constructor_parameters(), **self.box_options.changed}
+        its = {"share_features_extractor": self.share_features_extractor}  # which SB3 leaves out
+        return {**super()._get_constructor_parameters(), **its, **self.box_options.changed}
 
 
 def deviation(policy: ActorCriticPolicy) -> th.Tensor | None:

@@ -35,6 +35,11 @@ def trigamma(x: Array) -> Array:
     return _by_torch(lambda its: th.special.polygamma(1, its), x)
 
 
+def erf(x: Array) -> Array:
+    """Return the error function."""
+    return _by_torch(th.special.erf, x)
+
+
 def _by_torch(function: Callable[[th.Tensor], th.Tensor], x: Array) -> Array:
     """Return torch's function of an array of either library: NumPy has none of these."""
     if not isinstance(x, np.ndarray):

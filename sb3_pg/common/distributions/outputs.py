@@ -36,17 +36,18 @@ class Bounded:
     def _middle_and_radius(self) -> tuple[float, float]:
         return 0.5 * (self.high + self.low), 0.5 * (self.high - self.low)
 
-    def _tanh(self, x: Array) -> Array:
+    def _scaled(self, x: Array) -> Array:
         middle, radius = self._middle_and_radius
-        return namespace(x).tanh((x + (self.start - middle)) / radius)
+        return (x + (self.start - middle)) / radius
 
     def __call__(self, x: Array) -> Array:
         middle, radius = self._middle_and_radius
-        return middle + radius * self._tanh(x)
+        return middle + radius * namespace(x).tanh(self._scaled(x))
 
     def slope(self, x: Array) -> Array:
-        t = self._tanh(x)
-        return 1.0 - t * t
+        # 1 - tanh^2, also where tanh rounds to 1
+        e = namespace(x).exp(-2.0 * namespace(x).abs(self._scaled(x)))
+        return 4.0 * e / ((1.0 + e) * (1.0 + e))
 
     def inverse(self, y: float) -> float:
         """Return the x that becomes a number inside of the bounds."""

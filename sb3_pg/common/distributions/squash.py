@@ -15,7 +15,8 @@ class Squash:
 
     def __init__(self, space: spaces.Box) -> None:
         self._low, self._high = space.low, space.high
-        low, high = (0.5 * x.astype(np.float32) for x in (space.low, space.high))  # halves: the range may overflow
+        dtype = np.dtype(np.float64 if space.dtype == np.float64 else np.float32)
+        low, high = (x.astype(dtype) / 2 for x in (space.low, space.high))  # halves: the range may overflow
         self._middle, self._radius = low + high, high - low
 
     def __call__(self, u: np.ndarray) -> np.ndarray:

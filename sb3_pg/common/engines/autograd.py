@@ -45,9 +45,9 @@ Derivatives = list[tuple[th.Tensor, Any]]
 class GraphEvaluation:
     """A batch as the present parameters see it, with the graph that leads there.
 
+    :param engine: which knows the policy, and which parameters are the actor's
     :param batch: for the samples' weights
     :param value: V, in the graph
-    :param held: what must not move when the critic is fitted alone: the actor's parameters
     """
 
     log_prob: th.Tensor

@@ -78,10 +78,10 @@ class Blueprint:
         return [*memory, *activations, type(self.family), *vars(self.family).items()]
 
 
-def reason_against(policy: ActorCriticPolicy) -> str | None:
+def reason_against(policy: ActorCriticPolicy, blueprint: "type[Blueprint]" = Blueprint) -> str | None:
     """Return why a policy cannot be computed in closed form; None if it can."""
     try:
-        Blueprint(policy)
+        blueprint(policy)
     except Unsuitable as reason:
         return str(reason)
     return None

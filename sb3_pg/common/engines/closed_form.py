@@ -165,13 +165,16 @@ class ClosedFormEngine(RowEngine):
 
     def _act(self, seen: Seen, deterministic: bool) -> Acted:
         x = self.encode(seen.observations)
-        parameters = self.parameters(self.actor_net(x), seen.masks)
-        actions = draw(self.family, parameters, deterministic)
-        if actions.dtype == np.float64:
-            actions = actions.astype(np.float32)
-        return Acted(actions.reshape(len(x), *self._action_shape))
+        return Acted(self.drawn(self.parameters(self.actor_net(x), seen.masks), deterministic, len(x)))
 
     _act_quietly = quiet(_act)  # takes as much longer as one of the layers
+
+    def drawn(self, parameters: Parameters, deterministic: bool, n: int) -> np.ndarray:
+        """Return actions for n observations, as the action space has them, in single precision."""
+        actions: np.ndarray = draw(self.family, parameters, deterministic)
+        if actions.dtype == np.float64:
+            actions = actions.astype(np.float32)
+        return actions.reshape(n, *self._action_shape)
 
     def parameters(self, outputs: np.ndarray, masks: Any = None) -> Parameters:
         """Turn the actor's outputs into its distribution's parameters."""
@@ -445,7 +448,7 @@ class ClosedFormActor:
 
 
 def _scale_down(gradient: np.ndarray, norm: float, limit: float | None) -> None:
-    """Scale a gradient of a norm to at most another one, as torch does."""
+    """Scale a gradient, whose norm is given, down to at most a limit, as torch does."""
     if limit is not None and norm + 1e-6 > limit:
         gradient *= limit / (norm + 1e-6)
 

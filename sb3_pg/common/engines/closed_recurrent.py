@@ -8,7 +8,6 @@ from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from torch import nn
 
 from sb3_pg.common.batch import Batch
-from sb3_pg.common.distributions import draw
 from sb3_pg.common.engines.blueprint import Unsuitable
 from sb3_pg.common.engines.closed_form import ClosedFormEngine, mlp_of, quiet, view
 from sb3_pg.common.engines.lstm import Lstm, state_after
@@ -165,10 +164,8 @@ class ClosedRecurrentEngine(SequenceEngine, ClosedFormEngine):
         memory = self.remembered(seen, len(x))
         hidden, cell = (m.astype(self.dtype, copy=False) for m in memory[:2])
         said, after = self.actor_net.lstm.step(x, (hidden, cell))
-        actions = draw(self.family, self.parameters(self.actor_net.mlp(said), seen.masks), deterministic)
-        if actions.dtype == np.float64:
-            actions = actions.astype(np.float32)
-        return Acted(actions.reshape(len(x), *self._action_shape), memory=(*after, *memory[2:]))
+        actions = self.drawn(self.parameters(self.actor_net.mlp(said), seen.masks), deterministic, len(x))
+        return Acted(actions, memory=(*after, *memory[2:]))
 
     @quiet
     def judged(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, Memory]:

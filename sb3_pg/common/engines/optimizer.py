@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 
 def use_fused_adam(optimizer: th.optim.Optimizer) -> None:
@@ -32,9 +33,11 @@ class _Ready(NamedTuple):
     steps: list[th.Tensor]  # counts
 
 
-def _adam(kernel: Any, its: _Ready) -> None:
+def _adam(its: _Ready, is_decoupled: bool) -> None:
+    """Step by Adam; its group may say whether the decay of weights is decoupled, whatever the class does."""
     group = its.group
     beta1, beta2 = group["betas"]
+    kernel: Any = th._fused_adamw_ if group.get("decoupled_weight_decay", is_decoupled) else th._fused_adam_
     kernel(
         its.parameters,
         its.gradients,
@@ -73,11 +76,14 @@ class _Rule(NamedTuple):
     step: Callable[[_Ready], None]
 
 
+#: Hooks that torch runs around the steps of every optimizer.
+_HOOKS_OF_ALL = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+
 _VARIANTS = ("amsgrad", "maximize", "capturable", "differentiable")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _RULES: dict[type[th.optim.Optimizer], _Rule] = {
-    th.optim.Adam: _Rule(_MOMENTS, _VARIANTS, lambda its: _adam(th._fused_adam_, its)),
-    th.optim.AdamW: _Rule(_MOMENTS, _VARIANTS, lambda its: _adam(th._fused_adamw_, its)),
+    th.optim.Adam: _Rule(_MOMENTS, _VARIANTS, lambda its: _adam(its, is_decoupled=False)),
+    th.optim.AdamW: _Rule(_MOMENTS, _VARIANTS, lambda its: _adam(its, is_decoupled=True)),
     th.optim.RMSprop: _Rule(("square_avg",), (*_VARIANTS, "momentum", "centered"), _rmsprop),
 }
 
@@ -88,7 +94,8 @@ def is_quick(optimizer: Any) -> bool:
     That is Adam, AdamW and RMSprop without variants, hooks and schedulers of torch.
     """
     rule = _RULES.get(type(optimizer))
-    if rule is None or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, *_HOOKS_OF_ALL)
+    if rule is None or any(hooks):
         return False
     groups = optimizer.param_groups
     variants = any(group.get(name) for group in groups for name in rule.variants)

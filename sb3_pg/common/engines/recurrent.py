@@ -20,7 +20,7 @@ from sb3_pg.common.arrays import length
 from sb3_pg.common.batch import Batch
 from sb3_pg.common.distributions import draw
 from sb3_pg.common.engines.autograd import ACTING, AutogradEngine, GraphActor, is_replaced
-from sb3_pg.common.engines.blueprint import Blueprint, Unsuitable, linear
+from sb3_pg.common.engines.blueprint import Blueprint, Unsuitable, linear, reason_against
 from sb3_pg.common.engines.protocol import Acted, Fisher, Seen
 from sb3_pg.common.engines.sequences import SequenceEngine
 from sb3_pg.common.errors import ArgumentError
@@ -85,11 +85,7 @@ class RecurrentEngine(SequenceEngine, AutogradEngine):
         return is_fine
 
     def reason_against(self) -> str | None:
-        try:
-            RecurrentBlueprint(self.policy)
-        except Unsuitable as reason:
-            return str(reason)
-        return None
+        return reason_against(self.policy, RecurrentBlueprint)
 
     # Act
 

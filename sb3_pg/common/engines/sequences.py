@@ -13,6 +13,12 @@ from sb3_pg.common.rollout import Rollout
 from sb3_pg.common.sequences import Memory, Stretches, at_starts
 
 
+def every_nth(batch: Batch, n: int) -> np.ndarray:
+    """Return the rows of every n-th sequence of a batch."""
+    assert batch.sequences is not None
+    return np.flatnonzero(np.unique(batch.sequences, return_inverse=True)[1] % n == 0)
+
+
 class SequenceEngine(RowEngine):
     """Judging, from what a subclass finds out of sequences.
 
@@ -95,8 +101,7 @@ class SequenceEngine(RowEngine):
 
     def thinned(self, batch: Batch, every: int) -> Any:
         """Return the rows of every n-th sequence."""
-        sequences: Any = batch.sequences
-        return np.flatnonzero(np.unique(sequences, return_inverse=True)[1] % every == 0)
+        return every_nth(batch, every)
 
 
 def _copy(to: Memory, at: np.ndarray, source: Memory, where: np.ndarray) -> None:

@@ -3,7 +3,7 @@
 The cases are those of benchmarks/archives.py, where there are more of them, and SB3 beside ours.
 """
 
-import importlib.util
+import importlib
 import io
 import os
 import stat
@@ -23,9 +23,9 @@ from sb3_pg.common.archive.container import ArchiveError
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.vec_env import VecNormalize
 
-_SPEC = importlib.util.spec_from_file_location("archives", Path(__file__).parents[3] / "benchmarks" / "archives.py")
-archives = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(archives)
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(Path(__file__).parents[3] / "benchmarks")
+    archives = importlib.import_module("archives")
 
 
 @pytest.fixture

@@ -224,6 +224,21 @@ def test_policies_are_read_without_running_them(policy, observation, tmp_path):
         type(made).load(tmp_path / "policy.pt")
 
 
+@pytest.mark.parametrize(
+    "policy, observation",
+    [("CnnPolicy", "image"), ("MultiInputPolicy", "dict"), ("CnnLstmPolicy", "image"), ("CnnGruPolicy", "image")],
+)
+def test_policies_with_two_features_extractors_are_read_as_they_are(policy, observation, tmp_path):
+    """SB3 forgets that there are two, and takes the critic's for both."""
+    made = tiny(PPO, make_envs(observation), policy, policy_kwargs={"share_features_extractor": False}).policy
+    made.save(tmp_path / "policy.pt")
+    loaded = type(made).load(tmp_path / "policy.pt", device="cpu")
+    np.testing.assert_array_equal(weights(loaded), weights(made))
+    seen = make_envs(observation).reset()
+    for a, b in zip(made.predict(seen, deterministic=True), loaded.predict(seen, deterministic=True), strict=True):
+        np.testing.assert_equal(a, b)
+
+
 class Calls:
     def __reduce__(self):
         return print, ("code ran",)

@@ -505,6 +505,21 @@ def test_other_environments_are_not_written_into(make, why, tmp_path):
     assert json.dumps(state_of(other), default=repr) == before
 
 
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "FrozenLake-v1", "HalfCheetah-v5"])
+@pytest.mark.parametrize(
+    "make", [str, gym.make, functools.partial(gym.make, render_mode="rgb_array")], ids=["id", "env", "shown"]
+)
+def test_how_an_environment_is_shown_does_not_matter(env_id, make, tmp_path):
+    """SB3 makes one from its id so that it can be filmed."""
+    model = tiny(PPO, env_id).learn(40, callback=Saving(None, "stop"))
+    model.save(tmp_path / "model")
+    model.learn(40, reset_num_timesteps=False)
+    resumed = PPO.load(tmp_path / "model", env=make(env_id)).learn(40, reset_num_timesteps=False)
+    assert resumed.num_timesteps == model.num_timesteps
+    np.testing.assert_array_equal(weights(resumed), weights(model))
+    assert resumed.env.render_mode == (None if make is gym.make else "rgb_array")
+
+
 def test_an_environment_made_with_other_arguments_begins_anew(tmp_path):
     env = DummyVecEnv([lambda: gym.make("FrozenLake-v1", is_slippery=True)])
     env.reset()

@@ -93,6 +93,10 @@ def name_of(case):
     return next(name for name, its in CASES.items() if its is case)
 
 
+#: How exact a mean under a squashed Gaussian is.
+QUADRATURE = 4e-6
+
+
 def close(found, expected, tolerance=1e-9):
     found, expected = (th.as_tensor(x).detach().double() for x in (found, expected))
     th.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
@@ -128,21 +132,33 @@ def test_entropy_and_kl_are_integrals(case):
     for _ in range(4):
         old, new = (of_family(case, draw(sizes, k=1, n=1)) for _ in range(2))
         u, weights, log_p, _ = grid(case, old)
-        tolerance = 1e-3 if "squashed" in name_of(case) else 1e-7
+        tolerance = QUADRATURE if "squashed" in name_of(case) else 1e-7
         close(make(1).entropy(old), [-(weights @ log_p)], tolerance)
         log_q = make(1).log_prob(tuple(x.expand(len(u), -1) for x in new), u)
         close(make(1).kl(old, new), [weights @ (log_p - log_q)], 1e-7)
 
 
-@pytest.mark.parametrize("std", [0.1, 0.5, 1.0, 2.0, 3.0])
-def test_the_entropy_of_a_squashed_gaussian_is_nearly_exact(std):
-    for mean in (0.0, 0.2, 1.3, 4.0):
-        parameters = tuple(th.tensor([[x]], dtype=th.float64) for x in (mean, np.log(std)))
-        u = th.linspace(mean - 9 * std, mean + 9 * std, 20_001, dtype=th.float64)
-        p = td.Normal(mean, std).log_prob(u).exp() * (u[1] - u[0])
-        log_slope = 2.0 * (np.log(2.0) - u - th.nn.functional.softplus(-2.0 * u))
-        expected = td.Normal(mean, std).entropy() + p @ log_slope
-        close(SquashedGaussian(1).entropy(parameters), [expected], 1e-3 if std >= 2 else 1e-6)
+@pytest.mark.parametrize("std", [0.01, 0.1, 0.5, 0.99, 1.01, 2.0, 3.0, np.exp(2.0), 20.0, np.exp(5.0)])
+@pytest.mark.parametrize("mean", [0.0, 0.2, -1.3, 4.0, 12.0])
+def test_means_of_a_squashed_gaussian_are_nearly_exact(mean, std, kind):
+    """Entropy, its derivatives, and the mean action, however narrow or wide it is."""
+    u = th.linspace(mean - 9 * std, mean + 9 * std, 200_001, dtype=th.float64)
+    p = td.Normal(mean, std).log_prob(u).exp() * (u[1] - u[0])
+    log_slope = 2.0 * (np.log(2.0) - u - th.nn.functional.softplus(-2.0 * u))
+    parameters = tuple(kind(th.tensor([[x]], dtype=th.float64)) for x in (mean, np.log(std)))
+    family = SquashedGaussian(1, takes_mean=True)
+    close(family.entropy(parameters), [td.Normal(mean, std).entropy() + p @ log_slope], QUADRATURE)
+    d_mean, d_log_std = family.evaluate(parameters, parameters[0]).pull(None, 1.0)
+    close(d_mean, [[-2.0 * p @ u.tanh()]], QUADRATURE)
+    close(d_log_std, [[1.0 - 2.0 * p @ ((u - mean) * u.tanh())]], QUADRATURE * max(1.0, std))
+    close(np.tanh(np.asarray(family.mode(parameters))), [[p @ u.tanh()]], QUADRATURE)
+
+
+def test_some_dimensions_may_be_wide_and_others_narrow(kind):
+    mean, log_std = th.randn(N, 2, dtype=th.float64), th.tensor([-1.0, 2.0], dtype=th.float64)
+    both = SquashedGaussian(2).entropy((kind(mean), kind(log_std)))
+    parts = [SquashedGaussian(1).entropy((kind(mean[:, [i]]), kind(log_std[[i]]))) for i in (0, 1)]
+    close(both, parts[0] + parts[1])
 
 
 def test_kl_is_that_of_torch(case, kind):
@@ -175,7 +191,7 @@ def test_derivatives(case, kind):
     ]:
         expected = th.autograd.grad(value.sum(), inputs, retain_graph=True, materialize_grads=True)
         for d, e in zip(found, expected, strict=True):
-            close(d, e, 1e-7)
+            close(d, e, QUADRATURE if "squashed" in name_of(case) else 1e-7)
 
 
 def test_derivatives_are_differences(case):
@@ -190,7 +206,7 @@ def test_derivatives_are_differences(case):
         (pull(None, 1.0), family.entropy),
     ]:
         expected = (function(ahead) - function(behind)) / (2 * step)
-        close(sum((a * d).sum(-1) for a, d in zip(found, direction, strict=True)), expected, 1e-6)
+        close(sum((a * d).sum(-1) for a, d in zip(found, direction, strict=True)), expected, QUADRATURE)
 
 
 def test_fisher_is_the_expected_outer_product_of_scores(case, kind):
@@ -270,6 +286,15 @@ def test_extreme_outputs_and_actions_give_finite_numbers(name, kind, dtype):
     assert (family.kl(p, q) >= 0).all()
     drawn = family.sample((rows.numpy(),)), family.mode((rows.numpy(),))
     assert all(np.isfinite(x).all() for x in drawn)
+
+
+def test_bounds_have_a_slope_where_the_bound_is_all_that_single_precision_knows(kind):
+    x = kind(th.tensor([-60.0, -35.0, 35.0, 60.0]))
+    slope = th.as_tensor(BOUNDED.slope(x))
+    assert slope.dtype is th.float32
+    exact = 1.0 / th.cosh((th.tensor([-60.0, -35.0, 35.0, 60.0], dtype=th.float64) + 0.5) / 1.5) ** 2
+    close(slope, exact, 1e-5)
+    assert (slope > 0.0).all()
 
 
 def test_bounds_are_kept_and_never_without_a_slope():

@@ -8,6 +8,7 @@ import pytest
 import torch as th
 from conftest import make_envs
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sb3_pg import PPO
 from sb3_pg.common.engines.optimizer import QuickOptimizer, is_quick, use_fused_adam
@@ -15,6 +16,7 @@ from sb3_pg.common.engines.optimizer import QuickOptimizer, is_quick, use_fused_
 KINDS = {
     "adam": (th.optim.Adam, {}),
     "adam_decay": (th.optim.Adam, {"weight_decay": 0.1}),
+    "adam_decoupled": (th.optim.Adam, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
     "adamw": (th.optim.AdamW, {"betas": (0.8, 0.99)}),
     "rmsprop": (th.optim.RMSprop, {"alpha": 0.9}),
     "rmsprop_decay": (th.optim.RMSprop, {"weight_decay": 0.1, "eps": 1e-5}),
@@ -51,6 +53,17 @@ def test_quick_optimizers_are_torchs(name, groups):
         assert mine.keys() == its.keys()
         for key, x in its.items():
             th.testing.assert_close(mine[key], x, atol=1e-6, rtol=1e-4)
+
+
+def test_hooks_of_all_optimizers_are_called():
+    model, calls = PPO("MlpPolicy", make_envs(), n_steps=16, batch_size=8, n_epochs=2, seed=0), []
+    model.learn(16)
+    handle = register_optimizer_step_post_hook(lambda *its: calls.append(its))
+    try:
+        model.learn(16)
+    finally:
+        handle.remove()
+    assert len(calls) == model.n_epochs * 16 * model.n_envs // model.batch_size
 
 
 @pytest.mark.parametrize("name", KINDS)
