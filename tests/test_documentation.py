@@ -178,5 +178,12 @@ def test_the_readmes_figures_are_those_of_the_tables():
 
     scores = (ROOT / "benchmarks" / "learning" / "table.md").read_text()
     rows = [line.split(" | ") for line in scores.splitlines() if line.startswith("| HalfCheetah-v5 | 300,000 |")]
-    said = TEXTS["README.md"].split("interquartile mean) ")[1].split("Each side")[0]
+    said = TEXTS["README.md"].split("interquartile mean) ")[1].split("After 60")[0]
     assert re.findall(r"\d,\d{3}", said) == [row[4].split()[0] for row in rows[:6]]
+
+    table = (ROOT / "benchmarks" / "learning" / "budget.md").read_text()
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| HalfCheetah-v5 | 60 |")]
+    medians = {row[2]: row[4] for row in rows}
+    said = TEXTS["README.md"].split("(medians) ")[1].split(", each after")[0]
+    sides = ["TRPO", "sb3-contrib TRPO", "PPO", "sbx PPO", "SB3 PPO"]
+    assert re.findall(r" (\d[\d,.]*\d)", said) == [medians[side] for side in sides]

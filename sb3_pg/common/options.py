@@ -49,6 +49,7 @@ def check_common(model: "PolicyGradientAlgorithm") -> None:
             )
     if model.seed is not None and (not is_whole(model.seed) or not 0 <= model.seed <= LAST_SEED):
         raise ArgumentError(f"`seed` must be a whole number from 0 to {LAST_SEED}, or None, not {model.seed!r}.")
+    check_count("sde_sample_freq", model.sde_sample_freq, low=-1)
     check_choice("use_masking", model.use_masking, (True, False))
     check_choice("engine", model.engine, ("auto", "autograd"))
     _check_baseline(model)

@@ -57,6 +57,7 @@ from sb3_pg.common.errors import (
     require_finite,
     require_finite_given,
     require_finite_of,
+    without_wrappers,
 )
 from sb3_pg.common.estimation import estimate_by_comparison, estimate_by_values, share_without_signal
 from sb3_pg.common.figures import Figures
@@ -208,18 +209,12 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
     def _setup_model(self) -> None:
         if getattr(self, "observation_space", None) is None:
             raise ArgumentError("`env` is None: pass an environment or the id of a registered one.")
-        for name in inspect.signature(type(self)).parameters:
-            value = getattr(self, name, None)
-            if isinstance(value, np.number | np.ndarray | th.Tensor) and np.ndim(value) == 0:
-                setattr(self, name, value.item())  # numbers of other libraries become Python's
         if th.get_default_dtype() not in (th.float32, th.float64):
             raise ArgumentError(
                 f"torch's default type is {th.get_default_dtype()}, in which no policy can be initialised: call "
                 "torch.set_default_dtype(torch.float32)."
             )
-        if isinstance(self.max_grad_norm, list):  # of YAML and JSON
-            self.max_grad_norm = tuple(self.max_grad_norm)
-        self._check_arguments()
+        self._read_arguments()
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         self.rollout_buffer = self._make_rollout_buffer()
@@ -236,7 +231,8 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         self._group_parameters()
         detach_distribution(self.policy)
         self._maybe_recommend_cpu()
-        self._applied = {name: getattr(self, name) for name in ("learning_rate", "gamma", "gae_lambda", "engine")}
+        names = inspect.signature(type(self)).parameters.keys() & vars(self).keys()
+        self._applied = {name: getattr(self, name) for name in names - _OBJECTS}
         self._network = self._rollout = self._last_memory = None
         if self.verbose >= 1:
             print(f"Using the {self.network.description} network")
@@ -250,19 +246,38 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         if self.critic_learning_rate is not None:
             self.policy.optimizer.param_groups[1]["lr"] = self._coefficient("critic_learning_rate")
 
+    def _read_arguments(self) -> None:
+        """Make numbers of other libraries Python's and lists pairs, and refuse what cannot work."""
+        for name in inspect.signature(type(self)).parameters:
+            value = getattr(self, name, None)
+            if isinstance(value, np.number | np.ndarray | th.Tensor) and np.ndim(value) == 0:
+                setattr(self, name, value.item())
+        if isinstance(self.max_grad_norm, list):  # of YAML and JSON
+            self.max_grad_norm = tuple(self.max_grad_norm)
+        self._check_arguments()
+
     def _apply_changes(self) -> None:
-        """Pass on what has been set since ``_setup_model``. What was set on the schedule or buffer itself stays."""
-        for name, applied in self._applied.items():
-            value = getattr(self, name)
-            if value is applied or (not callable(value) and value == applied):
-                continue
-            self._applied[name] = value
+        """Check and pass on what has been set since ``_setup_model``. What was set on schedule or buffer itself stays.
+
+        :raises ArgumentError: it cannot work, or not any more
+        """
+        changed = [name for name, applied in self._applied.items() if not _is_same(getattr(self, name), applied)]
+        if "use_sde" in changed:
+            raise ArgumentError(
+                f"`use_sde={self.use_sde!r}` comes too late, for the policy is made: pass it to the constructor."
+            )
+        if changed:
+            self._read_arguments()
+        for name in changed:
+            value = self._applied[name] = getattr(self, name)
             if name == "learning_rate":
                 self._setup_lr_schedule()
             elif name == "engine":
                 self._network = None
-            else:
+            elif name in ("gamma", "gae_lambda"):
                 setattr(self.rollout_buffer, name, value)
+        if changed:
+            self._group_parameters()
 
     def _check_arguments(self) -> None:
         """Refuse arguments that cannot work. Called by ``_setup_model``, so also for loaded and changed ones.
@@ -665,7 +680,6 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
 
         :raises NonFiniteError: a gradient is not finite, or its square is not, which optimizers remember
         """
-        max_grad_norm = tuple(max_grad_norm) if isinstance(max_grad_norm, list) else max_grad_norm  # set since
         norm = self.network.step(max_grad_norm, batch.share)
         limits = max_grad_norm if isinstance(max_grad_norm, tuple) else (max_grad_norm,)
         if not (math.isfinite(norm) and min(norm, sum(its or math.inf for its in limits)) < LARGEST_GRADIENT):
@@ -722,7 +736,6 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
             raise ArgumentError("The model has no environment to learn from: call set_env(env) or load(path, env=env).")
         with learning_alone(self):
             self._apply_changes()
-            self._group_parameters()
             if reset_num_timesteps or self._last_obs is None:
                 self._rollout = self._last_obs = None
             with resuming(self, reset_num_timesteps):
@@ -812,6 +825,16 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         self.dump_logs(iteration)
         for name, value in figures.items():
             self.logger.record(name, value, exclude=_WRITTEN)
+
+
+#: Arguments that are only for the constructor.
+_OBJECTS = {"policy", "env", "policy_kwargs", "rollout_buffer_class", "rollout_buffer_kwargs", "_init_setup_model"}
+
+
+def _is_same(value: Any, before: Any) -> bool:
+    """Return whether an argument is what it was, wrapped by SB3 or not."""
+    value, before = without_wrappers(value), without_wrappers(before)
+    return value is before or bool(not callable(value) and type(value) is type(before) and value == before)
 
 
 #: The arguments of SB3's constructor and those added to them.

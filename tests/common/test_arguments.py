@@ -299,6 +299,78 @@ def test_numbers_of_every_kind(algorithm, name, value):
     np.testing.assert_array_equal(weights(found), weights(expected))
 
 
+WRONG = {
+    PPO: {
+        "n_steps": 0,
+        "batch_size": 0,
+        "n_epochs": "a",
+        "gamma": 2.0,
+        "gae_lambda": -1,
+        "clip_range": -0.1,
+        "clip_range_vf": "x",
+        "normalize_advantage": "q",
+        "ent_coef": "a",
+        "vf_coef": -1,
+        "ratio": "z",
+        "max_grad_norm": "x",
+        "target_kl": -1,
+        "objective": "z",
+        "clip_range_high": 0,
+        "kl_coef": "a",
+        "loss_average": "z",
+        "learning_rate": -1,
+        "critic_learning_rate": "a",
+        "critic_optimizer_kwargs": 3,
+        "engine": "z",
+        "n_episodes": 0,
+        "baseline": "z",
+        "sde_sample_freq": None,
+        "desired_kl": 0,
+        "dual_clip": 0.5,
+        "max_episode_steps": 0,
+        "scale_rewards": "z",
+        "ema_decay": 2,
+        "use_masking": "z",
+    },
+    TRPO: {
+        "cg_max_steps": 0,
+        "cg_damping": -1,
+        "line_search_shrinking_factor": 2.0,
+        "line_search_max_iter": 0,
+        "n_critic_updates": -1,
+        "target_kl": 0,
+        "sub_sampling_factor": 0,
+    },
+    REINFORCE: {"n_episodes": 0, "batch_size": 0, "n_critic_updates": -1, "critic_batch_size": 0, "target_kl": -1},
+}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "name", "value"), [(algorithm, *its) for algorithm, wrong in WRONG.items() for its in wrong.items()]
+)
+def test_what_cannot_work_is_refused_early_and_late(algorithm, name, value):
+    """Where it is passed, and by the next ``learn`` where it is set later; what works goes on afterwards."""
+    words = rf"`{name}[`=].*{re.escape(repr(value))}"
+    with pytest.raises(ArgumentError, match=words):
+        tiny(algorithm, make_envs(), **{name: value})
+    model = tiny(algorithm, make_envs()).learn(16)
+    good, before = getattr(model, name), weights(model)
+    setattr(model, name, value)
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match=words):
+            model.learn(16)
+    np.testing.assert_array_equal(weights(model), before)
+    setattr(model, name, good)
+    model.learn(16)
+
+
+def test_generalised_exploration_cannot_be_chosen_later():
+    model = tiny(PPO, make_envs())
+    model.use_sde = True
+    with pytest.raises(ArgumentError, match="`use_sde=True` comes too late"):
+        model.learn(16)
+
+
 @ALL
 @pytest.mark.parametrize("value", [16.5, "16", -1, True, [16], float("nan")], ids=repr)
 def test_counts(algorithm, value):
