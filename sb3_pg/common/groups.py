@@ -4,8 +4,6 @@ Archives hold the optimizer as SB3 has it, with one group for all: what the crit
 """
 
 import inspect
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch as th
@@ -25,8 +23,6 @@ _OF_CRITIC = (
 
 #: What tells the critic's group from those that an optimizer of the user's has: there are the options of its own.
 _OWN = "critics_own"
-
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 #: The state of an optimizer as ``state_dict`` returns it.
 State = dict[str, Any]
@@ -49,13 +45,13 @@ def group_critic(policy: ActorCriticPolicy, options: dict[str, Any]) -> None:
         it has no more
     :raises ArgumentError: the policy has no such parameters or several groups already, or the options cannot work
     """
-    optimizer = policy.optimizer
-    if has_critic_group(optimizer) and optimizer.param_groups[1][_OWN] == options:
+    optimizer, is_grouped = policy.optimizer, has_critic_group(policy.optimizer)
+    if is_grouped and optimizer.param_groups[1][_OWN] == options:
         return
-    if not has_critic_group(optimizer):
+    if not is_grouped:
         _require_one_group(policy)
     _check_options(optimizer, options)
-    if not has_critic_group(optimizer):
+    if not is_grouped:
         _divide(policy)
     actor, critic = optimizer.param_groups
     critic.update({**{name: actor[name] for name in critic[_OWN]}, **options, _OWN: dict(options)})
@@ -78,9 +74,9 @@ def _check_options(optimizer: th.optim.Optimizer, options: dict[str, Any]) -> No
             raise ArgumentError(
                 f"`critic_optimizer_kwargs` has {name!r}, which {kind.__name__} does not take here.{advice}"
             )
-    known = inspect.signature(kind).parameters.keys() - {"params", "lr"}
-    inherited = {name: its for name, its in group.items() if name in known}
     if options:
+        known = inspect.signature(kind).parameters.keys() - {"params", "lr"}
+        inherited = {name: its for name, its in group.items() if name in known}
         check_optimizer("critic_optimizer_kwargs", kind, options, group["params"][0].device, inherited)
 
 
@@ -98,11 +94,7 @@ def _divide(policy: ActorCriticPolicy) -> None:
 
 
 def check_optimizer(
-    where: str,
-    kind: Any,
-    options: dict[str, Any],
-    device: th.device,
-    inherited: Mapping[str, Any] = MappingProxyType({}),
+    where: str, kind: Any, options: dict[str, Any], device: th.device, inherited: dict[str, Any] | None = None
 ) -> None:
     """Refuse an optimizer that cannot be made with some options, or that cannot take a step by gradients alone.
 
@@ -118,7 +110,7 @@ def check_optimizer(
     for p in parameters:
         p.grad = th.zeros_like(p)
     try:
-        kind(parameters, lr=1e-3, **{**inherited, **options}).step()
+        kind(parameters, lr=1e-3, **{**(inherited or {}), **options}).step()
     except Exception as error:  # whatever it is, learning would end with it
         raise ArgumentError(
             f"{name_of(kind)} with `{where}={options!r}` cannot take a step: {error}. Correct its options, or choose "

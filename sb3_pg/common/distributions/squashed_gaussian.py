@@ -35,7 +35,7 @@ class SquashedGaussian(Gaussian):
     matrix are the Gaussian's, because tanh is one-to-one.
 
     The entropy ``H(u) + E[log(1 - tanh(u)^2)]`` has no closed form. Its mean is taken by a quadrature, as the mean of
-    tanh(u) is: right to 2e-6 whatever the deviation. The usual estimate, minus the log-probability of the action taken,
+    tanh(u) is: right to 4e-6 whatever the deviation. The usual estimate, minus the log-probability of the action taken,
     will not do on-policy: its derivative is on average zero, as that of any log-probability is.
 
     :param n_dims: k
