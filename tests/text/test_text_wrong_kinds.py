@@ -168,6 +168,7 @@ def test_words(words, message):
 def test_a_supervised_start():
     policy, task = make("gpt2").policy, letters_task(references=list("abcde"))
     refused("`learning_rate` must be a finite number >= 0, not -1", train, policy, task, learning_rate=-1)
+    refused("`max_grad_norm` must be a finite number > 0, not 0", train, policy, task, max_grad_norm=0)
     refused("`learning_rate` must be a number, not '1'", train, policy, task, learning_rate="1")
     refused("rows that are empty, or tokens that the policy's 11 are not", train, policy, np.full((2, 10), 11))
     refused("rows that are empty", train, policy, np.full((2, 10), -1))
