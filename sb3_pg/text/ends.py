@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sb3_pg.common.errors import ArgumentError
-from sb3_pg.text.sequences import last_tokens
+from sb3_pg.text.sequences import last_tokens, listed
 from sb3_pg.text.spaces import EMPTY, Vocabulary, checked_strings
 
 
@@ -95,8 +95,7 @@ def texts_of(tokenizer: Any, responses: np.ndarray, end_tokens: Sequence[int]) -
 
     Other special tokens are shown: the model has written them.
     """
-    tokens = [row[row != EMPTY].tolist() for row in responses]
-    tokens = [ids[:-1] if ids and ids[-1] in end_tokens else ids for ids in tokens]
+    tokens = [ids[:-1] if ids and ids[-1] in end_tokens else ids for ids in listed(responses)]
     texts: list[str] = tokenizer.batch_decode(tokens, skip_special_tokens=False)
     return texts
 

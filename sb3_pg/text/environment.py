@@ -16,6 +16,7 @@ from sb3_pg.text.chat import is_chat, turn_end
 from sb3_pg.text.ends import Ends
 from sb3_pg.text.prompts import Prompt, encode_prompts, read_prompts, shown
 from sb3_pg.text.rewards import TOKEN_IDS, RewardFunction, Scores, as_rewards, scored
+from sb3_pg.text.sequences import listed
 from sb3_pg.text.spaces import EMPTY, text_space
 
 
@@ -140,7 +141,7 @@ class TextTask:
             "prompts": [self.prompts[number] for number in numbers],
             "completions": self.decode(responses),
             "references": [None if self.references is None else self.references[number] for number in numbers],
-            TOKEN_IDS: [row[row != EMPTY].tolist() for row in responses],
+            TOKEN_IDS: listed(responses),
         }
         more = {name: [values[number] for number in numbers] for name, values in (self.columns or {}).items()}
         scores = scored(self._rewards, columns | more)

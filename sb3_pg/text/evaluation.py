@@ -1,39 +1,40 @@
 """Look at a language model on prompts that it is not trained on: figures and texts."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, EventCallback
 
 from sb3_pg.common.errors import ArgumentError, check_count
 from sb3_pg.text import metrics
 from sb3_pg.text.chat import is_chat
 from sb3_pg.text.environment import TextTask, check_task
+from sb3_pg.text.generation import answers, ends_of, in_batches
 from sb3_pg.text.language_model import LanguageModelPolicy, check_policy
 from sb3_pg.text.prompts import Prompt, listed_prompts, read_prompts, shown
 from sb3_pg.text.rewards import TOKEN_IDS, RewardFunction, as_rewards, scored
+from sb3_pg.text.sequences import listed
 from sb3_pg.text.settings import checked_settings
-
-#: Prompts completed at once.
-BATCH = 64
 
 
 def complete(policy: LanguageModelPolicy, task: TextTask, numbers: Sequence[int], **settings: Any) -> np.ndarray:
-    """Responses to the prompts with these numbers, (n, response_length); settings as for ``policy.generate``."""
-    settings = {"stop_strings": task.ends.strings, "tokenizer": task.tokenizer, **settings}
-    batches = [
-        policy.generate(task.observations(list(numbers[start : start + BATCH])), **settings)
-        for start in range(0, len(numbers), BATCH)
-    ]
-    return task.cut(np.concatenate(batches))
+    """Responses to the prompts with these numbers, (n, response_length); settings as for ``policy.generate``.
 
+    Prompts and responses may be longer than those that the policy was made for, within the model's window.
 
-def _sampling(settings: Any) -> dict[str, Any]:
-    """Return settings of generate, checked, which sample by default."""
-    return checked_settings({"do_sample": True, **settings} if isinstance(settings, Mapping) else settings)
+    :raises ArgumentError: they are not, a setting cannot work, or the task has another tokenizer than the policy
+    """
+    if task.action_space.n != policy.n_tokens:
+        raise ArgumentError(
+            f"`task` has a tokenizer of {task.action_space.n} tokens, but the policy's has {policy.n_tokens}. Make the "
+            "task with the policy's."
+        )
+    settings = checked_settings({"stop_strings": task.ends.strings, "tokenizer": task.tokenizer, **settings})
+    return task.cut(in_batches(policy, task.rows[list(numbers)], task.response_length, settings))
 
 
 def evaluate_texts(
@@ -57,7 +58,7 @@ def evaluate_texts(
     check_policy(policy)
     check_task(task)
     metrics.check_names(names, task.references is not None)
-    settings = _sampling(settings)
+    settings = checked_settings(settings, do_sample=True)
     if n_prompts is not None:
         check_count("n_prompts", n_prompts)
     count = min(n_prompts or len(task.prompts), len(task.prompts))
@@ -106,12 +107,14 @@ def best_of_n(
     if not len(prompts):
         return [], np.zeros(0)
     references = read_prompts(prompts, references, None, None).references or [None] * len(prompts)
-    texts = policy.generate(prompts, **{"do_sample": True, **settings, "num_return_sequences": n})
-    given = {
+    settings = checked_settings({**settings, "num_return_sequences": n}, do_sample=True)
+    responses = answers(policy, prompts, settings)
+    texts = ends_of(policy, settings).decode(responses)
+    given: dict[str, list[Any]] = {
         "prompts": [prompt for prompt in prompts for _ in range(n)],
         "completions": texts,
         "references": [reference for reference in references for _ in range(n)],
-        TOKEN_IDS: policy.tokenizer(texts, add_special_tokens=False)["input_ids"],
+        TOKEN_IDS: listed(responses),
     }
     scores = scored(rewards, given).totals
     best = scores.reshape(-1, n).argmax(axis=1) + np.arange(0, len(texts), n)
@@ -138,7 +141,8 @@ class TextEvalCallback(EventCallback):
     """Evaluate on held-out prompts every so many steps, and log figures and sample texts.
 
     Figures are logged as ``eval/<metric>``, a table of texts as ``eval/texts`` where the log takes text (TensorBoard).
-    Watch a metric that is not the reward: a model that learns to fool the reward shows there.
+    Watch a metric that is not the reward: a model that learns to fool the reward shows there. The run is the same with
+    and without it.
 
     :param task: with prompts that are not trained on
     :param eval_freq: calls of the environment between two evaluations; the first is before training
@@ -177,7 +181,7 @@ class TextEvalCallback(EventCallback):
         check_task(task)
         check_count("eval_freq", eval_freq)
         check_count("n_texts", n_texts, low=0)
-        _sampling({} if settings is None else settings)
+        checked_settings({} if settings is None else settings, do_sample=True)
         if n_prompts is not None:
             check_count("n_prompts", n_prompts)
         metrics.check_names(names, task.references is not None)
@@ -223,7 +227,9 @@ class TextEvalCallback(EventCallback):
     def evaluate(self) -> bool:
         """Evaluate now; False if one of the two callbacks wants to stop."""
         policy: Any = self.model.policy
-        figures, records = evaluate_texts(policy, self.task, self.n_prompts, self.names, **self.settings)
+        gpus = [policy.device] if policy.device.type == "cuda" else []
+        with th.random.fork_rng(gpus):  # a run does not depend on who watches it
+            figures, records = evaluate_texts(policy, self.task, self.n_prompts, self.names, **self.settings)
         self.history.append({"timesteps": self.num_timesteps, **figures})
         texts = table(records[: self.n_texts])
         for name, value in figures.items():
@@ -244,7 +250,7 @@ class TextEvalCallback(EventCallback):
     def _note_best(self, figures: dict[str, float]) -> bool:
         if self.best_by not in figures:
             raise ArgumentError(f"`best_by` must be one of {', '.join(figures)}, not {self.best_by!r}.")
-        if figures[self.best_by] <= self.best_mean_reward:
+        if not figures[self.best_by] > self.best_mean_reward:  # nor if it is NaN
             return True
         self.best_mean_reward = figures[self.best_by]
         if self.best_model_save_path is not None:

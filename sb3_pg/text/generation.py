@@ -22,17 +22,24 @@ if TYPE_CHECKING:
 BATCH = 64
 
 
-def answers(policy: "LanguageModelPolicy", prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> list[str]:
-    """Return the texts with which a model goes on, those of one prompt after one another.
+def answers(policy: "LanguageModelPolicy", prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> np.ndarray:
+    """Return the responses with which a model goes on, as :func:`generated`, those of one prompt after one another.
 
-    :param prompts: texts or conversations, each as long as the model's window allows
+    :param prompts: texts or conversations, at least one, each as long as the model's window allows
     :param settings: of ``policy.generate``
     :raises ArgumentError: there is no tokenizer, or a prompt is too long
     """
-    if not len(prompts):
-        return []
-    tokenizer, longest = required_tokenizer(policy), settings.get("max_new_tokens", policy.response_length)
-    rows = prompt_rows(tokenizer, prompts)
+    longest = settings.get("max_new_tokens", policy.response_length)
+    return in_batches(policy, prompt_rows(required_tokenizer(policy), prompts), longest, settings)
+
+
+def in_batches(
+    policy: "LanguageModelPolicy", rows: np.ndarray, longest: int, settings: Mapping[str, Any]
+) -> np.ndarray:
+    """Return responses as :func:`generated`, a batch of prompts at a time.
+
+    :raises ArgumentError: a prompt and its response do not fit into the model's window
+    """
     window = None if policy.lm.config.is_encoder_decoder else getattr(policy.lm.config, "max_position_embeddings", None)
     if window is not None and rows.shape[1] + longest > window:
         number = int((rows != EMPTY).sum(axis=1).argmax())
@@ -40,8 +47,8 @@ def answers(policy: "LanguageModelPolicy", prompts: Sequence[Prompt], settings: 
             f"Prompt {number} has {rows.shape[1]} tokens and its response may have {longest}, but the model's window "
             f"is {window}. Shorten the prompt or pass a smaller max_new_tokens."
         )
-    parts = [generated(policy, rows[start : start + BATCH], longest, settings) for start in range(0, len(rows), BATCH)]
-    return ends_of(policy, settings).decode(np.concatenate(parts))
+    starts = range(0, max(len(rows), 1), BATCH)
+    return np.concatenate([generated(policy, rows[start : start + BATCH], longest, settings) for start in starts])
 
 
 def required_tokenizer(policy: "LanguageModelPolicy") -> Any:
@@ -83,7 +90,7 @@ def generated(policy: "LanguageModelPolicy", rows: np.ndarray, longest: int, set
     options = {**policy.generation_settings(options["do_sample"]), **options}
     n_known = policy.lm.get_output_embeddings().out_features
     if n_known > policy.n_tokens:
-        options["suppress_tokens"] = list(range(policy.n_tokens, n_known))
+        options["suppress_tokens"] = [*(options.get("suppress_tokens") or ()), *range(policy.n_tokens, n_known)]
     with policy.precision(), plain_generation(policy.lm):
         out = policy.lm.generate(
             input_ids=th.as_tensor(tokens, device=policy.device).long(),
@@ -140,7 +147,7 @@ def plain_generation(lm: Any) -> Iterator[None]:
 
 
 def settings_to_save(policy: "LanguageModelPolicy") -> Any:
-    """Return the model's own settings for generating, with the ends and the length of the environment's responses."""
+    """Return the model's own settings for generating, with the ends and lengths of the environment's responses."""
     settings = copy.deepcopy(policy.lm.generation_config)
     settings.eos_token_id = policy.end_tokens
     settings.stop_strings = list(policy.stop_strings) or None
@@ -148,4 +155,6 @@ def settings_to_save(policy: "LanguageModelPolicy") -> Any:
         settings.pad_token_id = policy.end_token
     if settings.max_new_tokens is None:
         settings.max_new_tokens = policy.response_length
+    if policy.truncation is not None and policy.truncation.min_new_tokens is not None:
+        settings.min_new_tokens = policy.truncation.min_new_tokens  # which holds for greedy responses, too
     return settings

@@ -30,7 +30,7 @@ from sb3_pg.text.base import Base, can_be_named, fingerprint, from_elsewhere, n_
 from sb3_pg.text.checks import check_arguments, check_fit, check_reading, half_precision
 from sb3_pg.text.decoding import Decoder, Memory
 from sb3_pg.text.ends import Ends, check_tokenizer
-from sb3_pg.text.generation import answers, generated, required_tokenizer, settings_to_save
+from sb3_pg.text.generation import answers, ends_of, in_batches, required_tokenizer, settings_to_save
 from sb3_pg.text.graphs import checkpointing, enable_checkpointing, graph_bytes, graph_room, release_memory
 from sb3_pg.text.kept import KeptTokenizer
 from sb3_pg.text.models import freeze, make_model, with_adapter
@@ -771,9 +771,22 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         """
         self.set_training_mode(False)
         prompts, settings = listed_prompts(prompts), checked_settings(settings)
-        if are_texts(prompts):
-            return answers(self, prompts, settings)
-        return generated(self, given_rows(prompts)[:, : self.prompt_length], self.response_length, settings)
+        if not are_texts(prompts):
+            return in_batches(self, self._prompts_of(given_rows(prompts)), self.response_length, settings)
+        return ends_of(self, settings).decode(answers(self, prompts, settings)) if len(prompts) else []
+
+    def _prompts_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the prompts of observations, or rows that are prompts alone as they are.
+
+        :raises ArgumentError: they have another number of columns, so that part of a prompt would be passed over
+        """
+        width = self.prompt_length + self.response_length
+        if rows.shape[1] not in (width, self.prompt_length):
+            raise ArgumentError(
+                f"`prompts` as rows of tokens must have {width} columns, as the environment's observations, or the "
+                f"{self.prompt_length} of its prompts, not {rows.shape[1]}."
+            )
+        return rows[:, : self.prompt_length]
 
     @abstractmethod
     def skipped(self, n_prompt: int) -> int:

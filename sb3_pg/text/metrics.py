@@ -294,9 +294,10 @@ def _measured(metric: str | Metric, completions: Texts, references: References |
     function: Any = every[metric] if isinstance(metric, str) else metric
     if function in list[Any](WITHOUT.values()):
         return float(function(completions[:100] if function is self_bleu else completions))
-    value: float | dict[str, float] = function(completions, references)
-    for number in value.values() if isinstance(value, dict) else [value]:
-        if as_number(number) is None:
-            name = metric if isinstance(metric, str) else name_of(metric, "metric")
-            raise ArgumentError(f"The metric {name!r} must return a number, or several by name, not {value!r}.")
-    return value
+    value = function(completions, references)
+    parts = value if isinstance(value, dict) else {"": value}
+    numbers = {part: number for part, x in parts.items() if (number := as_number(x)) is not None}
+    if len(numbers) < len(parts):
+        name = metric if isinstance(metric, str) else name_of(metric, "metric")
+        raise ArgumentError(f"The metric {name!r} must return a number, or several by name, not {value!r}.")
+    return numbers if isinstance(value, dict) else numbers[""]

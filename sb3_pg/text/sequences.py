@@ -31,6 +31,11 @@ def prefix_chains(rows: np.ndarray, prompt_length: int) -> tuple[np.ndarray, np.
     return order[is_last], chain
 
 
+def listed(rows: np.ndarray) -> list[list[int]]:
+    """Return the tokens of each row without its empty columns."""
+    return [row[row != EMPTY].tolist() for row in rows]
+
+
 def last_columns(rows: np.ndarray) -> np.ndarray:
     """Return the column of the last token of each row, (n,)."""
     columns: np.ndarray = rows.shape[1] - 1 - (rows[:, ::-1] != EMPTY).argmax(axis=1)

@@ -37,14 +37,15 @@ _COUNTS = {"max_new_tokens": 1, "min_new_tokens": 0, "num_beams": 1, "num_return
 _NEVER_NONE = ("eos_token_id", "max_new_tokens", "num_beams", "num_return_sequences")
 
 
-def checked_settings(settings: Any) -> dict[str, Any]:
+def checked_settings(settings: Any, **defaults: Any) -> dict[str, Any]:
     """Return settings for a policy, those of a ``generation_config`` among them in its place.
 
+    :param defaults: of settings that neither has
     :raises ArgumentError: there is none of that name, it is not for policies, or its value cannot work
     """
     if not isinstance(settings, Mapping):
         raise ArgumentError(f"`settings` must be a dictionary of settings of generate, not {settings!r}.")
-    settings = _with_config(dict(settings))
+    settings = {**defaults, **_with_config(dict(settings))}
     known = [name for name in (*vars(GenerationConfig()), *_MORE) if not name.startswith("_")]  # type: ignore[no-untyped-call]
     for name, value in settings.items():
         if name not in known:

@@ -10,6 +10,7 @@ import zlib
 import cloudpickle
 import numpy as np
 import pytest
+import torch as th
 from gymnasium import spaces
 from text_models import LETTERS, SHAPES, config_of, letters_task, make
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer
@@ -63,6 +64,25 @@ def test_prompts_may_be_longer_than_those_of_training_but_not_than_the_window():
     assert model.policy.generate([long, "a"])[1] == model.policy.generate(["a"])[0]
     with pytest.raises(ArgumentError, match=r"Prompt 1 has 24 tokens and its response may have 9, .* window is 32"):
         model.policy.generate(["a", long], max_new_tokens=9)
+
+
+def test_rows_of_tokens_are_those_of_the_environment():
+    policy, task = make("gpt2").policy, letters_task()
+    whole = policy.generate(task.observations())
+    np.testing.assert_array_equal(policy.generate(task.rows), whole)  # without the columns of the response
+    with pytest.raises(ArgumentError, match=r"must have 10 columns, as the environment's .* 4 of its prompts, not 8"):
+        policy.generate(np.full((2, 8), 3))
+
+
+def test_tokens_that_are_suppressed_are_not_written_where_the_vocabulary_is_padded():
+    task = letters_task()
+    tokens = [task.tokenizer.convert_tokens_to_ids(letter) for letter in "abcdef"]
+    for n_more in (0, 1):
+        config = config_of("gpt2", task, vocab_size=len(task.tokenizer) + n_more)
+        policy = make("gpt2", policy_kwargs={"model": config}).policy
+        assert set(" ".join(policy.generate(PROMPTS)).split()) & set("abcdef")
+        said = policy.generate(PROMPTS, suppress_tokens=tokens, do_sample=True, num_return_sequences=20)
+        assert not set(" ".join(said).split()) & set("abcdef") and any(said)
 
 
 def test_many_texts_are_completed_in_parts(monkeypatch):
@@ -170,6 +190,22 @@ def test_a_folder_is_all_that_transformers_needs(shape, tmp_path):
     kind = AutoModelForSeq2SeqLM if shape == "t5" else AutoModelForCausalLM
     tokenizer, lm = AutoTokenizer.from_pretrained(tmp_path), kind.from_pretrained(tmp_path)
     assert said(lm, tokenizer, shape) == policy.generate(PROMPTS)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_least_length_is_in_the_folder(shape, tmp_path):
+    policy = make(shape, policy_kwargs={"min_new_tokens": 5}).policy
+    with th.no_grad():  # a model that would end at once
+        policy.lm.get_output_embeddings().weight[:] *= 0.0
+        policy.lm.get_output_embeddings().weight[policy.end_token] += policy.hidden_states(
+            letters_task().observations()
+        ).mean(dim=0)
+    policy.save_pretrained(tmp_path)
+    kind = AutoModelForSeq2SeqLM if shape == "t5" else AutoModelForCausalLM
+    tokenizer, lm = AutoTokenizer.from_pretrained(tmp_path), kind.from_pretrained(tmp_path)
+    expected = policy.generate(PROMPTS)
+    assert said(lm, tokenizer, shape) == expected
+    assert all(len(text.split()) >= 5 for text in expected)
 
 
 def said(lm, tokenizer, shape):

@@ -18,10 +18,11 @@ from stable_baselines3.common.callbacks import (
     StopTrainingOnRewardThreshold,
 )
 from stable_baselines3.common.logger import KVWriter, Logger
-from text_models import count_a, letters_task, make
+from text_models import LETTERS, count_a, letters_task, make
+from transformers import GenerationConfig
 
 from sb3_pg.common.errors import ArgumentError, NonFiniteError
-from sb3_pg.text import TextEvalCallback, TextVecEnv, best_of_n, evaluate_texts, metrics
+from sb3_pg.text import TextEvalCallback, TextVecEnv, best_of_n, evaluate_texts, metrics, word_tokenizer
 from sb3_pg.text.raters import export_pairs, preferences
 
 # -------------------------------------------------------------------- labels
@@ -116,11 +117,18 @@ def both(completions, references):
     return {"n": float(len(completions)), "has_references": float(references is not None)}
 
 
+def of_numpy(completions, references):
+    return {"float32": np.float32(0.5), "int64": np.sum([1, 2]), "tensor": th.tensor(1.0)}
+
+
 def test_metrics_of_ones_own():
     found = metrics.measure(["a a", "b"], None, ["distinct_1", share_of_a, both])
     assert found == {"distinct_1": 2 / 3, "share_of_a": 1 / 6, "both/n": 2.0, "both/has_references": 0.0}
     found = metrics.measure(["a", "b"], ["a", "a"], ["classification", both])
     assert (found["classification/accuracy"], found["both/has_references"]) == (0.5, 1.0)
+    found = metrics.measure(["a"], None, [of_numpy])
+    assert found == {"of_numpy/float32": 0.5, "of_numpy/int64": 3.0, "of_numpy/tensor": 1.0}
+    assert {type(x) for x in found.values()} == {float}
     task = letters_task(references=["a", "b", "c", "d", "e"])
     figures, records = evaluate_texts(make("gpt2", task=task).policy, task, names=[share_of_a], do_sample=False)
     assert figures["share_of_a"] == pytest.approx(np.mean([record["score"] for record in records]))
@@ -152,6 +160,33 @@ def test_the_first_evaluation_takes_at_least_one_prompt():
         evaluate_texts(make("gpt2").policy, letters_task(), 0)
 
 
+@pytest.mark.parametrize("shape", ["gpt2", "t5"])
+def test_held_out_prompts_and_responses_may_be_longer_than_those_of_training(shape):
+    policy = make(shape).policy  # made for 4 tokens and 6
+    held_out = letters_task(prompts=["a b c d e f g h", "h g f e d"], response_length=12)
+    figures, records = evaluate_texts(policy, held_out, do_sample=False, min_new_tokens=8)
+    expected = policy.generate(held_out.prompts, max_new_tokens=12, min_new_tokens=8)
+    assert [record["completion"] for record in records] == expected
+    assert figures["length"] > 6
+    assert expected[0] != policy.generate(["a b c d"], max_new_tokens=12, min_new_tokens=8)[0]
+
+
+def test_held_out_prompts_that_do_not_fit():
+    policy = make("gpt2").policy  # a window of 32
+    with pytest.raises(ArgumentError, match="30 tokens and its response may have 6, but the model's window is 32"):
+        evaluate_texts(policy, letters_task(prompts=["a " * 30]))
+    other = letters_task(tokenizer=word_tokenizer([*LETTERS, "x"]))
+    with pytest.raises(ArgumentError, match="`task` has a tokenizer of 12 tokens, but the policy's has 11"):
+        evaluate_texts(policy, other)
+
+
+def test_a_generation_config_says_how_to_evaluate():
+    task = letters_task()
+    policy = make("gpt2", task=task).policy
+    _, records = evaluate_texts(policy, task, generation_config=GenerationConfig(do_sample=False))
+    assert [record["completion"] for record in records] == policy.generate(task.prompts)
+
+
 # ------------------------------------------------------------------ best of n
 
 
@@ -174,6 +209,26 @@ def test_best_of_n_keeps_the_best_of_those_that_generate_draws():
     assert texts == [drawn[scores[0].argmax()], drawn[16 + scores[1].argmax()]]
     assert rewards.sum() > 2 * scores.mean()
     assert best_of_n(model.policy, [], reward)[0] == []
+
+
+def test_best_of_n_gives_rewards_the_tokens_that_they_get_in_training():
+    """Those of the response with the one that ends it, not of its text, which may be empty."""
+    model, seen = make("gpt2"), []
+    end, numbers = model.policy.end_token, model.env.task.tokenizer.get_vocab()
+
+    def by_token(prompts, completions, references, token_ids):
+        seen.extend(zip(completions, token_ids, strict=True))
+        return [[0.1] * len(ids) for ids in token_ids]
+
+    def total(prompts, completions, references):
+        return [1.0] * len(completions)
+
+    _, rewards = best_of_n(model.policy, ["a b c", "d"] * 6, [by_token, total], n=16)
+    assert len(seen) == 192 and any(text == "" for text, _ in seen)
+    for text, ids in seen:
+        words = [numbers[word] for word in text.split()]
+        assert ids == ([*words, end] if len(words) < 6 else words)
+    assert rewards.max() == pytest.approx(1.6)
 
 
 @pytest.mark.parametrize(
@@ -282,13 +337,40 @@ def test_it_evaluates_among_sb3s_callbacks(tmp_path):
     assert json.loads((tmp_path / "evaluations.jsonl").read_text().splitlines()[0])["timesteps"] == 0
 
 
-def test_a_greedy_evaluation_changes_nothing_of_what_is_learned():
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_an_evaluation_changes_nothing_of_what_is_learned(do_sample):
     task = letters_task()
     model = make("gpt2", task=task).learn(104)
     watched = make("gpt2", task=task)
-    watched.learn(104, callback=TextEvalCallback(task, n_prompts=4, settings={"do_sample": False}))
+    watched.learn(104, callback=TextEvalCallback(task, 13, n_prompts=4, settings={"do_sample": do_sample}))
     for p, q in zip(model.policy.parameters(), watched.policy.parameters(), strict=True):
         assert th.equal(p, q)
+
+
+def test_a_run_that_goes_on_is_the_same_with_an_evaluation(tmp_path):
+    task = letters_task()
+    whole = make("gpt2", task=task)
+    whole.learn(208, callback=TextEvalCallback(task, 13, n_prompts=4))
+    half = make("gpt2", task=task)
+    half.learn(104, callback=TextEvalCallback(task, 13, n_prompts=4))
+    half.save(tmp_path / "half")
+    other = type(half).load(tmp_path / "half", env=TextVecEnv(task, 4))
+    other.learn(104, callback=TextEvalCallback(task, 13, n_prompts=4), reset_num_timesteps=False)
+    for p, q in zip(whole.policy.parameters(), other.policy.parameters(), strict=True):
+        assert th.equal(p, q)
+
+
+def test_not_a_number_is_never_best(tmp_path):
+    task, values = letters_task(), iter([math.nan, 0.5, math.nan, 0.1])
+
+    def odd(completions, references):
+        return np.float32(next(values))
+
+    callback = TextEvalCallback(task, eval_freq=13, n_prompts=2, names=[odd], best_by="odd", log_path=tmp_path)
+    make("gpt2", task=task).learn(156, callback=callback)
+    assert callback.best_mean_reward == 0.5
+    lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["odd"] for line in lines][1::2] == [0.5, pytest.approx(0.1)]
 
 
 def test_sb3s_callbacks_follow_an_evaluation():
