@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch as th
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from sb3_pg.common.errors import ArgumentError
 
@@ -20,8 +21,8 @@ _FROM_ELSEWHERE = ("auto_map", "implementation", "kernel", "megatron", "quantiza
 #: What an archive says of a base.
 _OF_BASE = {"name": str, "fingerprint": str}
 
-#: Ways in which LoRA begins that leave the weights of the base as they are.
-_BEGINNINGS = (True, False, "gaussian", None)
+#: Ways in which LoRA begins (peft's ``init_lora_weights``) that leave the weights of the base as they are.
+BEGINNINGS = (True, False, "gaussian", None)
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ def _keys(configuration: Any) -> Iterator[str]:
 
 def can_be_named(model: Any, model_kwargs: Any, lora: Any) -> bool:
     """Return whether a model is just what a folder or name stands for, and stays so under an adapter."""
-    begins = (lora or {}).get("init_lora_weights", True)
-    return isinstance(model, str | Path) and set(model_kwargs or {}) <= {"dtype"} and begins in _BEGINNINGS
+    if not isinstance(model, str | Path) or find_adapter_config_file(str(model), local_files_only=True) is not None:
+        return False
+    return set(model_kwargs or {}) <= {"dtype"} and (lora or {}).get("init_lora_weights", True) in BEGINNINGS
 
 
 def name_of(model: str | Path) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import torch as th
 
 from sb3_pg.common.errors import ArgumentError, check_choice, check_count, check_number
+from sb3_pg.text.base import BEGINNINGS
 from sb3_pg.text.models import check_options
 from sb3_pg.text.spaces import EMPTY, end_token_of
 
@@ -37,6 +38,27 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         check_choice(name, arguments[name], (True, False))
     check_options("lora", arguments["lora"], "{'r': 8}")
     check_options("model_kwargs", arguments["model_kwargs"], "{'dtype': torch.bfloat16}")
+    if arguments["lora"] is not None:
+        _check_lora(arguments["lora"], arguments["frozen_layers"], arguments["reference_kl_coef"] is not None)
+
+
+def _check_lora(lora: Mapping[str, Any], frozen_layers: int, has_reference: bool) -> None:
+    """Refuse what an adapter passes over, and one without which the model is not what it was: the reference is that."""
+    if frozen_layers:
+        raise ArgumentError(
+            f"`frozen_layers={frozen_layers}` and `lora` do not go together: with an adapter nothing else is trained. "
+            "To give the lowest layers none, pass lora={..., 'layers_to_transform': [numbers of the others]}."
+        )
+    for name, usual, what in (
+        ("bias", ("none",), "trains biases of the model itself"),
+        ("init_lora_weights", BEGINNINGS, "changes the weights under the adapter"),
+    ):
+        value = lora.get(name, usual[0])
+        if has_reference and value not in usual:
+            raise ArgumentError(
+                f"`lora` has {name}={value!r}, which {what}, so that the model without its adapter is not the "
+                f"reference. Pass reference_kl_coef=None to have none, or leave out {name}."
+            )
 
 
 def half_precision(lm: Any) -> th.dtype | None:

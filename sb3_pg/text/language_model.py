@@ -408,8 +408,13 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take a state as :meth:`state_dict` returns it; what it does not have of the base stays."""
+        is_to_be_read = self.base is not None and not self.has_adapter and self.reference is None
+        if is_to_be_read and any(name.startswith("reference.") for name in state_dict):
+            self.reference = self._read_reference()
         whole = super().state_dict()
         own = {name: whole[name] for name in self._of_base(whole)}
+        if not own.keys().isdisjoint(state_dict):
+            self.base = None  # it may be no longer what its name stands for
         return super().load_state_dict({**own, **state_dict}, strict, assign)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -425,13 +430,17 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model, tokenizer and how to generate as transformers does; of a LoRA policy the adapter alone.
 
-        ``AutoModelForCausalLM.from_pretrained(folder)`` reads it, an adapter with the base model that it names. Each
-        file of the folder is replaced when it is whole.
+        ``AutoModelForCausalLM.from_pretrained(folder)`` reads it, an adapter with the base model that it names. An
+        adapter of a base that is in no folder is written with it, as one model. Each file of the folder is replaced
+        when it is whole.
 
         :raises OSError: naming ``folder``
         """
+        lm = self.language_model
+        if self.has_adapter and not lm.active_peft_config.base_model_name_or_path:
+            lm = copy.deepcopy(lm).merge_and_unload()
         with filling(folder) as beside:
-            self.language_model.save_pretrained(beside)
+            lm.save_pretrained(beside)
             settings_to_save(self).save_pretrained(beside)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(beside)
@@ -733,6 +742,7 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         if int(self.reference_age) >= settings.sync_steps:
             mix(self.reference, self.language_model, settings.mixup_alpha)
             self.reference_age.zero_()
+            self.base = None  # it is no longer what its name stands for
 
     # ------------------------------------------------------------- generation
 

@@ -83,7 +83,9 @@ def _loaded(auto_model: Any, model: str | Path, model_kwargs: Mapping[str, Any])
     if looks_like_one and not folder.is_dir():
         raise ArgumentError(f"`model` is {str(model)!r}, but there is no such folder.")
     try:
-        return auto_model.from_pretrained(model, **{"dtype": th.float32, **model_kwargs})
+        options = {"dtype": th.float32, **model_kwargs}
+        lm = auto_model.from_pretrained(model, **options)
+        return _merged(auto_model, lm, model, options) if lm._hf_peft_config_loaded else lm
     except ModuleNotFoundError as error:  # of peft, where the folder holds an adapter
         raise ModuleNotFoundError(
             f"`model` {str(model)!r} needs {error.name}: pip install 'sb3_pg[text]'", name=error.name
@@ -93,6 +95,17 @@ def _loaded(auto_model: Any, model: str | Path, model_kwargs: Mapping[str, Any])
             f"`model` {str(model)!r} cannot be loaded: {_first_line(error)} It must be a folder with a model, as "
             "save_pretrained writes it, or the name of one that transformers finds."
         ) from error
+
+
+def _merged(auto_model: Any, adapted: Any, folder: str | Path, options: Mapping[str, Any]) -> Any:
+    """Return the base of an adapter with the adapter in its weights, which can all be trained.
+
+    :param adapted: what transformers makes of the folder, all of it frozen and with layers of peft
+    :param folder: of the adapter
+    """
+    (config,) = adapted.peft_config.values()
+    base = auto_model.from_pretrained(config.base_model_name_or_path, **options)
+    return package("peft").PeftModel.from_pretrained(base, folder).merge_and_unload().requires_grad_(True)
 
 
 def config_of(model: Mapping[str, Any]) -> Any:
@@ -137,7 +150,12 @@ def with_adapter(lm: Any, lora: Mapping[str, Any]) -> Any:
     :raises ArgumentError: peft does not take these options, or finds no place for them in the model
     """
     peft = package("peft")
+    if lora.get("trainable_token_indices") is not None and lm.config.tie_word_embeddings:
+        raise ArgumentError(
+            f"`lora` {dict(lora)!r} cannot be used: the head of the model is tied to its embeddings, and what "
+            "peft puts into its place for `trainable_token_indices` is no layer. Leave them out."
+        )
     try:
         return peft.get_peft_model(lm, peft.LoraConfig(**lora))
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # of all kinds
         raise ArgumentError(f"`lora` {dict(lora)!r} cannot be used: {_first_line(error)}") from error

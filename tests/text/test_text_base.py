@@ -16,6 +16,7 @@ from tiny_models import weights
 from sb3_pg import PPO
 from sb3_pg.common.archive.container import ArchiveError
 from sb3_pg.common.errors import ArgumentError
+from sb3_pg.text import TextVecEnv
 from sb3_pg.text.base import can_be_named, fingerprint
 from sb3_pg.text.policies import CausalLMPolicy
 
@@ -167,6 +168,69 @@ def test_a_base_that_was_changed_in_memory_is_held(folder, tmp_path):
     model.save(tmp_path / "model")
     assert "language_model.base_model.model.transformer.wte.weight" in names_in(tmp_path / "model.zip")
     assert PPO.load(tmp_path / "model").policy.generate(["a b", "c", "d"]) == expected
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_folder_of_an_adapter_is_a_model(shape, tmp_path):
+    """It goes on from what was tuned, all of it, which is its reference then; archives hold it."""
+    make(shape).policy.save_pretrained(tmp_path / "base")
+    policy = tuned(tmp_path / "base", LORA, shape, temperature=1.0).policy
+    with th.no_grad():
+        for name, p in policy.named_parameters():
+            p += 0.1 * ("lora" in name)
+    policy.save_pretrained(tmp_path / "adapter")
+    rows, actions = letters_task().observations(), th.full((5,), 4)
+    expected = policy.evaluate_actions(rows, actions)[1].detach().numpy()
+    assert np.abs(expected - policy.reference_log_prob(rows, actions)).max() > 0.1
+    for lora in (None, LORA):
+        env = TextVecEnv(letters_task(), 4)
+        kwargs = {"model": str(tmp_path / "adapter"), "lora": lora}
+        model = PPO(type(policy), env, n_steps=13, learning_rate=1e-2, seed=1, policy_kwargs=kwargs)
+        found = model.policy.evaluate_actions(rows, actions)[1].detach().numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(model.policy.reference_log_prob(rows, actions), found, atol=1e-6)
+        assert model.policy.base is None
+        silent(model).learn(104)
+        learned = model.policy.evaluate_actions(rows, actions)[1].detach().numpy()
+        assert np.abs(learned - found).max() > 1e-2
+        np.testing.assert_allclose(model.policy.reference_log_prob(rows, actions), found, atol=1e-6)
+        model.save(tmp_path / "model")
+        loaded = PPO.load(tmp_path / "model", device="cpu").policy
+        np.testing.assert_array_equal(loaded.evaluate_actions(rows, actions)[1].detach().numpy(), learned)
+        np.testing.assert_allclose(loaded.reference_log_prob(rows, actions), found, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_adapter_whose_base_is_in_no_folder_is_written_with_it(shape, tmp_path):
+    """The model of a configuration, and one from an archive that holds the base."""
+    make(shape).policy.save_pretrained(tmp_path / "base")
+    tuned(tmp_path / "base", LORA, shape, save_base=True).save(tmp_path / "held")
+    shutil.rmtree(tmp_path / "base")
+    made = make(shape, policy_kwargs={"lora": LORA}).policy
+    for policy in (made, PPO.load(tmp_path / "held", device="cpu").policy):
+        before = [p.clone() for p in policy.parameters()]
+        policy.save_pretrained(tmp_path / "whole")
+        lm = policy.auto_model.from_pretrained(tmp_path / "whole")
+        ids = th.tensor([[3, 4, 5]])
+        asked = {"input_ids": ids} | ({"decoder_input_ids": ids} if shape == "t5" else {})
+        np.testing.assert_allclose(lm(**asked).logits.detach(), policy.lm(**asked).logits.detach(), atol=1e-5)
+        assert all(th.equal(p, q) for p, q in zip(policy.parameters(), before, strict=True))
+        shutil.rmtree(tmp_path / "whole")
+
+
+def test_a_reference_that_has_followed_goes_with_the_parameters(folder, tmp_path):
+    options = {"ref_model_sync_steps": 1, "ref_model_mixup_alpha": 1.0}
+    model, other = tuned(folder, **options), make("gpt2", policy_kwargs={"model": str(folder), **options})
+    rows, actions = letters_task().observations(), np.full(5, 4)
+    expected = model.policy.reference_log_prob(rows, actions)
+    make("gpt2", policy_kwargs={"model": str(folder), **options}).save(tmp_path / "fresh")
+    for to in (other, PPO.load(tmp_path / "fresh", device="cpu")):  # the second reads its reference when it needs it
+        to.set_parameters(model.get_parameters())
+        np.testing.assert_array_equal(to.policy.reference_log_prob(rows, actions), expected)
+        third = make("gpt2", policy_kwargs={"model": str(folder), **options})
+        third.set_parameters(to.get_parameters())
+        np.testing.assert_array_equal(third.policy.reference_log_prob(rows, actions), expected)
+    assert np.abs(expected - make("gpt2").policy.reference_log_prob(rows, actions)).max() > 1e-3
 
 
 def test_models_that_are_more_than_their_folder_are_held():

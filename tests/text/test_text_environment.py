@@ -255,6 +255,11 @@ def test_models_that_do_not_fit(change, message):
         ({"reference_kl_coef": -1.0}, "`reference_kl_coef` must be a finite number >= 0"),
         ({"reference_kl_target": 0.0}, "`reference_kl_target` must be a finite number > 0"),
         ({"frozen_layers": -1}, "`frozen_layers` must be a whole number >= 0"),
+        ({"frozen_layers": 1, "lora": {"r": 2}}, "`frozen_layers=1` and `lora` do not go together"),
+        ({"lora": {"bias": "all"}}, "`lora` has bias='all', which trains biases of the model itself"),
+        ({"lora": {"bias": "lora_only"}}, "`lora` has bias='lora_only'.* is not the reference. Pass reference_kl_coef"),
+        ({"lora": {"init_lora_weights": "pissa"}}, "`lora` has init_lora_weights='pissa', which changes the weights"),
+        ({"lora": {"trainable_token_indices": [3, 4]}}, "`lora` {'trainable_token_indices': .3, 4.} cannot be used"),
     ],
 )
 def test_policy_arguments_that_cannot_work(kwargs, message):
