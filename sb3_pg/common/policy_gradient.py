@@ -389,8 +389,9 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         callback.on_rollout_start()
         network = self._refreshed_network()
         n_workers = workers.size()
-        n_before = self.num_timesteps - rollout.n_steps * env.num_envs * n_workers
+        n_before = self.num_timesteps - self._steps_of_all(rollout)
 
+        keep_going = True
         with self._whole_steps(rollout):
             while not horizon.is_complete(rollout):
                 n_steps = rollout_buffer.pos
@@ -418,13 +419,13 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
                     network = self._replaced(network, rollout)
                 rollout.is_paused = True
                 if not keep_going:
-                    workers.agree(False)
-                    return False
+                    break
 
-        if not workers.agree(True):  # another worker's callback has stopped training
+        all_go_on = workers.agree(keep_going)
+        self.num_timesteps = n_before + self._steps_of_all(rollout)
+        if not all_go_on:
             rollout.is_paused = True
             return False
-        self.num_timesteps = n_before + int(workers.total([rollout.n_steps * env.num_envs])[0])
         judged = self.judge(rollout)
         self._last_memory = judged.memory
         self.network.adapt(judged.figures)
@@ -433,6 +434,10 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         callback.on_rollout_end()
         rollout.is_paused = False
         return True
+
+    def _steps_of_all(self, rollout: Rollout) -> int:
+        """Return how many steps all workers have made in a rollout, which may be of different lengths."""
+        return int(workers.total([rollout.n_steps * rollout.n_envs])[0])
 
     def _start_rollout(self, env: VecEnv, buffer: sb3_buffers.RolloutBuffer, horizon: Horizon) -> Rollout:
         """Return an empty rollout, unless this very one was interrupted and can be completed."""

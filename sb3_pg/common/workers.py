@@ -80,6 +80,8 @@ def join() -> None:
     import_module("torch.distributed.nn.functional")
     dist.init_process_group(backend)
     atexit.register(leave)
+    # torch begins with the same random numbers in every process, in which models without a seed would act alike.
+    th.manual_seed(th.initial_seed() + rank())
 
 
 def _keep_out_of_the_others_way() -> None:
@@ -182,7 +184,7 @@ def gathered(x: T) -> list[T]:
 
 def agree(keep_going: bool) -> bool:
     """Return whether all workers want to go on."""
-    return size() == 1 or total([not keep_going])[0] == 0.0
+    return total([not keep_going])[0] == 0.0
 
 
 @th.no_grad()

@@ -105,6 +105,21 @@ def test_all_stop_when_the_callback_of_one_does(found):
     assert found["stopped/paused"]
 
 
+def test_all_go_on_together_after_the_callback_of_one_has_stopped(found):
+    """The last one in its second rollout, after 20 steps; the others have completed theirs."""
+    assert found["went on/is_equal"]
+    n_workers = {3: 2, 2: 3}[found["went on/n_envs"].item()]
+    assert found["went on/stopped at"] == (20 + 32 * (n_workers - 1)) * (6 // n_workers)
+    assert found["went on/ended at"] % (16 * 6) == 0 and found["went on/ended at"] >= found["went on/stopped at"] + 200
+
+
+def test_workers_act_apart(found):
+    """Where they have no seed, and when they go on from one archive, at which the first is where it was."""
+    assert found["apart/unseeded"].all()
+    assert found["apart/loaded"].all()
+    assert found["apart/first"]
+
+
 def test_the_first_worker_alone_saves(found, folder, request):
     written = folder / str(request.node.callspec.params["found"])
     assert {"model.zip", "best_model.zip", "progress.csv"} < {x.name for x in (written / "0").iterdir()}

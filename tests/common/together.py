@@ -154,6 +154,41 @@ def stopped() -> dict[str, Any]:
     return {"updates": model._n_updates, "paused": model._rollout is not None and model._rollout.is_paused}
 
 
+def went_on() -> dict[str, Any]:
+    """Return whether workers are the same when learning goes on after the callback of one has stopped it."""
+    model = PPO(
+        "MlpPolicy", envs(), n_steps=16, batch_size=16, seed=1, device="cpu", learning_rate=lambda left: 1e-2 * left
+    )
+    model.learn(400, callback=Stopping())
+    counts = {"stopped at": model.num_timesteps}
+    model.learn(200, reset_num_timesteps=False)
+    counts["ended at"] = model.num_timesteps
+    own = [*counts.values(), *(float(p.detach().sum()) for p in model.policy.parameters())]
+    return {"is_equal": len({(*x,) for x in workers.gathered(own)}) == 1, "n_envs": model.n_envs, **counts}
+
+
+def apart(folder: str) -> dict[str, Any]:
+    """Return which random numbers, observations and actions of workers differ: after loading, and without a seed."""
+
+    def balancing() -> DummyVecEnv:
+        return DummyVecEnv([lambda: gym.make("CartPole-v1")] * 2)
+
+    def differ(model: PPO) -> list[bool]:
+        buffer = model.rollout_buffer
+        its = [th.get_rng_state().numpy(), buffer.observations, buffer.actions]
+        return [len({x.tobytes() for x in workers.gathered(x)}) == workers.size() for x in its]
+
+    options = {"n_steps": 32, "batch_size": 32, "device": "cpu"}
+    unseeded = PPO("MlpPolicy", balancing(), **options).learn(64)
+    first = PPO("MlpPolicy", balancing(), seed=1, **options).learn(64)
+    first.save(f"{folder}/apart")
+    kept = first._last_obs
+    workers.gathered(0)  # until it is there
+    loaded = PPO.load(f"{folder}/apart", env=balancing(), device="cpu").learn(64, reset_num_timesteps=False)
+    goes_on = bool((loaded.rollout_buffer.observations[0] == kept).all())
+    return {"unseeded": differ(unseeded), "loaded": differ(loaded), "first": goes_on}
+
+
 def files(folder: str) -> dict[str, Any]:
     """Write logs and checkpoints from all workers into one folder; the first one alone does."""
     name = f"{folder}/{workers.rank()}"
@@ -225,12 +260,14 @@ if __name__ == "__main__":
     allowed = sorted(os.sched_getaffinity(0))
     atexit.register(lambda: print("left" if not messengers() else messengers()))
     workers.join()
+    found = {f"apart/{key}": x for key, x in apart(sys.argv[2]).items()}
     prepare()
-    found = {f"{name}/{key}": x for name, case in CASES.items() for key, x in case().items()}
+    found |= {f"{name}/{key}": x for name, case in CASES.items() for key, x in case().items()}
     found |= {f"statistics/{key}": x for key, x in statistics().items()}
     found |= {f"unequal/{key}": x for key, x in unequal().items()}
     found |= {f"texts/{key}": x for key, x in texts().items()}
     found |= {f"stopped/{key}": x for key, x in stopped().items()}
+    found |= {f"went on/{key}": x for key, x in went_on().items()}
     found |= {f"files/{key}": x for key, x in files(sys.argv[2]).items()}
     own = workers.gathered(sorted(os.sched_getaffinity(0)))
     found["cores/as_they_should_be"] = own == (

@@ -9,6 +9,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 
+from sb3_pg.common import workers
 from sb3_pg.common.archive.plain import (
     LARGEST_OF_ALL,
     Plain,
@@ -20,7 +21,7 @@ from sb3_pg.common.archive.plain import (
     set_generator_state,
     value,
 )
-from sb3_pg.common.archive.simulations import go_on, prepare_reset
+from sb3_pg.common.archive.simulations import go_on, prepare_reset, take_statistics
 from sb3_pg.common.archive.simulations import state_of as state_of_environments
 from sb3_pg.common.arrays import leaves, mapped
 from sb3_pg.common.buffers import RolloutBuffer
@@ -69,7 +70,8 @@ def with_new_generators(state: dict[str, Plain] | None) -> dict[str, Plain] | No
     """Return the state without random generators and all that depends on them: the environments will be reset."""
     if state is None:
         return None
-    environments = {name: its for name, its in state.get("environments", {}).items() if name == "wrappers"}
+    kept = ("wrappers", "statistics")
+    environments = {name: its for name, its in state.get("environments", {}).items() if name in kept}
     return {"environments": environments, "n_envs": state["n_envs"]}
 
 
@@ -84,11 +86,13 @@ def resuming(model: "Archived", reset_num_timesteps: bool) -> Iterator[None]:
         yield
         model._resume = None
         return
+    if workers.size() > 1 and "generators" in state:
+        state = _share(model, state)
     is_reset, environments = model._last_obs is None, state.get("environments", {})
     if "generators" in state:
         _set_global_generators(value(state["generators"]))
-    if is_reset and state["n_envs"] == env.num_envs:
-        prepare_reset(env, environments)
+    if is_reset:
+        (prepare_reset if state["n_envs"] == env.num_envs else take_statistics)(env, environments)
     yield
     model._resume = None
     reason: str | None = f"there are {env.num_envs} environments, but there were {state['n_envs']}"
@@ -99,6 +103,18 @@ def resuming(model: "Archived", reset_num_timesteps: bool) -> Iterator[None]:
         _restore(model, state)
     elif model.verbose >= 1:
         print(f"The environments begin new episodes: {reason or 'of a seed of their own'}.")
+
+
+def _share(model: "Archived", state: dict[str, Plain]) -> dict[str, Plain]:
+    """Return what a worker goes on from: the first one where the archive was saved, others with streams of their own.
+
+    All begin a new rollout, for that of the archive is the first one's alone.
+    """
+    if not workers.rank():
+        return {name: its for name, its in state.items() if name != "rollout"}
+    model.set_random_seed(int(fingerprint(value(state["generators"])["torch"])[:7], 16))
+    assert model._resume is not None
+    return model._resume
 
 
 def _restore(model: "Archived", state: dict[str, Plain]) -> None:

@@ -1,10 +1,11 @@
 """The state of vectorised environments as plain data, and environments that go on from it."""
 
+import warnings
 from typing import Any
 
 import gymnasium as gym
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
 from sb3_pg.common.archive.plain import (
     LARGEST_OF_ALL,
@@ -26,11 +27,18 @@ def state_of(env: VecEnv) -> dict[str, Plain]:
     """Return what is known of where environments are.
 
     :param env: the outermost of its wrappers
-    :return: "generators" and "wrappers", from which an equal reset can be made; and "simulations", from which the
-        environments can go on; "reason", why the last of them that is not there is not
+    :return: "generators" and "wrappers", from which an equal reset can be made; "statistics" of VecNormalize, which
+        others can take too; and "simulations", from which the environments can go on; "reason", why the last of them
+        that is not there is not
     """
     state: dict[str, Plain] = {}
-    for name, part in {"generators": _generators, "wrappers": _wrappers, "simulations": _simulations}.items():
+    parts = {
+        "generators": _generators,
+        "wrappers": _wrappers,
+        "statistics": _statistics,
+        "simulations": _simulations,
+    }
+    for name, part in parts.items():
         try:
             state[name] = part(env)
         except Exception as error:  # of an environment or a wrapper of somebody's: saving the model must go on
@@ -50,9 +58,27 @@ def prepare_reset(env: VecEnv, state: dict[str, Plain]) -> None:
             reader = Reader()
             try:
                 read(reader, state[name], env)
-            except UnstorableError:
-                continue  # not the environments that they were
+            except UnstorableError:  # not the environments that they were
+                take_statistics(env, state)
+                continue
             reader.apply()
+
+
+def take_statistics(env: VecEnv, state: dict[str, Plain]) -> None:
+    """Give the VecNormalize of an environment what that of the state has seen, whatever else is different."""
+    own, its = _running_statistics(env), state.get("statistics", [])
+    try:
+        if len(own) != len(its):
+            raise UnstorableError(
+                f"there are {len(own)} VecNormalize around the environments, but there were {len(its)}"
+            )
+        reader = Reader()
+        for seen, there in zip(its, own, strict=True):
+            reader(seen, there, "VecNormalize")
+    except UnstorableError as error:
+        warnings.warn(f"The running statistics of the archive cannot be taken: {error}.", stacklevel=2)
+        return
+    reader.apply()
 
 
 def go_on(env: VecEnv, state: dict[str, Plain]) -> str | None:
@@ -102,6 +128,17 @@ def _read_wrappers(reader: Reader, state: Plain, env: VecEnv) -> None:
         raise UnstorableError(f"the environments have {len(wrappers)} wrappers, but had {len(state)}")
     for its, wrapper in zip(state, wrappers, strict=True):
         reader(its, wrapper, type(wrapper).__name__)
+
+
+def _running_statistics(env: VecEnv) -> list[dict[str, Any]]:
+    """Return what each VecNormalize has seen, which does not depend on the number of environments."""
+    of_each = [vars(wrapper) for wrapper in _chain(env) if isinstance(wrapper, VecNormalize)]
+    return [{name: its[name] for name in ("obs_rms", "ret_rms") if name in its} for its in of_each]
+
+
+def _statistics(env: VecEnv) -> Plain:
+    writer = Writer(largest=LARGEST_OF_ALL)
+    return [writer(its, "VecNormalize") for its in _running_statistics(env)]
 
 
 # ------------------------------------------------------------------ generators

@@ -849,3 +849,45 @@ def test_a_reset_that_cannot_be_restored_still_has_the_generators():
     state = state_of(env)
     prepare_reset(other, state)
     np.testing.assert_array_equal(env.reset(), other.reset())
+
+
+class Start(BaseCallback):
+    """Notes VecNormalize's statistics before the first step."""
+
+    def _on_training_start(self):
+        env = self.model.get_vec_normalize_env()
+        self.count, self.mean, self.returns = env.obs_rms.count, env.obs_rms.mean.copy(), env.ret_rms.var.copy()
+
+    def _on_step(self):
+        return False
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda n: VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")] * (n + 2))),
+        lambda n: VecNormalize(sb3.VecMonitor(DummyVecEnv([lambda: gym.make("Pendulum-v1")] * n))),
+        lambda n: sb3.VecMonitor(sb3.VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")] * n))),
+    ],
+    ids=["more environments", "a wrapper more", "a wrapper around"],
+)
+@pytest.mark.parametrize("seed", [None, 7])
+def test_statistics_go_on_whatever_else_is_different(wrapped, seed, tmp_path):
+    env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")] * 2))
+    PPO("MlpPolicy", env, n_steps=64, batch_size=32, seed=1).learn(512).save(tmp_path / "model")
+    count, mean, returns = env.obs_rms.count, env.obs_rms.mean, env.ret_rms.var
+    other, start = wrapped(2), Start()
+    options = {} if seed is None else {"seed": seed}
+    loaded = PPO.load(tmp_path / "model", env=other, **options)
+    loaded.learn(64, callback=start, reset_num_timesteps=False)
+    assert start.count == pytest.approx(count + other.num_envs)  # of the reset
+    np.testing.assert_allclose(start.mean, mean, atol=0.02)
+    np.testing.assert_array_equal(start.returns, returns)
+
+
+def test_statistics_that_cannot_be_taken_are_named(tmp_path):
+    env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
+    PPO("MlpPolicy", env, n_steps=64, batch_size=32, seed=1).learn(64).save(tmp_path / "model")
+    loaded = PPO.load(tmp_path / "model", env=DummyVecEnv([lambda: gym.make("Pendulum-v1")] * 2))
+    with pytest.warns(UserWarning, match="there are 0 VecNormalize around the environments, but there were 1"):
+        loaded.learn(64, reset_num_timesteps=False)
