@@ -1,5 +1,6 @@
 """What ``learn`` leaves behind: no second one at the same time, no open progress bar, threads or folders."""
 
+import copy
 import datetime
 import os
 import sys
@@ -12,7 +13,13 @@ from weakref import WeakSet
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
-from stable_baselines3.common.logger import HumanOutputFormat, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.logger import (
+    CSVOutputFormat,
+    HumanOutputFormat,
+    JSONOutputFormat,
+    Logger,
+    TensorBoardOutputFormat,
+)
 
 from sb3_pg.common.errors import ArgumentError
 
@@ -69,6 +76,19 @@ def _bars(callback: BaseCallback) -> Iterator[ProgressBarCallback]:
     elif isinstance(callback, CallbackList):
         for part in callback.callbacks:
             yield from _bars(part)
+
+
+#: SB3's formats with a file, or a screen, that only this process writes to.
+_WITH_FILES = (HumanOutputFormat, JSONOutputFormat, CSVOutputFormat, TensorBoardOutputFormat)
+
+
+def for_a_copy(logger: Logger) -> Logger:
+    """Return a logger with the same figures, but without what only one of two models can write to."""
+    its = copy.copy(logger)
+    its.name_to_value, its.name_to_count = logger.name_to_value.copy(), logger.name_to_count.copy()
+    its.name_to_excluded = logger.name_to_excluded.copy()
+    its.output_formats = [x for x in logger.output_formats if not isinstance(x, _WITH_FILES)]
+    return its
 
 
 class ScreenLogger(Logger):

@@ -107,8 +107,9 @@ def _of_all(callback: MaybeCallback) -> MaybeCallback:
     if isinstance(callback, list):
         its: list[Any] = [_of_all(x) for x in callback if not isinstance(x, _OF_THE_FIRST)]
         return its
-    if isinstance(callback, EventCallback) and isinstance(callback.callback, _OF_THE_FIRST):
-        callback.callback = None
+    if isinstance(callback, EventCallback):
+        its_own: Any = _of_all(callback.callback)
+        callback.callback = CallbackList(its_own) if isinstance(its_own, list) else its_own
     return None if isinstance(callback, _OF_THE_FIRST) else callback
 
 

@@ -172,6 +172,20 @@ def check_parameters(name: str, function: Callable[..., Any], *parameters: str) 
         return  # it does not tell, as some of NumPy's
 
 
+def arguments_of(kind: type) -> dict[str, inspect.Parameter]:
+    """Return what a class is made with by name, what it passes on to its bases by ``**kwargs`` too."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in kind.__mro__:
+        if "__init__" in vars(base):
+            _, *own = inspect.signature(vars(base)["__init__"]).parameters.values()
+            kinds = {its.kind for its in own}
+            named = {its.name: its for its in own if its.kind not in (its.VAR_POSITIONAL, its.VAR_KEYWORD)}
+            found = {**named, **found}
+            if inspect.Parameter.VAR_KEYWORD not in kinds:
+                break
+    return found
+
+
 def without_wrappers(value: Any) -> Any:
     """Return the number or the schedule of a coefficient that SB3 or the zoo may have wrapped."""
     while isinstance(value, FloatSchedule):
@@ -274,7 +288,10 @@ def require_finite_given(what: str, x: Any) -> None:
         for key, value in x.items():
             require_finite_given(f"{what}[{key!r}]", value)
         return
-    numbers = np.asarray(x)
+    try:
+        numbers = np.asarray(x)
+    except ValueError:  # no array, which whoever takes it says better
+        return
     found = first_not_finite(numbers) if numbers.dtype.kind == "f" else None
     if found is not None:
         place = ", ".join(map(str, found))

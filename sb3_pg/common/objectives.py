@@ -81,10 +81,12 @@ def simple_policy_optimization(log_ratio: Array, advantage: Array, epsilon: floa
     A parabola with its peak at the edge of the clip range, so the gradient pulls an overshooting ratio back
     instead of vanishing there.
 
-    :param epsilon: where the peak is; smaller is more cautious
+    :param epsilon: where the peak is; smaller is more cautious, and 0, where a schedule may end, has no step at all
     """
     xp = namespace(log_ratio)
     ratio = xp.exp(log_ratio)
+    if epsilon == 0.0:
+        return -ratio * advantage, xp.zeros_like(ratio)
     size = xp.abs(advantage)
     loss = size * (ratio - 1.0) ** 2 / (2.0 * epsilon) - ratio * advantage
     return loss, ratio * (size * (ratio - 1.0) / epsilon - advantage)

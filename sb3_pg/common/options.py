@@ -3,12 +3,15 @@
 import inspect
 import math
 import warnings
+from collections.abc import Mapping
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from stable_baselines3.common import buffers as sb3_buffers
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import get_device
 
-from sb3_pg.common.advantages import BASELINES, SCALES, require_several
+from sb3_pg.common.advantages import BASELINES, SAME_START, SCALES, require_several
 from sb3_pg.common.batch import AVERAGES, has_own_get
 from sb3_pg.common.buffers import RolloutBuffer
 from sb3_pg.common.errors import (
@@ -56,6 +59,58 @@ def check_common(model: "PolicyGradientAlgorithm") -> None:
     _check_average(model)
     if model._learns_from_episodes:
         _check_buffer_of_episodes(model.rollout_buffer_class)
+
+
+def check_base_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of SB3's constructor that it takes without a look and fails on later.
+
+    :param arguments: those that are given
+    :raises ArgumentError: naming the argument and its value
+    """
+    check_count("stats_window_size", arguments.get("stats_window_size", 100))
+    verbose = arguments.get("verbose", 0)
+    check_count("verbose", int(verbose) if isinstance(verbose, bool) else verbose, low=0)
+    folder, kind = arguments.get("tensorboard_log"), arguments.get("rollout_buffer_class")
+    if not isinstance(folder, str | PathLike | None):
+        raise ArgumentError(f"`tensorboard_log` must be a folder or None, not {folder!r}.")
+    if kind is not None and not (isinstance(kind, type) and issubclass(kind, sb3_buffers.RolloutBuffer)):
+        raise ArgumentError(f"`rollout_buffer_class` must be a subclass of SB3's RolloutBuffer or None, not {kind!r}.")
+    if not isinstance(arguments.get("rollout_buffer_kwargs"), dict | None):
+        its = arguments["rollout_buffer_kwargs"]
+        raise ArgumentError(f"`rollout_buffer_kwargs` must be a dictionary or None, not {its!r}.")
+
+
+def check_callback(callback: Any) -> None:
+    """Refuse what ``learn`` cannot call.
+
+    :raises ArgumentError: naming it
+    """
+    if isinstance(callback, list):
+        for its in callback:
+            if not isinstance(its, list | BaseCallback):
+                raise ArgumentError(
+                    f"`callback` has {its!r} in its list, which must be callbacks of SB3. A function goes into "
+                    "ConvertCallback(function)."
+                )
+            check_callback(its)
+    elif callback is not None and not isinstance(callback, BaseCallback) and not callable(callback):
+        raise ArgumentError(
+            f"`callback` must be a callback of SB3, a list of them, a function or None, not {callback!r}."
+        )
+
+
+def check_starts(model: "PolicyGradientAlgorithm") -> None:
+    """Refuse observations by which nobody can tell which episodes began alike, where a baseline asks for that.
+
+    :raises ArgumentError: says what to do
+    """
+    env = model.get_vec_normalize_env()
+    if model.baseline in SAME_START and env is not None and env.norm_obs and env.training:
+        raise ArgumentError(
+            f"`baseline={model.baseline!r}` compares episodes that began with the same observation, but VecNormalize "
+            "changes observations as it learns their mean. Use VecNormalize(env, norm_obs=False), or set its training "
+            "to False."
+        )
 
 
 def check_device(device: Any) -> None:

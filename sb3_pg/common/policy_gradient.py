@@ -33,7 +33,7 @@ from sb3_pg.common.archive.resume import resuming
 from sb3_pg.common.arrays import Array, Column, as_tensors, take
 from sb3_pg.common.batch import Batch, epoch, weighted
 from sb3_pg.common.buffers import RolloutBuffer
-from sb3_pg.common.closing import closing, is_learning, learning_alone, screen_logger
+from sb3_pg.common.closing import closing, for_a_copy, is_learning, learning_alone, screen_logger
 from sb3_pg.common.data_parallel import DataParallel
 from sb3_pg.common.diagnosis import (
     LastGood,
@@ -51,6 +51,7 @@ from sb3_pg.common.errors import (
     EnvironmentNumberError,
     NonFiniteError,
     PolicyError,
+    arguments_of,
     as_number,
     evaluate_schedule,
     is_finite,
@@ -64,7 +65,14 @@ from sb3_pg.common.figures import Figures
 from sb3_pg.common.groups import MaxGradNorm, check_optimizer, group_critic, has_critic_group
 from sb3_pg.common.masks import masks_of, masks_of_caller
 from sb3_pg.common.objectives import squared_error
-from sb3_pg.common.options import check_common, check_device, check_learning
+from sb3_pg.common.options import (
+    check_base_arguments,
+    check_callback,
+    check_common,
+    check_device,
+    check_learning,
+    check_starts,
+)
 from sb3_pg.common.policies import (
     POLICIES,
     check_policy,
@@ -144,6 +152,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         if is_vectorised(env):
             env = as_vec_env(env)
         check_device(arguments.get("device", "auto"))
+        check_base_arguments(arguments)
         check_policy(policy, getattr(env, "observation_space", None), policy_kwargs)
         # SB3 writes into nested dictionaries of policy_kwargs, so the caller's are copied first.
         policy_kwargs = {k: dict(v) if isinstance(v, dict) else v for k, v in (policy_kwargs or {}).items()}
@@ -231,7 +240,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         self._group_parameters()
         detach_distribution(self.policy)
         self._maybe_recommend_cpu()
-        names = inspect.signature(type(self)).parameters.keys() & vars(self).keys()
+        names = arguments_of(type(self)).keys() & vars(self).keys()
         self._applied = {name: getattr(self, name) for name in names - _OBJECTS}
         self._network = self._rollout = self._last_memory = None
         if self.verbose >= 1:
@@ -248,7 +257,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
 
     def _read_arguments(self) -> None:
         """Make numbers of other libraries Python's and lists pairs, and refuse what cannot work."""
-        for name in inspect.signature(type(self)).parameters:
+        for name in arguments_of(type(self)):
             value = getattr(self, name, None)
             if isinstance(value, np.number | np.ndarray | th.Tensor) and np.ndim(value) == 0:
                 setattr(self, name, value.item())
@@ -443,6 +452,8 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         """Return an empty rollout, unless this very one was interrupted and can be completed."""
         rollout = self._rollout
         is_same = rollout is not None and rollout.buffer is buffer and self.use_masking == rollout.may_be_masked
+        if rollout is not None and is_same and self._learns_from_episodes:  # perhaps only since it was interrupted
+            is_same = bool((buffer.episode_starts[0] if rollout.n_steps else rollout.last_dones).all())
         if rollout is not None and rollout.is_paused and rollout.unrecorded is not None:
             self._record(rollout, rollout.unrecorded)  # it was made, though the callback failed, or saved the model
         if rollout is not None and rollout.is_paused and is_same:
@@ -736,11 +747,13 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         :raises ArgumentError: the model is learning already
         """
         check_learning(total_timesteps, log_interval)
+        check_callback(callback)
         total_timesteps = as_number(total_timesteps)  # type: ignore[assignment]
         if self.env is None:
             raise ArgumentError("The model has no environment to learn from: call set_env(env) or load(path, env=env).")
         with learning_alone(self):
             self._apply_changes()
+            check_starts(self)
             if reset_num_timesteps or self._last_obs is None:
                 self._rollout = self._last_obs = None
             with resuming(self, reset_num_timesteps):
@@ -817,6 +830,13 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
             return super()._setup_learn(*arguments)
         finally:
             self._custom_logger = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if "_logger" in state:
+            state["_logger"] = for_a_copy(self._logger)
+            state["_custom_logger"] &= state["_logger"].output_formats == self._logger.output_formats
+        return state
 
     def _write_log(self, iteration: int) -> None:
         """Write the log, but leave the update's figures in the logger, where SB3 has them until the next rollout's end.

@@ -70,6 +70,11 @@ def _check_observations(what: str, space: spaces.Space[Any]) -> None:
         )
     if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim != 1:
         raise SpaceError(f"The {what} {space} is MultiDiscrete of {space.nvec.ndim} dimensions. {_FLATTEN}")
+    if isinstance(space, spaces.Box) and space.shape == ():
+        raise SpaceError(
+            f"The {what} {space} is a number without a dimension. Let the environment return arrays of "
+            "shape (1,) (gymnasium.wrappers.ReshapeObservation)."
+        )
     if 0 in (space.shape or ()):
         raise SpaceError(f"The {what} {space} is empty. Leave it out, or give it at least one number.")
 
@@ -82,6 +87,11 @@ def _check_actions(space: spaces.Space[Any]) -> None:
         raise SpaceError(f"Multi-dimensional {space} action space is not supported. Flatten it: {wrap}")
     if 0 in (space.shape or ()):
         raise SpaceError(f"The action space {space} is empty: {wrap}")
+    if isinstance(space, spaces.Box) and not space.is_bounded():
+        raise SpaceError(
+            f"The action space {space} must have finite bounds, which policies act within: give it some in the "
+            "environment, or by gymnasium.wrappers.TransformAction(env, function, Box(-1, 1, ...))."
+        )
 
 
 def start_of(space: spaces.Space[Any]) -> Any:

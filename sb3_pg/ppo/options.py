@@ -122,6 +122,8 @@ def check_arguments(ppo: "PPO") -> None:
     check_number("kl_coef", ppo.kl_coef, or_schedule=True)
     check_number("desired_kl", ppo.desired_kl, above_low=True)
     check_choice("normalize_advantage", ppo.normalize_advantage, (True, False, "minibatch", "batch"))
+    for name in ("adaptive_lr", "adaptive_kl_coef"):
+        check_choice(name, getattr(ppo, name), (True, False))
     if callable(ppo.objective):
         check_parameters("objective", ppo.objective, "log_ratio", "advantage")
     else:

@@ -40,6 +40,7 @@ class TextEngine(AutogradEngine):
     """
 
     policy: LanguageModelPolicy
+    _n_looked_at = 1
 
     def __init__(self, policy: LanguageModelPolicy) -> None:
         self._decoder = Decoder(policy)
@@ -279,6 +280,10 @@ class TextEngine(AutogradEngine):
         with th.no_grad():
             hidden = self.policy.hidden_states(batch.observations)
         return GraphEvaluation(self, batch, self.policy.values(hidden).flatten())
+
+    def actor_parameters_of_all(self, batch: Batch) -> list[th.nn.Parameter]:
+        """Return those of the first samples: language models send all tokens through the same layers."""
+        return self.actor_parameters(batch)
 
     def actor(self, batch: Batch) -> "TextActor":
         return TextActor(self, batch)

@@ -21,6 +21,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import Schedule
 
 from sb3_pg.common import workers
+from sb3_pg.common.archive.peers import OF_NEW_MODELS
 from sb3_pg.common.errors import ArgumentError, NonFiniteError, check_count, check_number, did_you_mean
 from sb3_pg.common.interrupts import interrupts_after_steps, saved_when_interrupted
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm
@@ -291,7 +292,8 @@ class ExperimentManager(exp_manager.ExperimentManager):
         if not self.is_ours:
             return super()._load_pretrained_agent(hyperparams, env)
         adapts = {"learning_rate": "adaptive_lr", "kl_coef": "adaptive_kl_coef"}
-        kept = {name for name, rule in adapts.items() if hyperparams.get(rule)} - (self.custom_hyperparams or {}).keys()
+        kept = {*OF_NEW_MODELS, *(name for name, rule in adapts.items() if hyperparams.get(rule))}
+        kept -= (self.custom_hyperparams or {}).keys()
         settings = {key: x for key, x in hyperparams.items() if key not in {"policy", "policy_kwargs", *kept}}
         if any(option.split("=")[0] == "--seed" for option in sys.argv):
             settings["seed"] = self.seed

@@ -610,3 +610,78 @@ def test_the_policys_class_may_take_what_it_likes(algorithm):
     assert model.policy.temperature == 0.5
     with pytest.raises((ArgumentError, TypeError), match="temprature"):
         tiny(algorithm, make_envs(), Own, policy_kwargs={"temprature": 0.5})
+
+
+# ------------------------------------------------------------------ SB3's own arguments, and subclasses
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stats_window_size", -1),
+        ("stats_window_size", 2.5),
+        ("stats_window_size", "5"),
+        ("verbose", "1"),
+        ("verbose", -1),
+        ("tensorboard_log", 5),
+        ("rollout_buffer_class", int),
+        ("rollout_buffer_class", "RolloutBuffer"),
+        ("rollout_buffer_kwargs", 3),
+        ("normalize_advantage", "yes"),
+        ("normalize_advantage", "False"),
+        ("normalize_advantage", 2),
+        ("normalize_advantage", None),
+    ],
+)
+@ALL
+def test_what_sb3_takes_without_a_look(algorithm, name, value, tmp_path):
+    with pytest.raises(ArgumentError, match=f"`{name}` must be .*, not {re.escape(repr(value))}"):
+        tiny(algorithm, FakeEnv(), **{name: value})
+    if name in ("stats_window_size", "verbose", "tensorboard_log", "normalize_advantage"):
+        tiny(algorithm, FakeEnv()).save(tmp_path / "model")
+        with pytest.raises(ArgumentError, match=f"`{name}` must be"):
+            algorithm.load(tmp_path / "model", **{name: value})
+
+
+@ALL
+def test_what_sb3_takes_is_taken(algorithm, tmp_path):
+    tiny(algorithm, FakeEnv(), verbose=False, tensorboard_log=tmp_path, stats_window_size=np.int64(3))
+    for name in ("adaptive_lr", "adaptive_kl_coef"):
+        with pytest.raises(ArgumentError, match=f"`{name}` must be one of True, False, not 'yes'"):
+            tiny(PPO, FakeEnv(), **{name: "yes"})
+
+
+@pytest.mark.parametrize("callback", [5, "stop", [print], [[None]]], ids=str)
+@ALL
+def test_what_is_no_callback(algorithm, callback):
+    with pytest.raises(ArgumentError, match=r"`callback` (must be|has) "):
+        tiny(algorithm, FakeEnv()).learn(16, callback=callback)
+
+
+class Louder(PPO):
+    """Passes on what it does not name, as subclasses of SB3's algorithms do."""
+
+    def __init__(self, *args, bonus=1.0, **kwargs):
+        self.bonus = bonus
+        super().__init__(*args, **kwargs)
+
+
+def test_arguments_that_a_subclass_passes_on(tmp_path):
+    kwargs = {"policy_kwargs": {"net_arch": [8]}, "n_steps": 32, "batch_size": 16, "seed": 1, "device": "cpu"}
+    model = Louder("MlpPolicy", make_envs(), bonus=2.0, learning_rate=np.float32(1e-3), **kwargs).learn(32)
+    model.gamma, model.gae_lambda, model.learning_rate, model.engine = 0.5, 0.1, 1e-5, "autograd"
+    model.learn(32)
+    assert (model.rollout_buffer.gamma, model.rollout_buffer.gae_lambda) == (0.5, 0.1)
+    assert model.policy.optimizer.param_groups[0]["lr"] == 1e-5
+    assert "autograd" in model.network.description
+    model.n_steps = 0
+    with pytest.raises(ArgumentError, match="`n_steps` must be a whole number >= 1, not 0"):
+        model.learn(32)
+    model.n_steps = 32
+    model.save(tmp_path / "model")
+    loaded = Louder.load(tmp_path / "model", learning_rate=1e-4, bonus=3.0)
+    assert (loaded.learning_rate, loaded.bonus) == (1e-4, 3.0)
+    with pytest.raises(
+        ArgumentError, match=r"`learning_rat` is not an argument of Louder. Did you mean 'learning_rate'"
+    ):
+        Louder.load(tmp_path / "model", learning_rat=1e-4)

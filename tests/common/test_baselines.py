@@ -15,6 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.common.advantages import Samples, compared
 from sb3_pg.common.errors import ArgumentError
+from sb3_pg.common.vec_env import VecNormalize
 
 GAMMA = 0.9
 
@@ -357,3 +358,46 @@ def test_a_group_is_compared_with_itself_alone(algorithm):
         found.append(model.rollout.buffer.advantages[: model.rollout.n_steps])
     np.testing.assert_allclose(*found, atol=2e-3)
     assert np.abs(found[0]).max() > 0.5
+
+
+@pytest.mark.parametrize("baseline", SAME_START)
+@ALL
+def test_starts_under_running_statistics_are_refused(algorithm, baseline):
+    """The same observation is another one when it is next normalised."""
+    env = VecNormalize(make_envs(action="discrete", n_envs=2))
+    with pytest.raises(ArgumentError, match=rf"`baseline={baseline!r}` .* VecNormalize\(env, norm_obs=False\)"):
+        make(algorithm, env, baseline=baseline).learn(100)
+    for fixed in (VecNormalize(make_envs(action="discrete", n_envs=2), norm_obs=False), env):
+        env.training = False
+        with pytest.raises(ArgumentError, match="No two of the"):  # it goes as far as to compare them
+            make(algorithm, fixed, baseline=baseline).learn(100)
+
+
+@pytest.mark.parametrize("algorithm", [PPO, TRPO, REINFORCE])
+def test_an_unfinished_rollout_is_not_taken_for_whole_episodes(algorithm):
+    """What was interrupted in the middle of episodes is left out when only whole ones are learned from."""
+    options = {"n_episodes": None} if algorithm is not REINFORCE else {}
+    env = DummyVecEnv([lambda: gym.make("CartPole-v1")] * 2)
+    model = algorithm("MlpPolicy", env, n_steps=16, seed=1, **options)
+    model.learn(32, callback=lambda names, _: names["self"].num_timesteps != 42)
+    model.learn(32, callback=lambda names, _: names["self"].num_timesteps != 42, reset_num_timesteps=False)
+    assert model._rollout.n_steps == 5 and not model.rollout_buffer.episode_starts[0].all()
+    model.baseline = "leave_one_out"
+    model.n_steps, model.gae_lambda = (None, 1.0) if algorithm is REINFORCE else (16, model.gae_lambda)
+    starts = []
+    model.learn(1, callback=Noting(starts), reset_num_timesteps=False)
+    assert starts and all(its.all() for its in starts)
+
+
+class Noting(BaseCallback):
+    """Notes which environments were at the start of an episode at the first step of each rollout."""
+
+    def __init__(self, starts):
+        super().__init__()
+        self.starts = starts
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_end(self):
+        self.starts.append(self.model.rollout_buffer.episode_starts[0].astype(bool))

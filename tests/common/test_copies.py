@@ -14,6 +14,7 @@ import pytest
 import torch as th
 from conftest import FakeEnv, make_envs
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from text_models import SHAPES, config_of, letters_task
@@ -316,3 +317,35 @@ def test_models_sent_to_a_spawned_process():
         np.testing.assert_allclose(actions, own_actions, atol=1e-5)
         np.testing.assert_allclose(values, own_values, atol=1e-5)
         np.testing.assert_allclose(after, go_on(model), atol=1e-3)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+@ALL
+def test_a_copy_of_a_model_that_writes_its_log(algorithm, way, tmp_path):
+    """The copy has the figures, but neither the screen nor the files, which the first one goes on with."""
+    model = tiny(algorithm, make_envs(n_envs=2), verbose=1).learn(64, Keeping(WAYS[way]))
+    copied = WAYS[way](model)
+    assert dict(copied.logger.name_to_value) == dict(model.logger.name_to_value) != {}
+    assert weights(copied.learn(64, reset_num_timesteps=False)).shape == weights(model).shape
+    model.set_logger(configure(str(tmp_path), ["csv", "stdout"]))
+    before = weights(model)
+    copied = WAYS[way](model.learn(64))
+    assert copied.logger.output_formats == [] and len(model.logger.output_formats) == 2
+    np.testing.assert_array_equal(weights(copied), weights(model))
+    assert not np.array_equal(weights(model), before)
+    copied.learn(64)
+    n_lines = len((tmp_path / "progress.csv").read_text().splitlines())
+    model.learn(64, reset_num_timesteps=False)
+    assert len((tmp_path / "progress.csv").read_text().splitlines()) > n_lines
+
+
+@ALL
+def test_models_do_not_share_what_is_set_from_another(algorithm):
+    first = tiny(algorithm, make_envs(n_envs=2)).learn(64)
+    second = tiny(algorithm, make_envs(n_envs=2))
+    second.set_parameters(first.get_parameters())
+    moments = [x.clone() for state in second.policy.optimizer.state.values() for x in state.values()]
+    first.learn(64)
+    after = [x for state in second.policy.optimizer.state.values() for x in state.values()]
+    assert len(after) == len(moments) > 0
+    assert all(th.equal(x, y) for x, y in zip(after, moments, strict=True))

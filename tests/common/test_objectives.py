@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 
+from sb3_pg import PPO
 from sb3_pg.common import objectives
 
 # Both signs of the advantage, and zero, against ratios below, inside, at the edge of and above every clip range.
@@ -128,3 +129,28 @@ def test_clipped_value_error_is_the_larger_one():
     # A value that overshot the range on the wrong side of its target is pulled back.
     overshot = (np.abs(VALUES - OLD_VALUES) > clip) & (unclipped_error > clipped_error + 1e-9)
     np.testing.assert_allclose(derivative[overshot], 2.0 * (VALUES - TARGETS)[overshot])
+
+
+@pytest.mark.parametrize("kind", [np.asarray, th.as_tensor])
+def test_spo_without_a_range_takes_no_step(kind):
+    """Where a schedule of the clip range ends at 0; the smaller the range, the stronger the pull back to ratio 1."""
+    log_ratio, advantage = kind(np.array([0.0, 0.1, -0.2])), kind(np.array([1.0, -2.0, 0.5]))
+    loss, derivative = objectives.simple_policy_optimization(log_ratio, advantage, epsilon=0.0)
+    np.testing.assert_allclose(loss, -np.exp([0.0, 0.1, -0.2]) * [1.0, -2.0, 0.5])
+    np.testing.assert_array_equal(derivative, np.zeros(3))
+
+
+@pytest.mark.parametrize("objective", ["clip", "spo"])
+@pytest.mark.parametrize("ratio", ["step", "sequence"])
+def test_a_clip_range_that_ends_at_zero(objective, ratio):
+    model = PPO(
+        "MlpPolicy",
+        "CartPole-v1",
+        objective=objective,
+        ratio=ratio,
+        clip_range=lambda left: 0.2 * left,
+        n_steps=32,
+        batch_size=16,
+        seed=1,
+    )
+    assert model.learn(128).num_timesteps == 128

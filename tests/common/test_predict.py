@@ -9,7 +9,7 @@ from conftest import ACTION_SPACES, OBSERVATION_SPACES, FakeEnv
 from gymnasium import spaces
 from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
-from tiny_models import ALGORITHMS, tiny
+from tiny_models import ALGORITHMS, ALL, tiny
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -197,3 +197,11 @@ def test_the_quick_policy_goes_for_sb3s_own():
     assert class_of(kind) is class_of("MlpPolicy") is class_of(ActorCriticPolicy) is ActorCriticPolicy
     with pytest.raises(ArgumentError, match="MultiInputPolicy"):
         PPO(kind, FakeEnv(OBSERVATION_SPACES["dict"]))
+
+
+@ALL
+def test_what_reset_returns_is_no_observation(algorithm):
+    """SB3's message says what was mixed up."""
+    env = FakeEnv()
+    with pytest.raises(ValueError, match="You have passed a tuple to the predict"):
+        tiny(algorithm, env).predict(env.reset())

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 import together
 from forked import forking, run_script
+from stable_baselines3.common.callbacks import (
+    CallbackList,
+    CheckpointCallback,
+    EveryNTimesteps,
+    StopTrainingOnMaxEpisodes,
+)
 from torch.distributed import TCPStore
+
+from sb3_pg.common.data_parallel import _of_all
 
 FOLDER = Path(__file__).parent
 PLACES = os.pathsep.join(str(x) for x in (FOLDER.parents[1], FOLDER.parent, FOLDER))
@@ -127,6 +135,16 @@ def test_the_first_worker_alone_saves(found, folder, request):
     assert others == ["progress.csv"]  # which the test itself made
     assert (written / "1" / "progress.csv").stat().st_size == 0
     assert len((written / "0" / "progress.csv").read_text().splitlines()) > 2
+
+
+def test_callbacks_of_the_first_worker_alone_are_found_in_others():
+    saving, others = CheckpointCallback(1, "x"), StopTrainingOnMaxEpisodes(1)
+    every = EveryNTimesteps(10, CallbackList([saving, EveryNTimesteps(5, saving), others]))
+    found = _of_all(every)
+    assert found is every
+    inner, last = found.callback.callbacks
+    assert isinstance(inner, EveryNTimesteps) and inner.callback is None and last is others
+    assert _of_all([saving, every]) == [every]
 
 
 SCRIPT = """

@@ -17,7 +17,7 @@ from stable_baselines3.common.policies import ActorCriticCnnPolicy
 from tiny_models import weights
 from zoo_tools import ALGORITHMS, ROOT, constructor, python
 
-from sb3_pg import PPO
+from sb3_pg import PPO, REINFORCE
 from sb3_pg.common import vec_env as ours
 from sb3_pg.common.errors import NonFiniteError
 from sb3_pg.zoo.__main__ import main, our_command
@@ -444,3 +444,17 @@ def test_every_suggestion_is_an_argument(n_actions):
             ALGORITHMS[algo]("MlpPolicy", None, _init_setup_model=False, **arguments)
             if algo == "trpo":
                 assert arguments["target_kl"] <= 0.05 * max(n_actions, 1)
+
+
+def test_a_run_with_the_optimizer_of_a2c_goes_on(tmp_path):
+    config = tmp_path / "a2c.yml"
+    settings = "n_timesteps: 64, policy: MlpPolicy, n_steps: 16, use_rms_prop: true, rms_prop_eps: 1.0e-4"
+    config.write_text(f"CartPole-v1: {{{settings}}}\n")
+    options = ["--algo", "reinforce", "--env", "CartPole-v1", "-c", str(config), "--eval-freq", "-1"]
+    assert main(["train", *options, "-f", str(tmp_path / "first")]) == 0
+    first = tmp_path / "first" / "reinforce" / "CartPole-v1_1" / "CartPole-v1.zip"
+    assert main(["train", *options, "-f", str(tmp_path / "rest"), "-i", str(first), "-n", "64"]) == 0
+    loaded = REINFORCE.load(tmp_path / "rest" / "reinforce" / "CartPole-v1_1" / "CartPole-v1.zip")
+    assert loaded.num_timesteps >= 128 and loaded.policy.optimizer.param_groups[0]["eps"] == 1e-4
+    more = ["-f", str(tmp_path / "other"), "-i", str(first), "-params", "use_rms_prop:False"]
+    assert main(["train", *options, *more]) != 0

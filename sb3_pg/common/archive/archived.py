@@ -1,5 +1,6 @@
 """Algorithms that are saved to archives and loaded from them."""
 
+import copy
 import io
 import pathlib
 from collections import deque
@@ -34,6 +35,7 @@ from sb3_pg.common.archive.resume import generators_kept, state_of, with_new_gen
 from sb3_pg.common.distributions import BoxPolicy
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.groups import has_critic_group, with_one_group, with_two_groups
+from sb3_pg.common.options import check_base_arguments
 from sb3_pg.common.rollout import Rollout
 from sb3_pg.common.sequences import Memory
 from sb3_pg.common.spaces import environments_own
@@ -137,7 +139,7 @@ class Archived(OnPolicyAlgorithm):
             parameters = {**parameters, "policy.optimizer": with_two_groups(self.policy, state)}
         if file is not None:
             check_parameters(file, self, parameters, exact_match)
-        super().set_parameters(parameters, exact_match)
+        super().set_parameters(copy.deepcopy(parameters), exact_match)  # optimizers keep what they are given
         self._rollout = None
         if self._resume is not None:
             self._resume.pop("rollout", None)
@@ -184,6 +186,7 @@ class Archived(OnPolicyAlgorithm):
             print(f"== SAVED MODEL SYSTEM INFO ==\n{archive.entries['system_info.txt'].decode()}")
         cls._check_algorithm(archive)
         check_overrides(cls, kwargs)
+        check_base_arguments(kwargs)
         overridden = {name: value for name, value in kwargs.items() if name != "policy_kwargs"}
         data = cls._attributes(archive, {**(custom_objects or {}), **overridden}, trusted)
         if env is not None:

@@ -13,7 +13,7 @@ from stable_baselines3.common.policies import (
     MultiInputActorCriticPolicy,
 )
 
-from sb3_pg.common.errors import ArgumentError, did_you_mean
+from sb3_pg.common.errors import ArgumentError, arguments_of, did_you_mean
 
 #: What tells the archives of algorithms apart: the first of these whose attributes one has.
 _MARKS = {
@@ -131,7 +131,7 @@ def check_memory(policy: ActorCriticPolicy, parameters: dict[str, Any]) -> None:
 
 
 #: Arguments that only a new model can have: what they make is in the archive.
-_OF_NEW_MODELS = ("use_rms_prop", "rms_prop_eps")
+OF_NEW_MODELS = ("use_rms_prop", "rms_prop_eps")
 
 
 def check_overrides(kind: type, names: Collection[str]) -> None:
@@ -141,9 +141,9 @@ def check_overrides(kind: type, names: Collection[str]) -> None:
     :param names: of its arguments
     :raises ArgumentError: naming one that there is not, or that only a new model can have
     """
-    known = inspect.signature(kind).parameters
+    known = arguments_of(kind)
     for name in names:
-        if name in _OF_NEW_MODELS and name in known:
+        if name in OF_NEW_MODELS and name in known:
             raise ArgumentError(f"`{name}` cannot be changed when loading: the archive has its own optimizer.")
         if name not in known:
             raise ArgumentError(f"`{name}` is not an argument of {kind.__name__}.{did_you_mean(name, known)}")

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -121,6 +121,9 @@ class AutogradEngine(RowEngine):
     :param why: it and not the closed form, for the description
     :param is_stopgap: until ``why`` is no longer the reason against the closed form
     """
+
+    #: so many samples tell which parameters act, until more are looked at
+    _n_looked_at: ClassVar[int] = 64
 
     def __init__(self, policy: ActorCriticPolicy, why: str = "", *, is_stopgap: bool = False) -> None:
         self.policy = policy
@@ -301,21 +304,33 @@ class AutogradEngine(RowEngine):
         return arranged
 
     def actor_parameters(self, batch: Batch) -> list[th.nn.Parameter]:
-        """Return the parameters that log pi(a|s) depends on, found with the first sample of a batch.
+        """Return the parameters that log pi(a|s) depends on, as far as they are known; else of the first samples.
 
         From the graph and not from names: a Dict key "value_map" or a layer "query_key_value" may well act.
         """
         if self._actor_parameters is None:
-            row, trained = batch[:1], [p for p in self.policy.parameters() if p.requires_grad]
-            with _evaluating(self.policy), th.enable_grad():
-                if self._family is not None:
-                    outputs = self._actor_outputs(row)
-                else:
-                    outputs = (self._distribution(row).log_prob(row.actions),)  # type: ignore[arg-type]
-            known = [x.sum() for x in outputs if x.requires_grad]  # all or some may be frozen
-            gradients = th.autograd.grad(known, trained, allow_unused=True) if known else [None] * len(trained)
-            self._actor_parameters = [p for p, g in zip(trained, gradients, strict=True) if g is not None]
+            self._actor_parameters = self._acting(batch[: self._n_looked_at])
         return self._actor_parameters
+
+    def actor_parameters_of_all(self, batch: Batch) -> list[th.nn.Parameter]:
+        """Return those of any sample of a batch: a policy may send different observations through different layers."""
+        found = {id(p) for p in self._actor_parameters or ()}
+        for piece in self.pieces(batch):
+            found |= {id(p) for p in self._acting(self._arranged_batch(batch[piece]))}
+        self._actor_parameters = [p for p in self.policy.parameters() if id(p) in found]
+        return self._actor_parameters
+
+    def _acting(self, batch: Batch) -> list[th.nn.Parameter]:
+        """Return the parameters that log pi(a|s) of some samples depends on."""
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        with _evaluating(self.policy), th.enable_grad():
+            if self._family is not None:
+                outputs = self._actor_outputs(batch)
+            else:
+                outputs = (self._distribution(batch).log_prob(batch.actions),)  # type: ignore[arg-type]
+        known = [x.sum() for x in outputs if x.requires_grad]  # all or some may be frozen
+        gradients = th.autograd.grad(known, trained, allow_unused=True) if known else [None] * len(trained)
+        return [p for p, g in zip(trained, gradients, strict=True) if g is not None]
 
     def actor(self, batch: Batch) -> "GraphActor":
         return GraphActor(self, batch)
@@ -357,7 +372,7 @@ class GraphActor:
 
     def __init__(self, engine: AutogradEngine, batch: Batch) -> None:
         self._engine, self._batch = engine, batch
-        self._parameters = engine.actor_parameters(batch)
+        self._parameters = engine.actor_parameters_of_all(batch)
 
     @property
     def vector(self) -> Array:

@@ -1,9 +1,12 @@
 """The autograd engine against torch's own formulas and dense matrices."""
 
+import copy
+
 import pytest
 import torch as th
 from conftest import ACTION_SPACES
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -11,6 +14,7 @@ from torch import distributions as td
 from torch import nn
 from torch_reference import actor_parameters, dense_fisher, detached, flat, joint_kl, order_of, reference
 
+from sb3_pg import TRPO
 from sb3_pg.common.batch import Batch
 from sb3_pg.common.engines.autograd import AutogradEngine
 
@@ -117,3 +121,44 @@ def test_actor_gradient_is_autograd_of_the_loss(judged):
     loss = (weights * log_prob + 0.3 * (-log_prob if entropy is None else entropy)).sum()
     expected = flat(th.autograd.grad(loss, parameters, materialize_grads=True))
     th.testing.assert_close(found[order], expected, rtol=1e-9, atol=1e-11)
+
+
+class Routed(BaseFeaturesExtractor):
+    """Sends observations by the sign of their first number to one of two layers."""
+
+    def __init__(self, space):
+        super().__init__(space, 8)
+        self.experts = nn.ModuleList(nn.Linear(3, 8) for _ in range(2))
+
+    def forward(self, x):
+        out = x.new_zeros(len(x), 8)
+        for i, expert in enumerate(self.experts):
+            rows = th.nonzero((x[:, 0] > 0) == bool(i)).flatten()
+            if len(rows):
+                out = out.index_copy(0, rows, expert(x[rows]))
+        return th.tanh(out)
+
+
+class Before(BaseCallback):
+    """Keeps the policy before an update, and what it has seen."""
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_end(self):
+        self.policy = copy.deepcopy(self.model.policy)
+        self.observations = th.as_tensor(self.model.rollout_buffer.observations.reshape(-1, 3)).clone()
+
+
+def test_all_that_acts_on_any_observation_is_left_alone_by_the_critic():
+    """The first sample of a rollout has gone through one of two layers only."""
+    kwargs = {"features_extractor_class": Routed}
+    model = TRPO("MlpPolicy", "Pendulum-v1", n_steps=256, seed=1, learning_rate=1e-2, policy_kwargs=kwargs)
+    model.learn(256)
+    before = Before()
+    model.learn(256, callback=before)
+    with th.no_grad():
+        p, q = (x.get_distribution(before.observations).distribution for x in (before.policy, model.policy))
+        kl = th.distributions.kl_divergence(p, q).sum(-1).mean().item()
+    assert kl == pytest.approx(model.logger.name_to_value["train/kl_divergence_loss"], rel=1e-3)
+    assert 0 < kl <= model.target_kl
