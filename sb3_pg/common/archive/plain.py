@@ -23,7 +23,7 @@ from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common import vec_env
 from stable_baselines3.common.monitor import Monitor
 
-from sb3_pg.common.archive.settings import settings_of
+from sb3_pg.common.archive.settings import assigned_around, is_fixed, settings_of
 
 Plain: TypeAlias = Any  # recursive, which annotations cannot say
 
@@ -52,11 +52,10 @@ class Stateful(Protocol):
         """Go on from a state that ``get_state`` has returned."""
 
 
-#: What an object has from whoever makes it anew: code, and what only names things.
+#: What an object has from whoever makes it anew: code, and what only names things. Of methods and functions only that
+#: which they belong to.
 _GIVEN = (
     types.FunctionType,
-    types.BuiltinFunctionType,
-    types.MethodType,
     types.ModuleType,
     type,
     np.dtype,
@@ -161,7 +160,7 @@ class Writer:
             return x if abs(x) < 1 << 53 else {"is": "int", "text": str(x)}
         if isinstance(x, np.generic) and x.dtype.kind in "biufcSU":
             return {"is": "number", "value": np.asarray(x)}
-        if isinstance(x, _GIVEN) or name_of(x) in _GIVEN_CLASSES:
+        if _is_given(x) or name_of(x) in _GIVEN_CLASSES:
             return {"is": "given"}
         if id(x) in self._seen:
             return {"is": "same", "as": self._seen[id(x)]}
@@ -188,17 +187,23 @@ class Writer:
             return {"is": "tensor", "value": x.detach().cpu().numpy().copy()}
         if isinstance(x, enum.Enum):
             return {"is": "enum", "class": name_of(x), "name": x.name}
+        if isinstance(x, types.MethodType | types.BuiltinFunctionType | types.FunctionType):
+            return self._function(x, where)
         generator = generator_state(x)
         if generator is not None:
             return {"is": "generator", "class": name_of(x), "state": self(generator, where)}
         if isinstance(x, spaces.Space):
             parts = [self(its, where) for its in _parts_of(x)]
             return {"is": "space", "random": self(x._np_random, where), "parts": parts}
-        if name_of(x) == _MUJOCO_MODEL:
-            return {"is": "model", "fingerprint": _fingerprint_of_model(x)}
-        if name_of(x) == _MUJOCO_DATA:
-            return {"is": "arrays", "class": name_of(x), "arrays": _arrays_of(x)}
         return self._object(x, where)
+
+    def _function(self, x: Any, where: str) -> dict[str, Plain]:
+        """Return what a method is bound to, or the variables around a function that may change."""
+        if not isinstance(x, types.FunctionType):
+            return {"is": "method", "of": self(x.__self__, f"{where}.__self__")}
+        cells = zip(x.__code__.co_freevars, x.__closure__ or (), strict=True)
+        parts = {name: self(its.cell_contents, f"{where}: {name}") for name, its in cells if _is_state(x, name, its)}
+        return {"is": "function", "cells": parts}
 
     def _array(self, x: np.ndarray, where: str) -> dict[str, Plain]:
         if x.dtype.hasobject:
@@ -220,6 +225,10 @@ class Writer:
         return {"is": "array", "value": np.array(x if axes is None else x.transpose(axes), order="C"), "axes": axes}
 
     def _object(self, x: Any, where: str) -> dict[str, Plain]:
+        if name_of(x) == _MUJOCO_MODEL:
+            return {"is": "model", "fingerprint": _fingerprint_of_model(x)}
+        if name_of(x) == _MUJOCO_DATA:
+            return {"is": "arrays", "class": name_of(x), "arrays": _arrays_of(x)}
         described: dict[str, Plain] = {"class": name_of(x)}
         its = getattr(x, "__dict__", None)
         if its is None or type(x).__module__.split(".")[0] in _HANDLES:
@@ -237,7 +246,8 @@ class Writer:
                 raise UnstorableError(f"{where}, a {type(x).__name__}, has more to it than its attributes")
             described |= {"is": "object", "arguments": _arguments(x)}
             ignored = [names for kind, names in _IGNORED.items() if isinstance(x, kind)]
-            settings = settings_of(x, (*self._above, *its.values()))
+            beside = [part for above in self._above for part in vars(above).values()]  # such as what moves x
+            settings = settings_of(x, (*self._above, *beside, *its.values()))
             names = its.keys() - _OF_THE_CLASS.union(_ARGUMENTS, settings, *ignored)
         names = sorted(name for name in names if not name.startswith("__"))
         self._above.append(x)
@@ -361,6 +371,25 @@ def _read_space(reader: Reader, data: Plain, there: Any, where: str) -> Any:
     return there
 
 
+def _read_method(reader: Reader, data: Plain, there: Any, where: str) -> Any:
+    """Let the object that a method is bound to go on."""
+    if not isinstance(there, types.MethodType | types.BuiltinFunctionType):
+        raise UnstorableError(f"{where} is not a method")
+    reader(data["of"], there.__self__, f"{where}.__self__")
+    return there
+
+
+def _read_function(reader: Reader, data: Plain, there: Any, where: str) -> Any:
+    """Let the variables around a function go on."""
+    if not isinstance(there, types.FunctionType) or data["cells"].keys() - set(there.__code__.co_freevars):
+        raise UnstorableError(f"{where} is not the function that it was")
+    for name, cell in zip(there.__code__.co_freevars, there.__closure__ or (), strict=True):
+        if name in data["cells"]:
+            new = reader(data["cells"][name], cell.cell_contents, f"{where}: {name}")
+            reader.later(lambda cell=cell, new=new: setattr(cell, "cell_contents", new))  # type: ignore[misc]
+    return there
+
+
 def _read_model(reader: Reader, data: Plain, there: Any, where: str) -> Any:
     if name_of(there) != _MUJOCO_MODEL or _fingerprint_of_model(there) != data["fingerprint"]:
         raise UnstorableError(f"{where} is not the model that it was")
@@ -399,9 +428,27 @@ _READERS: dict[str, Callable[[Reader, Plain, Any, str], Any]] = {
     "enum": _read_enum,
     "generator": _read_generator,
     "space": _read_space,
+    "method": _read_method,
+    "function": _read_function,
     "model": _read_model,
     "arrays": _read_arrays,
 }
+
+
+def _is_given(x: Any) -> bool:
+    """Return whether something has no state: code, and what only names things."""
+    if isinstance(x, types.MethodType | types.BuiltinFunctionType):
+        return x.__self__ is None or isinstance(x.__self__, type | types.ModuleType)
+    return isinstance(x, _GIVEN) and not (isinstance(x, types.FunctionType) and x.__closure__)
+
+
+def _is_state(function: types.FunctionType, name: str, cell: types.CellType) -> bool:
+    """Return whether a variable around a function may change: numbers and texts only if the function assigns them."""
+    try:
+        content = cell.cell_contents
+    except ValueError:  # it has none yet
+        return False
+    return not is_fixed(content) or name in assigned_around(function)
 
 
 def _parts_of(space: spaces.Space[Any]) -> list[spaces.Space[Any]]:

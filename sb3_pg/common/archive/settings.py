@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 #: Whoever uses these may assign any attribute.
@@ -32,17 +33,25 @@ def settings_of(x: Any, others: Iterable[Any]) -> set[str]:
 
     :param others: objects that may assign its attributes too, such as its wrappers
     """
-    kinds = {type(its) for its in others if not isinstance(its, VecEnv)}  # which only passes values on
+    # Vectorised environments only pass values on, and spaces know of nothing else.
+    kinds = {type(its) for its in others if not isinstance(its, VecEnv | spaces.Space)}
     kinds = {type(x), *(kind for kind in kinds if kind.__flags__ & _MADE_BY_CLASS)}
     assigned = frozenset[str]().union(*(assigned_by(kind) for kind in kinds))  # type: ignore[arg-type]
     if assigned & _ANY:
         return set()
-    return {name for name, its in vars(x).items() if name not in assigned and _is_fixed(its)}
+    return {name for name, its in vars(x).items() if name not in assigned and is_fixed(its)}
 
 
-def _is_fixed(x: Any) -> bool:
+def assigned_around(function: types.FunctionType) -> set[str]:
+    """Return the variables around a function that it assigns (``nonlocal``), or a function within it."""
+    steps = [step for code in _codes(function.__code__, set()) for step in dis.get_instructions(code)]
+    return {step.argval for step in steps if step.opname == "STORE_DEREF"} & set(function.__code__.co_freevars)
+
+
+def is_fixed(x: Any) -> bool:
+    """Return whether something cannot change."""
     if isinstance(x, tuple):
-        return all(map(_is_fixed, x))
+        return all(map(is_fixed, x))
     return x is None or isinstance(x, bool | int | float | complex | str | bytes | np.generic)
 
 
@@ -56,6 +65,9 @@ def assigned_by(kind: type) -> frozenset[str]:
         for name, member in vars(its).items():
             if name == "__init__":
                 continue
+            is_plain = isinstance(member, property | types.GetSetDescriptorType | types.MemberDescriptorType)
+            if hasattr(type(member), "__set__") and not is_plain:
+                return _ANY  # a descriptor, which keeps its values under any name
             codes = list(_codes(member, set()))
             if callable(member) and not codes and not isinstance(member, type):
                 return _ANY  # compiled
@@ -67,7 +79,7 @@ def assigned_by(kind: type) -> frozenset[str]:
 
 
 def _codes(x: Any, seen: set[int]) -> Iterator[types.CodeType]:
-    """Return the code of a function, a property and the like, and of functions within."""
+    """Return the code of a function, a property and the like, and of functions within, and beside it in its module."""
     if id(x) in seen:
         return
     seen.add(id(x))
@@ -76,7 +88,9 @@ def _codes(x: Any, seen: set[int]) -> Iterator[types.CodeType]:
         yield x
         parts = [its for its in x.co_consts if isinstance(its, types.CodeType)]
     elif isinstance(x, types.FunctionType):
-        parts = [x.__code__, *(cell.cell_contents for cell in x.__closure__ or () if _is_filled(cell))]
+        called = [x.__globals__.get(name) for name in x.__code__.co_names]
+        beside = [its for its in called if isinstance(its, types.FunctionType) and its.__module__ == x.__module__]
+        parts = [x.__code__, *beside, *(cell.cell_contents for cell in x.__closure__ or () if _is_filled(cell))]
     elif isinstance(x, staticmethod | classmethod):
         parts = [x.__func__]
     elif isinstance(x, property):

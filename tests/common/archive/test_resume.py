@@ -891,3 +891,86 @@ def test_statistics_that_cannot_be_taken_are_named(tmp_path):
     loaded = PPO.load(tmp_path / "model", env=DummyVecEnv([lambda: gym.make("Pendulum-v1")] * 2))
     with pytest.warns(UserWarning, match="there are 0 VecNormalize around the environments, but there were 1"):
         loaded.learn(64, reset_num_timesteps=False)
+
+
+class Body:
+    def __init__(self):
+        self.x, self.t = 0.0, 0
+
+
+class Physics:
+    """Moves a body, and has no other state than what it draws from."""
+
+    def advance(self, body, action):
+        body.x += 0.1 * (2 * action - 1)
+        body.t += 1
+
+    def reset(self, body):
+        body.x, body.t = 0.0, 0
+
+
+def advance(body, action):
+    """Do the same as a function of the module."""
+    body.x += 0.1 * (2 * action - 1)
+    body.t += 1
+
+
+class Fading:
+    """An attribute whose value is kept under another name."""
+
+    def __set_name__(self, owner, name):
+        self.name = f"_{name}"
+
+    def __get__(self, owner, kind=None):
+        return owner.__dict__.get(self.name, 0.0)
+
+    def __set__(self, owner, value):
+        owner.__dict__[self.name] = value
+
+
+class Apart(gym.Env):
+    """An environment whose state is where no method of its own assigns it."""
+
+    level = Fading()
+
+    def __init__(self, kind):
+        self.observation_space, self.action_space = spaces.Box(-99, 99, (3,)), spaces.Discrete(2)
+        self.body, self.physics, self.kind = Body(), Physics(), kind
+        self.uniform = np.random.default_rng(3).uniform
+        n = 0
+
+        def count():
+            nonlocal n
+            n += 1
+            return n
+
+        self.count = count
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.physics.reset(self.body)
+        return self.seen(), {}
+
+    def seen(self):
+        more = {
+            "helper": 0.0,
+            "function": 0.0,
+            "descriptor": self.level,
+            "drawn": self.uniform(),
+            "counted": self.count(),
+        }
+        return np.array([self.body.x, self.body.t, more[self.kind]], np.float32)
+
+    def step(self, action):
+        move = advance if self.kind == "function" else self.physics.advance
+        move(self.body, action)
+        self.level = 0.9 * self.level + 0.1
+        return self.seen(), self.body.x, self.body.t >= 30, False, {}
+
+
+@pytest.mark.parametrize("kind", ["helper", "function", "descriptor", "drawn", "counted"])
+def test_state_that_others_keep_goes_on(kind, tmp_path):
+    def make(_):
+        return DummyVecEnv([lambda: Apart(kind)] * 2)
+
+    check(PPO, make, tmp_path / "model.zip", "step")
