@@ -207,8 +207,8 @@ def _logits(policy: "LanguageModelPolicy", rows: np.ndarray) -> th.Tensor:
 
 def _own_logits(policy: "LanguageModelPolicy", rows: np.ndarray) -> th.Tensor:
     """Return what the model itself says about the last token of the first row, read without padding."""
-    n_prompt, row, lm = policy.prompt_length, rows[0], policy.lm
-    parts = [row[:n_prompt], row[n_prompt:]]
+    n_prompt, lm = policy.prompt_length, policy.lm
+    parts = [policy.read_prompts(rows[:1, :n_prompt])[0], rows[0, n_prompt:]]
     prompt, response = (th.as_tensor(x[x != EMPTY], device=policy.device).long()[None] for x in parts)
     inputs = {"input_ids": th.cat([prompt, response], dim=1)}
     if lm.config.is_encoder_decoder:

@@ -276,6 +276,7 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         if len(tokenizer) != self.n_tokens:
             raise ArgumentError(f"`tokenizer` has {len(tokenizer)} tokens, but the policy {self.n_tokens}.")
         self.action_space.kept_tokenizer = KeptTokenizer(tokenizer)
+        self._decoder.forget()  # prompts may be read in another way
 
     @property
     def hidden_size(self) -> int:
@@ -473,6 +474,10 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         return reference.to(self.device)
 
     # ---------------------------------------------------------------- reading
+
+    def read_prompts(self, rows: np.ndarray) -> np.ndarray:
+        """Return prompts, (n, width) with -1 in empty columns, as the model reads them: as they are."""
+        return rows
 
     @abstractmethod
     def read_sequences(self, lm: Any, rows: np.ndarray) -> th.Tensor:
