@@ -84,9 +84,9 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         algorithm's ``batch_size``; the gradients are the same. Fewer take less memory, and reading a batch in parts
         takes a third more time. None takes as many as keep about 2 GB for the gradient, on a GPU a quarter of its
         memory that is free
-    :param mask_truncated_completions: leave responses that have reached the greatest length without their end out of
-        the loss (DAPO's overlong filtering, Yu et al. 2025, section 3.4); they are still compared with others. False
-        learns from them like from any
+    :param mask_truncated_completions: leave responses, of conversations single turns, that have reached the greatest
+        length without their end out of the loss (DAPO's overlong filtering, Yu et al. 2025, section 3.4); they are
+        still compared with others. False learns from them like from any
     :param reference_kl_coef: weight of the penalty for leaving the reference, which is the model as it was at the
         beginning, by default of ``log pi - log pi_ref``, taken from each token's reward. Higher stays nearer to it,
         lower earns more reward; 0 only logs the KL, None has no reference, which saves its memory
