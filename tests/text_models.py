@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 import torch as th
 from conftest import silent
+from stable_baselines3.common.callbacks import BaseCallback
+from tokenizers.processors import TemplateProcessing
 
 from sb3_pg import PPO, TRPO
 from sb3_pg.text import TextTask, TextVecEnv
@@ -34,6 +36,25 @@ T5 = {
     "decoder_start_token_id": 0,
 }
 SHAPES = {"gpt2": ("CausalLMPolicy", GPT2), "llama": ("CausalLMPolicy", LLAMA), "t5": ("Seq2SeqLMPolicy", T5)}
+
+
+def closing_tokenizer() -> Any:
+    """Of letters, with an end behind every text, as T5's."""
+    tokenizer = word_tokenizer(LETTERS)
+    end = TemplateProcessing(single="$A <end>", special_tokens=[("<end>", tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = end
+    return tokenizer
+
+
+class Infos(BaseCallback):
+    """Keeps what environments tell."""
+
+    def _init_callback(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def _on_step(self) -> bool:
+        self.seen += self.locals["infos"]
+        return True
 
 
 def count_a(prompts: list[str], completions: list[str], references: list[Any]) -> list[float]:

@@ -117,6 +117,21 @@ def check_fit(policy: "LanguageModelPolicy") -> None:
             f"Prompt and response may take {width} tokens ({policy.prompt_length} and "
             f"{width - policy.prompt_length}), but the model's window is {window}. Shorten one of them."
         )
+    short = _short_window(config)
+    if short is not None and width > short:
+        raise ArgumentError(
+            f"Prompt and response may take {width} tokens ({policy.prompt_length} and "
+            f"{width - policy.prompt_length}), but with more than {short} the model's 'longrope' sees all of them in "
+            "another way, also in texts that are read together with them. Shorten one of them."
+        )
+
+
+def _short_window(config: Any) -> int | None:
+    """Return up to how many tokens a model with "longrope" positions takes the usual ones; None if it has none."""
+    given = getattr(config, "rope_parameters", None) or {}
+    layers = [given, *(its for its in given.values() if isinstance(its, Mapping))]  # of all, or of each type of layer
+    lengths = [its["original_max_position_embeddings"] for its in layers if its.get("rope_type") == "longrope"]
+    return min(lengths, default=None)
 
 
 @th.no_grad()
@@ -207,8 +222,8 @@ def _logits(policy: "LanguageModelPolicy", rows: np.ndarray) -> th.Tensor:
 
 def _own_logits(policy: "LanguageModelPolicy", rows: np.ndarray) -> th.Tensor:
     """Return what the model itself says about the last token of the first row, read without padding."""
-    n_prompt, row, lm = policy.prompt_length, rows[0], policy.lm
-    parts = [row[:n_prompt], row[n_prompt:]]
+    n_prompt, lm = policy.prompt_length, policy.lm
+    parts = [policy.read_prompts(rows[:1, :n_prompt])[0], rows[0, n_prompt:]]
     prompt, response = (th.as_tensor(x[x != EMPTY], device=policy.device).long()[None] for x in parts)
     inputs = {"input_ids": th.cat([prompt, response], dim=1)}
     if lm.config.is_encoder_decoder:

@@ -7,17 +7,21 @@ from typing import Any
 
 import torch as th
 from stable_baselines3.common.utils import get_device
+from torch.nn.utils.rnn import pad_sequence
 
 from sb3_pg.common.errors import ArgumentError, check_choice, check_count
 from sb3_pg.text.chat import check_template, is_chat, rendered
 from sb3_pg.text.ends import check_tokenizer
+
+#: Transformers' 1e30 of tokenizers that know of no greatest length is more.
+_ANY_NUMBER = 1 << 31
 
 
 class ClassifierReward:
     """Score completions by a sequence classification model of Hugging Face; no gradients, a batch at a time.
 
     A prompt of messages is read with its completion as one conversation, by the chat template of ``tokenizer``; a text
-    with its completion behind it.
+    with its completion behind it. What has no tokens, such as an empty completion alone, is read as an end token.
 
     :param model: the model, or folder or name of one
     :param tokenizer: of the model, with a padding token; None reads it from where ``model`` is read
@@ -29,7 +33,8 @@ class ClassifierReward:
     :param batch_size: texts read at once. Fewer take less memory
     :param max_length: tokens of a text that are read, the last ones; None takes as many as model and tokenizer allow
     :param device: where the model is; "auto" takes a GPU if there is one
-    :raises ArgumentError: the model has no such label or no token for padding, or the tokenizer cannot be had
+    :raises ArgumentError: the model has no such label, it or the tokenizer has no token for padding or another one, or
+        the tokenizer cannot be had
     """
 
     def __init__(
@@ -56,13 +61,15 @@ class ClassifierReward:
         self.model = model.eval().to(self.device)
         self.tokenizer: Any = copy.deepcopy(tokenizer)
         self.tokenizer.truncation_side = "left"  # the completion is at the end
+        # Padding before a text would move it to other positions; but XLNet looks at the last column, whatever is there.
+        side = "left" if getattr(model.config, "summary_type", None) == "last" else "right"
+        self._padding: Any = {"batch_first": True, "padding_side": side}
         self.label = _number_of(model.config, label)
         self.output = output
         self.with_prompt = with_prompt
         self.separator = separator
         self.batch_size = batch_size
-        window = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-        self.max_length = max_length or min(window, tokenizer.model_max_length)
+        self.max_length = max_length or min(_windows(self.model, tokenizer), default=None)
 
     def __call__(self, prompts: list[Any], completions: list[str], references: list[Any]) -> list[float]:
         """Return the score of each completion."""
@@ -88,9 +95,12 @@ class ClassifierReward:
     @th.no_grad()
     def _read(self, texts: Sequence[str]) -> list[float]:
         has_start = bool(self.tokenizer.bos_token) and all(text.startswith(self.tokenizer.bos_token) for text in texts)
-        settings = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
-        inputs = self.tokenizer(list(texts), add_special_tokens=not has_start, **settings)
-        ids, mask = (inputs[name].to(self.device) for name in ("input_ids", "attention_mask"))
+        settings = {"truncation": self.max_length is not None, "max_length": self.max_length}
+        tokens = self.tokenizer(list(texts), add_special_tokens=not has_start, **settings)["input_ids"]
+        end, fill = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        rows = [th.tensor(row or [fill if end is None else end], device=self.device) for row in tokens]
+        ids = pad_sequence(rows, padding_value=fill, **self._padding)
+        mask = pad_sequence([th.ones_like(row) for row in rows], **self._padding)
         logits = self.model(input_ids=ids, attention_mask=mask).logits.float()
         if self.output == "probability":
             alone = logits.shape[1] == 1 or self.model.config.problem_type == "multi_label_classification"
@@ -123,6 +133,22 @@ def _check_model(model: Any, tokenizer: Any) -> None:
         raise ArgumentError(
             "`model` does not know the padding token: set model.config.pad_token_id = tokenizer.pad_token_id."
         )
+    if config.pad_token_id != tokenizer.pad_token_id:  # many look for it to find the end of a text
+        raise ArgumentError(
+            f"`tokenizer` pads with token {tokenizer.pad_token_id}, but the model takes {config.pad_token_id} for "
+            "padding: set tokenizer.pad_token to the token that the model was trained with, or "
+            "model.config.pad_token_id = tokenizer.pad_token_id."
+        )
+
+
+def _windows(model: Any, tokenizer: Any) -> list[int]:
+    """Return how many tokens the model, and the tokenizer, allow in a text; none of those that allow any number."""
+    window = getattr(model.config, "max_position_embeddings", None)
+    if window is not None:
+        embeddings = [its for name, its in model.named_modules() if name.endswith("position_embeddings")]
+        padding = [getattr(its, "padding_idx", None) for its in embeddings]
+        window -= max((index + 1 for index in padding if index is not None), default=0)  # RoBERTa's begin behind it
+    return [n for n in (window, tokenizer.model_max_length) if n is not None and 0 < n < _ANY_NUMBER]
 
 
 def _number_of(config: Any, label: str | int | None) -> int:

@@ -226,8 +226,7 @@ class TextEngine(AutogradEngine):
             log_prob = policy.reference_log_prob(batch.observations, batch.actions) if known is None else known.ravel()
             batch.reference_log_prob = self.asarray(log_prob if known is None else log_prob[batch.rows])
         if policy.mask_truncated_completions:
-            ended = ~np.isin(rollout.stretches.numbers.ravel(), self._truncated(rollout))
-            batch.weight = self.asarray(ended[batch.rows].astype(np.float32))
+            batch.weight = self.asarray((~self._are_cut_short(rollout))[batch.rows].astype(np.float32))
         if not rollout.needs_log_probs:
             unknown: Any = None
             batch.old_log_prob = unknown
@@ -246,13 +245,19 @@ class TextEngine(AutogradEngine):
             found.penalised_reward = score - float(self.penalty(log_prob, batch)[0].sum()) / n_responses
         return found.named()
 
-    def _truncated(self, rollout: Rollout) -> np.ndarray:
-        """Return the numbers of the stretches that have ended by the greatest length, without an end."""
+    def _are_cut_short(self, rollout: Rollout) -> np.ndarray:
+        """Return which tokens are of a response that has reached the greatest length without an end, (n,).
+
+        A conversation has several responses in one episode, of which each is one by itself.
+        """
         rows = TokenRows.of(rollout.column("observations"), self.policy.prompt_length)
-        longest = np.flatnonzero(rollout.dones.ravel() & (rows.length + 1 == self.policy.response_length))
+        numbers = rollout.stretches.numbers
+        length = np.asarray(rows.length).reshape(numbers.shape)
+        begins = (np.diff(numbers, axis=0, prepend=-1) != 0) | (np.diff(length, axis=0, prepend=0) <= 0)
+        responses = np.cumsum(begins.T).reshape(begins.T.shape).T.ravel()
+        longest = np.flatnonzero(rows.length + 1 == self.policy.response_length)
         ended = self._have_ended(rows[longest], rollout.column("actions").ravel()[longest])
-        numbers: np.ndarray = rollout.stretches.numbers.ravel()[longest[~ended]]
-        return numbers
+        return np.isin(responses, responses[longest[~ended]])
 
     def evaluate(self, batch: Batch) -> "TextEvaluation":
         choose_threads(len(batch) * self._largest_layer)

@@ -74,7 +74,7 @@ def generated(policy: "LanguageModelPolicy", rows: np.ndarray, longest: int, set
     end, ends = policy.end_token, ends_of(policy, settings)
     if not len(rows):
         return np.full((0, longest), EMPTY)
-    tokens, lengths = flush_right(rows, end)
+    tokens, lengths = flush_right(policy.read_prompts(rows), end)
     mask = np.arange(tokens.shape[1]) >= tokens.shape[1] - lengths[:, None]
     options: dict[str, Any] = {
         "do_sample": False,

@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from functools import cached_property
 from typing import Any
 
 from sb3_pg.common.errors import ArgumentError
@@ -21,11 +22,13 @@ class KeptTokenizer:
 
     :param tokenizer: of transformers; None if there is only the text
     :param packed: the text, compressed
+    :param closing: what :attr:`closing` is if the tokenizer is not there
     """
 
-    def __init__(self, tokenizer: Any = None, packed: bytes | None = None) -> None:
+    def __init__(self, tokenizer: Any = None, packed: bytes | None = None, closing: int | None = None) -> None:
         self._live = tokenizer
         self._packed = packed
+        self._closing = closing
 
     @property
     def live(self) -> Any:
@@ -37,11 +40,22 @@ class KeptTokenizer:
             self._live = _made_of(self._packed)
         return self._live
 
+    @cached_property
+    def closing(self) -> int | None:
+        """The end token that the tokenizer writes behind every text, as T5's does; None if it writes none."""
+        tokenizer = self.live
+        if tokenizer is None:
+            return self._closing
+        bare, whole = (tokenizer("a", add_special_tokens=more)["input_ids"] for more in (False, True))
+        end: int | None = tokenizer.eos_token_id
+        return end if end is not None and whole[-len(bare) - 1 :] == [*bare, end] else None
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"packed": self._packed if self._live is None else _packed(self._live)}
+        packed = self._packed if self._live is None else _packed(self._live)
+        return {"packed": packed, "closing": self.closing if packed is None else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._live, self._packed = None, state["packed"]
+        self._live, self._packed, self._closing = None, state["packed"], state.get("closing")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KeptTokenizer":
         return self  # nobody changes it
@@ -53,10 +67,10 @@ class KeptTokenizer:
 
 def kept_tokenizer_of(state: dict[str, Any]) -> KeptTokenizer:
     """Return the tokenizer that an archive holds by its attributes."""
-    packed = state["packed"]
-    if not isinstance(packed, bytes | None):
-        raise TypeError(f"the text of a tokenizer that is a {type(packed).__name__}")
-    return KeptTokenizer(packed=packed)
+    packed, closing = state["packed"], state.get("closing")
+    if not isinstance(packed, bytes | None) or not isinstance(closing, int | None):
+        raise TypeError(f"a tokenizer of a {type(packed).__name__} and a {type(closing).__name__}")
+    return KeptTokenizer(packed=packed, closing=closing)
 
 
 def _packed(tokenizer: Any) -> bytes | None:

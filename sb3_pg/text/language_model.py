@@ -84,9 +84,9 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         algorithm's ``batch_size``; the gradients are the same. Fewer take less memory, and reading a batch in parts
         takes a third more time. None takes as many as keep about 2 GB for the gradient, on a GPU a quarter of its
         memory that is free
-    :param mask_truncated_completions: leave responses that have reached the greatest length without their end out of
-        the loss (DAPO's overlong filtering, Yu et al. 2025, section 3.4); they are still compared with others. False
-        learns from them like from any
+    :param mask_truncated_completions: leave responses, of conversations single turns, that have reached the greatest
+        length without their end out of the loss (DAPO's overlong filtering, Yu et al. 2025, section 3.4); they are
+        still compared with others. False learns from them like from any
     :param reference_kl_coef: weight of the penalty for leaving the reference, which is the model as it was at the
         beginning, by default of ``log pi - log pi_ref``, taken from each token's reward. Higher stays nearer to it,
         lower earns more reward; 0 only logs the KL, None has no reference, which saves its memory
@@ -276,6 +276,7 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         if len(tokenizer) != self.n_tokens:
             raise ArgumentError(f"`tokenizer` has {len(tokenizer)} tokens, but the policy {self.n_tokens}.")
         self.action_space.kept_tokenizer = KeptTokenizer(tokenizer)
+        self._decoder.forget()  # prompts may be read in another way
 
     @property
     def hidden_size(self) -> int:
@@ -473,6 +474,10 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
         return reference.to(self.device)
 
     # ---------------------------------------------------------------- reading
+
+    def read_prompts(self, rows: np.ndarray) -> np.ndarray:
+        """Return prompts, (n, width) with -1 in empty columns, as the model reads them: as they are."""
+        return rows
 
     @abstractmethod
     def read_sequences(self, lm: Any, rows: np.ndarray) -> th.Tensor:

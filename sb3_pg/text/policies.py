@@ -9,7 +9,8 @@ import torch as th
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.text.decoding import Memory, growing_cache
 from sb3_pg.text.language_model import LanguageModelPolicy
-from sb3_pg.text.sequences import flush_left, flush_right
+from sb3_pg.text.sequences import flush_left, flush_right, last_tokens
+from sb3_pg.text.spaces import EMPTY, Vocabulary
 
 # isort: split
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, EncoderDecoderCache
@@ -111,6 +112,7 @@ class CausalLMPolicy(LanguageModelPolicy):
 class Seq2SeqLMPolicy(LanguageModelPolicy):
     """A language model whose encoder reads the prompt and whose decoder writes the response, such as T5.
 
+    The encoder reads a prompt with the end token behind it that the tokenizer writes behind texts, if it does.
     Its positions must be relative, as T5's are; absolute ones would need rows in step.
     """
 
@@ -130,10 +132,18 @@ class Seq2SeqLMPolicy(LanguageModelPolicy):
     def place(self, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
         return response
 
+    def read_prompts(self, rows: np.ndarray) -> np.ndarray:
+        """Return prompts with the tokenizer's end behind those that do not have it, (n, width + 1)."""
+        end = self.action_space.kept_tokenizer.closing if isinstance(self.action_space, Vocabulary) else None
+        if end is None:
+            return rows
+        last, _ = last_tokens(rows, 0)
+        return np.column_stack([rows, np.where(last == end, EMPTY, end)])
+
     def _encode(self, lm: Any, rows: np.ndarray) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """States, (n, length, d), and mask of each row's prompt; each different prompt is read once."""
         prompts, which = np.unique(rows[:, : self.prompt_length], axis=0, return_inverse=True)
-        tensor, mask, used = _flushed(prompts, self.device)
+        tensor, mask, used = _flushed(self.read_prompts(prompts), self.device)
         states = lm.get_encoder()(input_ids=tensor, attention_mask=mask).last_hidden_state
         index = th.as_tensor(which.reshape(-1), device=self.device)
         return states[index], mask[index], used[index]

@@ -202,7 +202,8 @@ def encode_prompts(tokenizer: Any, prompts: list[Any], prompt_length: int | None
 def _tokens_of_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     tokens = tokenizer(texts, add_special_tokens=True)["input_ids"]
     end = tokenizer.eos_token_id
-    # Tokenizers such as T5's end every text; a prompt that is to be continued must not be at its end.
+    # Tokenizers such as T5's end every text; a prompt that is to be continued must not be at its end. Encoders get it
+    # back where they read: see Seq2SeqLMPolicy.read_prompts.
     tokens = [ids[:-1] if ids and ids[-1] == end and len(ids) > 1 else ids for ids in tokens]
     # And chat templates write the start token that the tokenizer adds, too.
     start = tokenizer.bos_token_id

@@ -6,16 +6,19 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium.utils.env_checker import check_env
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from text_models import Infos
 from tokenizers.processors import TemplateProcessing
 
 from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.common.errors import ArgumentError, NonFiniteError
 from sb3_pg.text import ChatEnv, Reply, word_tokenizer
 from sb3_pg.text.games import Calculator, GuessingGame, calculate
+from sb3_pg.text.rows import TextRolloutBuffer
 from sb3_pg.text.supervised import pretrain, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*render_mode='rgb_array'.*")
@@ -384,6 +387,28 @@ def test_what_is_logged_is_of_a_turn():
     game = learner(n_envs=4)
     game.learn(200)
     assert game.ep_success_buffer
+
+
+@pytest.mark.parametrize("buffer", [TextRolloutBuffer, RolloutBuffer])
+def test_each_turn_that_was_cut_short_is_masked_alone(buffer):
+    kwargs, stopping = {"mask_truncated_completions": True}, lambda: echo(stop_strings=["a b"])
+    model = learner(PPO, stopping, 8, policy_kwargs=kwargs, n_steps=40, rollout_buffer_class=buffer)
+    for _ in range(2):  # the second rollout begins amid turns
+        callback = model._setup_learn(10_000, Infos(), reset_num_timesteps=False)[1]
+        goes_on = (model._last_obs[:, 40:] >= 0).any(axis=1)
+        model.collect_rollouts(model.env, callback, model.rollout_buffer, 40)
+    expected, seen, whole = np.ones((40, 8)), np.array(callback.seen).reshape(40, 8), []
+    for env in range(8):
+        start = 0
+        for step in np.flatnonzero(["completion" in info for info in seen[:, env]]):
+            expected[start : step + 1, env] = seen[step, env]["ended"]
+            whole.append(seen[step, env]["ended"])
+            start = step + 1
+    numbers = model.rollout.stretches.numbers
+    assert goes_on.any() and min(sum(whole), len(whole) - sum(whole)) > 5
+    assert any(len(np.unique(expected[numbers == number])) == 2 for number in range(numbers.max()))
+    weight = np.asarray(model.network.batch(model.rollout).weight)
+    assert np.array_equal(weight.reshape(40, 8), expected)
 
 
 def test_sb3s_evaluation(tmp_path):

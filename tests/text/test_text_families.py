@@ -137,6 +137,38 @@ def test_models_that_change_their_logits_are_refused_by_name(kind, half):
         policy_of(kind, dtype=th.bfloat16 if half else th.float32, **CHANGED[kind])
 
 
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0}
+
+
+def test_positions_that_change_with_the_length_of_a_text(monkeypatch):
+    def differs(longest):
+        """Whether a text of 7 tokens is seen differently next to one of 10."""
+        policy = policy_of("phi3", rope_parameters=dict(LONG), original_max_position_embeddings=longest)
+        rows = np.repeat(letters_task().observations([3]), 2, axis=0)
+        rows[:, 4:] = 3, 4, 5, 6, 7, 8
+        rows[1, 7:] = -1
+        with th.no_grad():
+            return float((policy.hidden_states(rows)[1:] - policy.hidden_states(rows[1:])).abs().max())
+
+    assert differs(10) < 1e-5
+    message = r"may take 10 tokens \(4 and 6\), but with more than 9 the model's 'longrope' .* Shorten one of them"
+    with pytest.raises(ArgumentError, match=message) as error:
+        differs(9)
+    assert "\n" not in str(error.value)
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr("sb3_pg.text.checks._short_window", lambda config: None)
+        assert differs(9) > 0.01
+
+    def of_a_type_of_layer(longest):
+        usual, long = {"rope_type": "default", "rope_theta": 1e4}, {**LONG, "original_max_position_embeddings": longest}
+        layers = {"sliding_attention": usual, "full_attention": long}
+        policy_of("gemma3_text", rope_parameters=layers, layer_types=list(layers), sliding_window=4, **HEAD)
+
+    of_a_type_of_layer(10)
+    with pytest.raises(ArgumentError, match="with more than 9 the model's"):
+        of_a_type_of_layer(9)
+
+
 @pytest.mark.parametrize("dtype", [th.float32, th.bfloat16])
 def test_looking_at_a_model_does_not_change_it(dtype, monkeypatch):
     found = []

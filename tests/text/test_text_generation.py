@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from text_models import LETTERS, SHAPES, config_of, letters_task, make
+from text_models import LETTERS, SHAPES, act, closing_tokenizer, config_of, letters_task, make
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, ByT5Tokenizer
 
 from sb3_pg import PPO
@@ -20,7 +21,7 @@ from sb3_pg.common.errors import ArgumentError
 from sb3_pg.text import TextVecEnv, word_tokenizer
 from sb3_pg.text.ends import texts_of
 from sb3_pg.text.kept import KeptTokenizer
-from sb3_pg.text.policies import CausalLMPolicy
+from sb3_pg.text.policies import CausalLMPolicy, Seq2SeqLMPolicy
 from sb3_pg.text.prompts import prompt_rows
 from sb3_pg.text.spaces import Vocabulary
 
@@ -190,6 +191,70 @@ def test_a_folder_is_all_that_transformers_needs(shape, tmp_path):
     kind = AutoModelForSeq2SeqLM if shape == "t5" else AutoModelForCausalLM
     tokenizer, lm = AutoTokenizer.from_pretrained(tmp_path), kind.from_pretrained(tmp_path)
     assert said(lm, tokenizer, shape) == policy.generate(PROMPTS)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_encoder_reads_the_end_that_its_tokenizer_writes(shape, tmp_path):
+    """As transformers does with the saved folder, and in acting, judging and generating alike."""
+    task = letters_task(tokenizer=closing_tokenizer())
+    assert np.array_equal(task.rows, letters_task().rows)  # to continue them, they must not be at an end
+    model = make(shape, task=task)
+    policy, plain = model.policy, make(shape).policy
+    log_probs, _ = act(model)
+    np.testing.assert_allclose(log_probs, model.rollout_buffer.log_probs[: len(log_probs)], atol=1e-5)
+    tokens = th.tensor([3, 4, 5, 6, 7])
+    (own, others) = (its.evaluate_actions(task.observations(), tokens)[1].detach() for its in (policy, plain))
+    assert (own - others).abs().max() > 0.1 if shape == "t5" else th.equal(own, others)
+
+    policy.save_pretrained(tmp_path)
+    kind = AutoModelForSeq2SeqLM if shape == "t5" else AutoModelForCausalLM
+    tokenizer, lm = AutoTokenizer.from_pretrained(tmp_path), kind.from_pretrained(tmp_path)
+    if shape == "t5":
+        assert tokenizer("a b")["input_ids"] == [3, 4, task.end_token]
+        assert said(lm, tokenizer, shape) == policy.generate(PROMPTS) != plain.generate(PROMPTS)
+        with th.no_grad():
+            start = th.zeros(1, 1, dtype=th.long)
+            logits = lm(input_ids=tokenizer("a b c", return_tensors="pt").input_ids, decoder_input_ids=start).logits
+        expected = (logits[0, -1] / policy.temperature).log_softmax(dim=-1)[tokens[0]]
+        assert float(own[0]) == pytest.approx(float(expected), abs=1e-5)
+    else:
+        assert said(lm, word_tokenizer(LETTERS), shape) == policy.generate(PROMPTS)
+
+    model.save(tmp_path / "model")
+    assert PPO.load(tmp_path / "model", device="cpu").policy.generate(PROMPTS) == policy.generate(PROMPTS)
+
+
+def test_a_prompt_has_one_end_by_the_tokenizer_that_is_set():
+    task = letters_task()
+    space = Vocabulary(task.action_space.n, task.end_token)
+    policy = Seq2SeqLMPolicy(task.observation_space, space, lambda _: 0.0, model=config_of("t5", task))
+    rows = np.array([[-1, -1, 3, 4], [-1, 3, 4, 1]])
+    for tokenizer in (None, word_tokenizer(LETTERS), task.tokenizer):
+        if tokenizer is not None:
+            policy.tokenizer = tokenizer
+        assert policy.read_prompts(rows) is rows
+    policy.predict(task.observations())
+    policy.tokenizer = closing_tokenizer()
+    assert policy.read_prompts(rows).tolist() == [[-1, -1, 3, 4, 1], [-1, 3, 4, 1, -1]]
+    observations = task.observations()
+    observations[:, 4] = 3
+    with th.no_grad():  # nothing of the prompts is remembered from before
+        for hidden in (policy._decoder.read(observations), policy.hidden_states(observations)):
+            np.testing.assert_allclose(hidden, policy.begin(observations)[0], atol=1e-6)
+
+
+def test_tokenizers_that_write_an_end():
+    begins, unknown = word_tokenizer(LETTERS), word_tokenizer("b")
+    begins.backend_tokenizer.post_processor = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 1)])
+    unknown.eos_token = "<unknown>"
+    assert begins("")["input_ids"] == [1] and unknown("a")["input_ids"] == [2] == [unknown.eos_token_id]
+    for tokenizer in (word_tokenizer(LETTERS), begins, unknown):
+        assert KeptTokenizer(tokenizer).closing is None
+    for tokenizer in (closing_tokenizer(), ByT5Tokenizer()):  # the second is not in archives, but what it does
+        kept = KeptTokenizer(tokenizer)
+        assert kept.closing == 1
+        for again in (copy.deepcopy(kept), pickle.loads(pickle.dumps(kept)), pickle.loads(pickle.dumps(kept))):
+            assert again.closing == pickle.loads(pickle.dumps(again)).closing == 1
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -7,8 +7,15 @@ import pickle
 import numpy as np
 import pytest
 import torch as th
-from text_models import LETTERS, config_of, letters_task
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
+from text_models import LETTERS, closing_tokenizer, config_of, letters_task
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
 
 from sb3_pg import PPO, REINFORCE
 from sb3_pg.common.advantages import generalized_advantage
@@ -300,6 +307,52 @@ def test_a_classifier_scores_each_text_as_if_it_were_alone(kind, batch_size):
         assert score == pytest.approx(float(model(ids).logits.softmax(dim=-1)[0, 2].detach()), abs=1e-5)
 
 
+BASE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+CLASSIFIERS = {
+    "bert": BASE,
+    "bloom": {"hidden_size": 16, "n_layer": 1, "n_head": 2},  # reads any number of tokens, as the next
+    "t5": {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0},
+    "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 12},
+    "llama": {**BASE, "max_position_embeddings": 12},
+    "roberta": {**BASE, "max_position_embeddings": 13},  # with positions for 12 tokens behind that of the padding
+    "xlnet": {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16},  # which looks at the last column
+}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_padding_windows_and_empty_texts_change_no_score(kind, side):
+    tokenizer = closing_tokenizer() if kind == "t5" else word_tokenizer(LETTERS)  # T5 looks for the end
+    tokenizer.padding_side = side
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": None, "eos_token_id": END}
+    config = AutoConfig.for_model(kind, num_labels=1, **ids, **CLASSIFIERS[kind])
+    th.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    with th.no_grad():
+        for p in model.parameters():
+            p += 0.3 * th.randn(p.shape)
+    reward = ClassifierReward(model, tokenizer, with_prompt=False, device="cpu")
+    is_short = kind in ("gpt2", "llama", "roberta")
+    texts, expected = ["a b", "c d e f g", " ".join(LETTERS * 3), "", " "], []
+    for text in texts:
+        tokens = tokenizer(text)["input_ids"][-12 if is_short else 0 :] or [END]
+        expected.append(float(model(th.tensor([tokens])).logits[0, 0].detach()))
+        np.testing.assert_allclose(reward([""], [text], [None]), expected[-1:], atol=1e-5)
+    assert np.std(expected[:4]) > 0.05
+    np.testing.assert_allclose(reward([""] * 5, texts, [None] * 5), expected, atol=1e-5)
+    np.testing.assert_allclose(reward([""] * 2, ["", ""], [None] * 2), expected[3:], atol=1e-5)
+    assert tokenizer.padding_side == side
+
+
+def test_without_an_end_token_what_is_empty_is_padding():
+    model, tokenizer = classifier("gpt2", 1)
+    tokenizer.eos_token = None
+    reward = ClassifierReward(model, tokenizer, with_prompt=False, device="cpu")
+    expected = float(model(th.tensor([[0]])).logits[0, 0].detach())
+    for texts in ([""], ["", "a b c"]):
+        assert reward([""] * len(texts), texts, [None] * len(texts))[0] == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_reward_model_reads_messages_by_its_chat_template_and_the_end_of_what_is_too_long():
     model, tokenizer = classifier(n_labels=1, max_position_embeddings=4)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
@@ -356,3 +409,9 @@ def test_a_classifier_needs_a_token_for_padding():
     model, tokenizer = classifier(pad_token_id=None)
     with pytest.raises(ArgumentError, match=r"set model\.config\.pad_token_id"):
         ClassifierReward(model, tokenizer, 0)
+    model, tokenizer = classifier("gpt2", pad_token_id=1)
+    with pytest.raises(
+        ArgumentError, match="`tokenizer` pads with token 0, but the model takes 1 for padding: set"
+    ) as e:
+        ClassifierReward(model, tokenizer, 0)
+    assert "\n" not in str(e.value)

@@ -50,6 +50,7 @@ def test_a_task_and_its_archive(kind, tmp_path):
     assert len(model.policy.generate([[{"role": "user", "content": "tea"}]])) == 1
     model.save(tmp_path / "model")
     loaded = PPO.load(tmp_path / "model", device="cpu")
+    assert loaded.policy.action_space.kept_tokenizer.closing == tokenizer.eos_token_id  # of prompts for an encoder
     with pytest.raises(ArgumentError, match=r"no tokenizer .* policy\.tokenizer = AutoTokenizer\.from_pretrained"):
         loaded.policy.generate(task.prompts)
     assert evaluate_texts(loaded.policy, task, do_sample=False)[0]["score"] >= 0.0

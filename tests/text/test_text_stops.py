@@ -7,8 +7,7 @@ import pickle
 import numpy as np
 import pytest
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback
-from text_models import LETTERS, SHAPES, config_of, letters_task, make, sharpen
+from text_models import LETTERS, SHAPES, Infos, config_of, letters_task, make, sharpen
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -170,17 +169,6 @@ def test_a_folder_has_them_for_transformers(tmp_path):
 # ---------------------------------------------------------- learning, figures
 
 
-class Infos(BaseCallback):
-    """Keeps what environments tell."""
-
-    def _init_callback(self):
-        self.seen = []
-
-    def _on_step(self):
-        self.seen += self.locals["infos"]
-        return True
-
-
 def of_longest(model):
     """Numbers of the stretches that reach the greatest length, and the last token of each."""
     rollout = model.rollout
@@ -202,7 +190,7 @@ def test_a_response_that_stops_at_its_greatest_length_is_not_cut_short(monkeypat
     numbers, last = of_longest(model)
     a = task.tokenizer.convert_tokens_to_ids("a")
     assert (last == a).any()
-    truncated = engine._truncated(model.rollout)
+    truncated = np.unique(model.rollout.stretches.numbers.ravel()[engine._are_cut_short(model.rollout)])
     assert not np.isin(numbers[(last == a) | (last == 1)], truncated).any()
     assert len(truncated) == sum(not info["ended"] for info in infos) > 0
     weight = np.asarray(engine.batch(model.rollout).weight)
