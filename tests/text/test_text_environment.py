@@ -529,6 +529,8 @@ def test_word_tokenizer():
     assert tokenizer("b a zebra")["input_ids"] == [4, 3, 2]
     assert tokenizer.decode([4, 3]) == "b a"
     assert tokenizer.eos_token_id == END
+    again = word_tokenizer(["a", "b", *SPECIAL])  # which it has anyway
+    assert again.get_vocab() == tokenizer.get_vocab() and len(again) == 5
 
 
 def test_unequal_vocabularies_of_model_and_tokenizer():
