@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sb3_pg.common.errors import ArgumentError
+from sb3_pg.common.errors import ArgumentError, is_whole
 from sb3_pg.text.sequences import last_tokens, listed
 from sb3_pg.text.spaces import EMPTY, Vocabulary, checked_strings
 
@@ -102,7 +102,7 @@ def texts_of(tokenizer: Any, responses: np.ndarray, end_tokens: Sequence[int]) -
 
 def _number_of(tokenizer: Any, end: int | str) -> int:
     number = tokenizer.convert_tokens_to_ids(end) if isinstance(end, str) else end
-    if number is None or number == tokenizer.unk_token_id or not 0 <= number < len(tokenizer):
+    if not is_whole(number) or number == tokenizer.unk_token_id or not 0 <= number < len(tokenizer):
         raise ArgumentError(f"`end_tokens` has {end!r}, which is not a token of the tokenizer.")
     return int(number)
 

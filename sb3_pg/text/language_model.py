@@ -90,8 +90,8 @@ class LanguageModelPolicy(SavedPolicy, ActorCriticPolicy):
     :param reference_kl_coef: weight of the penalty for leaving the reference, which is the model as it was at the
         beginning, by default of ``log pi - log pi_ref``, taken from each token's reward. Higher stays nearer to it,
         lower earns more reward; 0 only logs the KL, None has no reference, which saves its memory
-    :param reference_kl_target: nats per response; the weight is then adapted after each rollout to keep the KL there
-        (Ziegler et al. 2019, section 2.2). None keeps the weight
+    :param reference_kl_target: nats per response; the weight, above 0, is then adapted after each rollout to keep the
+        KL there (Ziegler et al. 2019, section 2.2). None keeps the weight
     :param reference_kl_in: where the penalty enters: "reward", each token's, or "loss" (GRPO), whose gradient is exact
         and which the reward's baseline does not see
     :param reference_kl_estimator: "k1", "k2" or "k3" (:func:`sb3_pg.common.objectives.kl_estimate`). None takes "k1" in

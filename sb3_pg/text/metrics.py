@@ -175,28 +175,50 @@ def self_bleu(completions: Texts) -> float:
 def classification(completions: Texts, references: References, labels: Sequence[str] | None = None) -> dict[str, float]:
     """Return how well completions name labels: accuracy, and precision, recall and F1 of each label and their means.
 
-    They are compared by :func:`normalized`. A completion that is no label is wrong and counts for no label's precision.
-    What would be divided by zero is 0, as in scikit-learn with ``zero_division=0``: the precision of a label that is
-    never given, the recall of one that is never right, both F1.
+    They are compared by :func:`normalized`, or by lower case and white space alone where that would make two labels, or
+    one and the empty text, the same: "+" and "-". A completion that is no label is wrong and counts for no label's
+    precision. What would be divided by zero is 0, as in scikit-learn with ``zero_division=0``: the precision of a label
+    that is never given, the recall of one that is never right, both F1.
 
     :param labels: those to report; None takes all that are references
     :return: "accuracy", "macro_precision", "macro_recall", "macro_f1" (plain means over labels), and "precision/LABEL",
         "recall/LABEL", "f1/LABEL" with the label as it is written first, all 0 to 1
+    :raises ArgumentError: ``labels`` is no list of texts or has none, or the references are not those of texts
     """
-    given, written = [normalized(text) for text in completions], dict[str, str]()
+    if labels is not None:
+        _check_labels(labels)
+    lists = _lists(completions, references)
+    compared = _comparison([*(label for some in lists for label in some), *(labels or ())])
+    given, written = [compared(text) for text in completions], dict[str, str]()
     right = []
-    for text, some in zip(given, _lists(completions, references), strict=True):
-        plain = [normalized(r) for r in some]
+    for text, some in zip(given, lists, strict=True):
+        plain = [compared(r) for r in some]
         right.append(text if text in plain else plain[0])
         written.setdefault(right[-1], some[plain.index(right[-1])])
     if labels is not None:
-        written = {normalized(label): label for label in labels}
+        written = {compared(label): label for label in labels}
     found = {"accuracy": float(np.mean([a == b for a, b in zip(given, right, strict=True)]))}
     scores = {label: _label_scores(label, given, right) for label in sorted(written)}
     for which, name in enumerate(("precision", "recall", "f1")):
         found[f"macro_{name}"] = float(np.mean([its[which] for its in scores.values()]))
         found.update({f"{name}/{written[label]}": its[which] for label, its in scores.items()})
     return found
+
+
+def _check_labels(labels: Any) -> None:
+    is_list = isinstance(labels, list | tuple) and len(labels) > 0
+    if not is_list or not all(isinstance(label, str) for label in labels):
+        raise ArgumentError(f"`labels` must be a list of texts, at least one, not {labels!r}.")
+
+
+def _comparison(labels: Iterable[str]) -> Callable[[str], str]:
+    """Return what makes of texts those that are compared, and leaves different labels different."""
+    written = {"", *map(_lowered, labels)}
+    return normalized if len(set(map(normalized, written))) == len(written) else _lowered
+
+
+def _lowered(text: str) -> str:
+    return " ".join(text.lower().split())
 
 
 def _label_scores(label: str, given: list[str], right: list[str]) -> tuple[float, float, float]:

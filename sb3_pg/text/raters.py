@@ -1,6 +1,7 @@
 """Pairs of responses for people to compare, who do not see which model wrote which."""
 
 import csv
+import io
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,17 +61,18 @@ def preferences(folder: str | Path) -> dict[str, float]:
     """Return how often each model was found better, and how often neither, 0 to 1, of the pairs that are filled in.
 
     :param folder: of :func:`export_pairs`
-    :raises ArgumentError: there are none, none is filled in, or with something else than A, B and tie
+    :raises ArgumentError: there are none, none is filled in, or with something else than A, B and tie, or the files
+        have other columns, rows or letters than :func:`export_pairs` has written
     """
-    if not (Path(folder) / KEY).exists():
-        raise ArgumentError(f"`folder` {str(folder)!r} has no {KEY}: export_pairs writes it, next to {PAIRS}.")
-    key = {row["number"]: row for row in _read(Path(folder) / KEY)}
+    key = {row["number"]: row for row in _read(Path(folder) / KEY, ("number", "A", "B"))}
     first = next(iter(key.values()), {"A": "first", "B": "second"})
     counts = Counter({first["A"]: 0, first["B"]: 0, "tie": 0})
-    for row in _read(Path(folder) / PAIRS):
+    for row in _read(Path(folder) / PAIRS, ("number", "better")):
         answer = row["better"].strip().upper()
         if answer not in ("", "A", "B", "TIE"):
             raise ArgumentError(f"Pair {row['number']} has {row['better']!r} as better: it must be A, B or tie.")
+        if answer and row["number"] not in key:
+            raise ArgumentError(f"{PAIRS} has a pair {row['number']!r}, which {KEY} does not have: keep the numbers.")
         if answer:
             counts["tie" if answer == "TIE" else key[row["number"]][answer]] += 1
     if not counts.total():
@@ -84,6 +86,26 @@ def _write(path: Path, columns: list[str], rows: list[list[object]]) -> Path:
     return path
 
 
-def _read(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+def _read(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """Return the rows of a file as export_pairs writes it, or a spreadsheet: with a mark before it, with semicolons.
+
+    :param columns: that it must have
+    :raises ArgumentError: it is not there, or something else
+    """
+    if not path.exists():
+        raise ArgumentError(f"`folder` {str(path.parent)!r} has no {path.name}: export_pairs writes it.")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ArgumentError(f"{path} is not in UTF-8. Save it as 'CSV UTF-8'.") from None
+    delimiter = ";" if ";" in text.partition("\n")[0] else ","
+    head, *rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row] or [[]]
+    if not set(columns) <= set(head):
+        raise ArgumentError(
+            f"{path} has the columns {head}, but must have {', '.join(columns)}. Save it as CSV, with commas or "
+            "semicolons."
+        )
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(head):
+            raise ArgumentError(f"Row {number} of {path} has {len(row)} columns, not {len(head)}: keep the empty ones.")
+    return [dict(zip(head, row, strict=True)) for row in rows]

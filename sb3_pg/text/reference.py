@@ -50,6 +50,11 @@ class ReferenceSettings:
                 )
         if self.kl_coef is None:
             self._refuse_without_reference()
+        elif self.kl_target is not None and self.kl_coef == 0:
+            raise ArgumentError(
+                f"`reference_kl_target={self.kl_target!r}` needs a weight above 0 to start from, not "
+                f"reference_kl_coef={self.kl_coef!r}. Pass a larger one, or leave out reference_kl_target."
+            )
 
     def _refuse_without_reference(self) -> None:
         for name, value, neutral in (

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,9 +151,9 @@ def as_rewards(reward: Any, weights: Sequence[float] | None, columns: Sequence[s
             raise ArgumentError(f"`columns` has {name!r}, which rewards are given anyway. Give it another name.")
     made: list[Reward] = []
     for function, weight in zip(functions, weights, strict=True):
-        name = base = name_of(function, "reward")
-        while any(other.name == name for other in made):
-            name = f"{base}_{sum(other.name.startswith(base) for other in made) + 1}"
+        base, taken = name_of(function, "reward"), [other.name for other in made]
+        names = (f"{base}_{number}" if number > 1 else base for number in itertools.count(1))
+        name = next(name for name in names if name not in taken)
         label = "`reward`" if len(functions) == 1 else f"The reward {name!r}"
         made.append(Reward(function, name, float(weight), label, *_asked(label, function, columns)))
     return made

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from sb3_pg.common.errors import ArgumentError
+from sb3_pg.common.errors import ArgumentError, is_whole
 from sb3_pg.text.kept import KeptTokenizer
 
 #: A column of an observation in which no token stands. Not a token, so it cannot be mistaken for padding or an end.
@@ -22,6 +22,7 @@ class Vocabulary(spaces.Discrete):
     :param tokenizer: whose tokens they are, so that a policy reads and writes texts
     :param stop_strings: texts that end a response when it contains one. Like the tokenizer they take no part in
         comparisons
+    :raises ArgumentError: an end token is none of the tokens, or a stop string is no text or empty
     """
 
     #: of those that were pickled before there were any
@@ -36,6 +37,9 @@ class Vocabulary(spaces.Discrete):
         stop_strings: Sequence[str] = (),
     ) -> None:
         super().__init__(n)
+        for end in (end_token, *more_end_tokens):
+            if not is_whole(end) or not 0 <= end < n:
+                raise ArgumentError(f"The end tokens of a Vocabulary must be numbers from 0 to {n - 1}, not {end!r}.")
         self.end_token = int(end_token)
         self.more_end_tokens = tuple(int(end) for end in more_end_tokens)
         self.kept_tokenizer = tokenizer if isinstance(tokenizer, KeptTokenizer) else KeptTokenizer(tokenizer)

@@ -24,7 +24,7 @@ CHAT_TEMPLATE = (
 def word_tokenizer(words: Iterable[str], chat: bool = False) -> PreTrainedTokenizerFast:
     """Return a tokenizer whose tokens are these words, separated by spaces in a text.
 
-    :param words: each becomes a token; in sorted order, without repetition
+    :param words: each becomes a token; in sorted order, without repetition or :data:`SPECIAL`
     :param chat: add a chat template and tokens for its roles: assistant, system, tool and user
     :raises ArgumentError: they are one text, or one is no word
     """
@@ -34,7 +34,7 @@ def word_tokenizer(words: Iterable[str], chat: bool = False) -> PreTrainedTokeni
     for word in words:
         if not isinstance(word, str) or word.split() != [word]:
             raise ArgumentError(f"`words` has {word!r}, which is no word: spaces separate them in texts.")
-    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *sorted(words)])}
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *sorted(words.difference(SPECIAL))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     kind: Any = PreTrainedTokenizerFast

@@ -521,6 +521,9 @@ def test_vocabulary_space():
     assert Vocabulary(5, 1) != Vocabulary(5, 2)
     assert Vocabulary(5, 1) != Vocabulary(6, 1)
     assert "end_token=1" in repr(Vocabulary(5, 1))
+    for ends in ([4.7], [True], [5], [-1], [1, 2.0]):
+        with pytest.raises(ArgumentError, match="The end tokens of a Vocabulary must be numbers from 0 to 4, not"):
+            Vocabulary(5, ends[0], ends[1:])
 
 
 def test_word_tokenizer():
@@ -529,6 +532,8 @@ def test_word_tokenizer():
     assert tokenizer("b a zebra")["input_ids"] == [4, 3, 2]
     assert tokenizer.decode([4, 3]) == "b a"
     assert tokenizer.eos_token_id == END
+    again = word_tokenizer(["a", "b", *SPECIAL])  # which it has anyway
+    assert again.get_vocab() == tokenizer.get_vocab() and len(again) == 5
 
 
 def test_unequal_vocabularies_of_model_and_tokenizer():

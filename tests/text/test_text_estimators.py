@@ -368,6 +368,7 @@ def test_nothing_is_learned_where_all_responses_are_masked():
         ({"reference_kl_in": "advantage"}, "`reference_kl_in` must be one of 'reward', 'loss', not 'advantage'"),
         ({"reference_kl_estimator": "k4"}, "`reference_kl_estimator` must be one of 'k1', 'k2', 'k3', None, not 'k4'"),
         ({"reference_kl_in": "loss", "reference_kl_coef": None}, "`reference_kl_in='loss'` needs a reference"),
+        ({"reference_kl_target": 6.0, "reference_kl_coef": 0.0}, "`reference_kl_target=6.0` needs a weight above 0"),
         ({"ref_model_sync_steps": 3, "reference_kl_coef": None}, "`ref_model_sync_steps=3` needs a reference"),
         ({"ref_model_sync_steps": 0}, "`ref_model_sync_steps` must be a whole number >= 1"),
         ({"ref_model_mixup_alpha": 0}, "`ref_model_mixup_alpha` must be a finite number > 0 and <= 1"),

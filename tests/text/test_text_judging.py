@@ -77,6 +77,24 @@ def test_any_of_several_references_is_right():
     assert (figures["recall/glad"], figures["recall/good"], figures["accuracy"]) == (1.0, 0.0, 0.5)
 
 
+@pytest.mark.parametrize("labels", [None, ["+", "-"]])
+def test_labels_that_only_punctuation_tells_apart(labels):
+    given, right = ["+", "-", " + ", "", "?"], ["+", "+", "-", "-", "-"]
+    figures = metrics.classification(given, right, labels)
+    assert figures["accuracy"] == 1 / 5
+    assert (figures["precision/+"], figures["recall/+"]) == (1 / 2, 1 / 2)
+    assert (figures["precision/-"], figures["recall/-"], figures["f1/-"]) == (0.0, 0.0, 0.0)
+
+
+def test_labels_that_are_articles():
+    figures = metrics.classification(["A", "a", "", "b"], ["A", "A", "A", "B"])
+    assert figures["accuracy"] == 3 / 4 and figures["recall/A"] == 2 / 3 and figures["recall/B"] == 1.0
+    figures = metrics.classification(["The cat.", "b"], ["cat", "B"])  # where nothing coincides, as SQuAD compares
+    assert figures["accuracy"] == 1.0
+    figures = metrics.classification(["C++", "c"], ["C", "C"], labels=["C", "C++"])  # those asked for differ, too
+    assert figures["accuracy"] == figures["recall/C"] == 1 / 2 and figures["precision/C++"] == 0.0
+
+
 # ------------------------------------------------------------------ pass at k
 
 
@@ -283,6 +301,48 @@ def test_pairs_for_raters(tmp_path):
         preferences(again.parent)
     with pytest.raises(ArgumentError, match="40 prompts, but 1 and 40"):
         export_pairs(tmp_path, prompts, first[:1], second)
+
+
+def test_pairs_that_a_spreadsheet_has_saved(tmp_path):
+    path = export_pairs(tmp_path, ["p; q", "p, q", "p"], ["1", "2\n3", "ä"], ["4", "5", "6"], ("tuned", "base"))
+    rows = list(csv.DictReader(path.open(encoding="utf-8", newline="")))
+    key = list(csv.DictReader((tmp_path / "key.csv").open(encoding="utf-8")))
+    answers, expected = ["A", "TIE", "b"], {"tuned": 0.0, "base": 0.0, "tie": 1 / 3}
+    for number, side in ((0, "A"), (2, "B")):
+        expected[key[number][side]] += 1 / 3
+    given = [[*list(row.values())[:4], answer] for row, answer in zip(rows, answers, strict=True)]
+    for delimiter, encoding in itertools.product(",;", ("utf-8", "utf-8-sig")):
+        with path.open("w", encoding=encoding, newline="") as file:
+            csv.writer(file, delimiter=delimiter).writerows([rows[0].keys(), *given])
+        assert preferences(tmp_path) == expected
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n;;;;\n")  # with empty rows
+    assert preferences(tmp_path) == expected
+
+
+HEAD = "number,prompt,A,B,better\n"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (HEAD + "0,p,1,3,A\n1,q\n", r"Row 2 of .*pairs\.csv has 2 columns, not 5: keep the empty ones"),
+        (HEAD + "0,p,1,3,4,A\n", r"Row 1 of .*pairs\.csv has 6 columns, not 5"),
+        (HEAD + "7,p,1,3,A\n", r"pairs\.csv has a pair '7', which key\.csv does not have: keep the numbers"),
+        (HEAD.replace(",", "\t"), r"pairs\.csv has the columns .* must have number, better. Save it as CSV"),
+        ("", r"pairs\.csv has the columns \[\], but must have number, better"),
+        (HEAD + "0,p,ä,3,A\n", r"pairs\.csv is not in UTF-8. Save it as 'CSV UTF-8'"),
+        (None, r"has no pairs\.csv: export_pairs writes it"),
+    ],
+)
+def test_pairs_that_cannot_be_read(text, message, tmp_path):
+    path = export_pairs(tmp_path, ["p", "q"], ["1", "2"], ["3", "4"])
+    path.unlink()
+    if text is not None:
+        path.write_text(text, encoding="cp1252")
+    with pytest.raises(ArgumentError, match=message) as error:
+        preferences(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def fill(path, rows, answers):

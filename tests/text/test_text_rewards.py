@@ -99,6 +99,24 @@ def test_names_of_rewards():
     assert list(task.scores([0], responses([A])).named[0]) == ["share_of_a", "reward", "share_of_a_2", "reward_2"]
 
 
+def test_names_of_rewards_that_look_numbered():
+    def f(prompts, completions, references):
+        return [1.0]
+
+    def f_2(prompts, completions, references):
+        return [1.0]
+
+    def f_3(prompts, completions, references):
+        return [1.0]
+
+    for rewards, names in (
+        ([f, f_3, f], ["f", "f_3", "f_2"]),
+        ([f, f, f_2], ["f", "f_2", "f_2_2"]),
+        ([f_2, f, f, f], ["f_2", "f", "f_3", "f_4"]),
+    ):
+        assert list(letters_task(reward=rewards).scores([0], responses([A])).named[0]) == names
+
+
 def wants_zebra(prompts, completions, references, zebra):
     return [0.0]
 

@@ -129,6 +129,12 @@ def test_half_precision_with_an_adapter(tmp_path):
     assert len(model.policy.generate(["a", "b"], num_beams=2, num_return_sequences=2)) == 4
 
 
+@pytest.mark.parametrize("end", [4.7, True, None, 11, -1, "z", [4]])
+def test_end_tokens_are_tokens(end):
+    refused(r"`end_tokens` has .*, which is not a token of the tokenizer", letters_task, end_tokens=[end])
+    assert letters_task(end_tokens=[np.int64(4), "c"]).ends.tokens == (1, 4, 5)
+
+
 @pytest.mark.parametrize("ends", [None, 5, {"<end>"}])
 def test_end_tokens_are_a_list(ends):
     refused("`end_tokens` must be a list of tokens, not ", letters_task, end_tokens=ends)

@@ -99,6 +99,11 @@ def test_metrics_refuse_references_that_do_not_fit(metric):
     refused("`references` must be a list, not None", metric, ["a"], None)
 
 
+@pytest.mark.parametrize("labels", ["good", [], 3, [1, 2]])
+def test_labels(labels):
+    refused("`labels` must be a list of texts, at least one, not", metrics.classification, ["a"], ["b"], labels)
+
+
 def test_kinds_of_rouge():
     refused("`kind` must be one of 'rouge1'", metrics.rouge, "rouge")
 
