@@ -283,6 +283,10 @@ def _check_observations(kind: type, space: spaces.Space[Any], kwargs: dict[str, 
     if is_dict != (reader == "MultiInput"):
         other = "MultiInput" if is_dict else "Cnn" if is_image else "Mlp"
         raise ArgumentError(f"`policy` {name} does not read observations of {space}. Use '{other}{rest}'.")
+    if reader == "MultiInput":
+        for key, part in space.spaces.items():  # type: ignore[attr-defined]  # which is a Dict
+            if is_image_space(part, normalized_image=normalized):
+                _check_size(name, f"{key!r}: {part}", part)
     if reader != "Cnn":
         return
     if not is_image:
@@ -293,10 +297,19 @@ def _check_observations(kind: type, space: spaces.Space[Any], kwargs: dict[str, 
             f"`policy` {name} reads images (Box of 3 dimensions, 0 to 255, uint8), not observations of {space}. "
             + advice
         )
+    _check_size(name, str(space), space)
+
+
+def _check_size(name: str, what: str, space: spaces.Space[Any]) -> None:
+    """Refuse images that are too small for the convolutions of SB3's network.
+
+    :param name: of the policy
+    :param what: the space is, for the message
+    """
     height, width = sorted(space.shape)[1:]  # type: ignore[arg-type]  # the smallest is the channels
     if min(height, width) < 36:
         raise ArgumentError(
-            f"`policy` {name} needs images of at least 36 x 36 pixels, not observations of {space}. Enlarge them, or "
+            f"`policy` {name} needs images of at least 36 x 36 pixels, not observations of {what}. Enlarge them, or "
             "pass a `features_extractor_class`."
         )
 

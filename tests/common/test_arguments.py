@@ -685,3 +685,17 @@ def test_arguments_that_a_subclass_passes_on(tmp_path):
         ArgumentError, match=r"`learning_rat` is not an argument of Louder. Did you mean 'learning_rate'"
     ):
         Louder.load(tmp_path / "model", learning_rat=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["MultiInputPolicy", "MultiInputLstmPolicy", "MultiInputGruPolicy"])
+def test_images_in_dictionaries_that_are_too_small(policy):
+    for size, is_enough in ((35, False), (36, True)):
+        image = spaces.Box(0, 255, (size, 40, 3), np.uint8)
+        env = FakeEnv(spaces.Dict({"view": image, "speed": spaces.Box(-1, 1, (2,))}))
+        if is_enough:
+            PPO(policy, env, n_steps=8, batch_size=8)
+            continue
+        with pytest.raises(
+            ArgumentError, match=r"36 x 36 pixels, not observations of 'view': Box\(0, 255, \(35, 40, 3\)"
+        ):
+            PPO(policy, env, n_steps=8, batch_size=8)
