@@ -11,9 +11,9 @@ import stable_baselines3
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer as PeerBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv
+from tiny_models import AtRolloutEnd
 
 from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.common.buffers import RolloutBuffer
@@ -49,20 +49,6 @@ class Target(gym.Env):
         self.steps += 1
         reward = -float(np.abs(np.asarray(action, dtype=float) - self.observation[0]).mean())
         return self._observe(), reward, self.steps >= self.length, False, {}
-
-
-class AtRolloutEnd(BaseCallback):
-    """Calls a function with the model whenever a rollout is complete, before the update."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def _on_step(self):
-        return True
-
-    def _on_rollout_end(self):
-        self.function(self.model)
 
 
 @ours_and_peer(TRPO, sb3_contrib.TRPO)

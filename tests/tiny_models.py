@@ -1,9 +1,11 @@
 """Small models of the three algorithms for tests that ask the same of all of them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from stable_baselines3.common.callbacks import BaseCallback
 from torch.nn.utils import parameters_to_vector
 
 from sb3_pg import PPO, REINFORCE, TRPO
@@ -38,6 +40,20 @@ def tiny(algorithm: Any, env: Any, policy: Any = "MlpPolicy", **options: Any) ->
     policy_kwargs = {"net_arch": [8], **options.pop("policy_kwargs", {})}
     options = {**OPTIONS[algorithm], "seed": 0, "device": "cpu", **options}
     return algorithm(policy, env, policy_kwargs=policy_kwargs, **options)
+
+
+class AtRolloutEnd(BaseCallback):
+    """Calls a function with the model whenever a rollout is complete and judged, before the update."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self.function(self.model)
 
 
 def weights(model: Any) -> np.ndarray:

@@ -11,6 +11,7 @@ from gymnasium import spaces
 from slow import slow_advantages, slow_leave_one_out, slow_leave_one_out_within, slow_within_group
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
+from tiny_models import AtRolloutEnd
 
 from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.common.advantages import Samples, compared
@@ -385,19 +386,6 @@ def test_an_unfinished_rollout_is_not_taken_for_whole_episodes(algorithm):
     model.baseline = "leave_one_out"
     model.n_steps, model.gae_lambda = (None, 1.0) if algorithm is REINFORCE else (16, model.gae_lambda)
     starts = []
-    model.learn(1, callback=Noting(starts), reset_num_timesteps=False)
+    note = AtRolloutEnd(lambda m: starts.append(m.rollout_buffer.episode_starts[0].astype(bool)))
+    model.learn(1, callback=note, reset_num_timesteps=False)
     assert starts and all(its.all() for its in starts)
-
-
-class Noting(BaseCallback):
-    """Notes which environments were at the start of an episode at the first step of each rollout."""
-
-    def __init__(self, starts):
-        super().__init__()
-        self.starts = starts
-
-    def _on_step(self):
-        return True
-
-    def _on_rollout_end(self):
-        self.starts.append(self.model.rollout_buffer.episode_starts[0].astype(bool))

@@ -9,6 +9,7 @@ import torch as th
 from conftest import silent
 from stable_baselines3.common.callbacks import BaseCallback
 from text_models import make
+from tiny_models import AtRolloutEnd
 
 from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.common.objectives import KL_ESTIMATORS, kl_estimate
@@ -73,21 +74,6 @@ def test_a_whole_step_copies_the_policy_in_half_precision_too():
         assert all(th.equal(p, q) for p, q in zip(b.parameters(), expected, strict=True))
 
 
-class Saving(BaseCallback):
-    """Saves when the rollout has been judged, before the update."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.path = path
-
-    def _on_step(self):
-        return True
-
-    def _on_rollout_end(self):
-        if self.num_timesteps > 2 * 13 * 4 and not self.path.exists():
-            self.model.save(self.path)
-
-
 @pytest.mark.parametrize("where", ["reward", "loss"])
 @pytest.mark.parametrize(("kind", "options"), [(PPO, {}), (PPO, {"n_epochs": 1, "batch_size": 1000}), (TRPO, {})])
 def test_learning_goes_on_exactly(kind, options, where, tmp_path):
@@ -95,7 +81,12 @@ def test_learning_goes_on_exactly(kind, options, where, tmp_path):
     kwargs = {**SYNC, "reference_kl_in": where, "mask_truncated_completions": True, "top_p": 0.9}
     model = make("gpt2", kind, policy_kwargs=kwargs, **options)
     path = tmp_path / "model.zip"
-    model.learn(5 * 13 * 4, callback=Saving(path))
+
+    def save(now):
+        if now.num_timesteps > 2 * 13 * 4 and not path.exists():
+            now.save(path)
+
+    model.learn(5 * 13 * 4, callback=AtRolloutEnd(save))
     assert path.exists()
     loaded = silent(kind.load(path, env=copy.deepcopy(model.env)))
     assert int(loaded.policy.reference_age) == 0

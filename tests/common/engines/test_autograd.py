@@ -6,10 +6,10 @@ import pytest
 import torch as th
 from conftest import ACTION_SPACES
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from tiny_models import AtRolloutEnd
 from torch import distributions as td
 from torch import nn
 from torch_reference import actor_parameters, dense_fisher, detached, flat, joint_kl, order_of, reference
@@ -139,26 +139,16 @@ class Routed(BaseFeaturesExtractor):
         return th.tanh(out)
 
 
-class Before(BaseCallback):
-    """Keeps the policy before an update, and what it has seen."""
-
-    def _on_step(self):
-        return True
-
-    def _on_rollout_end(self):
-        self.policy = copy.deepcopy(self.model.policy)
-        self.observations = th.as_tensor(self.model.rollout_buffer.observations.reshape(-1, 3)).clone()
-
-
 def test_all_that_acts_on_any_observation_is_left_alone_by_the_critic():
     """The first sample of a rollout has gone through one of two layers only."""
     kwargs = {"features_extractor_class": Routed}
     model = TRPO("MlpPolicy", "Pendulum-v1", n_steps=256, seed=1, learning_rate=1e-2, policy_kwargs=kwargs)
     model.learn(256)
-    before = Before()
-    model.learn(256, callback=before)
+    before = []
+    model.learn(256, callback=AtRolloutEnd(lambda m: before.append(copy.deepcopy(m.policy))))
+    observations = th.as_tensor(model.rollout_buffer.observations.reshape(-1, 3))
     with th.no_grad():
-        p, q = (x.get_distribution(before.observations).distribution for x in (before.policy, model.policy))
+        p, q = (x.get_distribution(observations).distribution for x in (*before, model.policy))
         kl = th.distributions.kl_divergence(p, q).sum(-1).mean().item()
     assert kl == pytest.approx(model.logger.name_to_value["train/kl_divergence_loss"], rel=1e-3)
     assert 0 < kl <= model.target_kl
