@@ -92,7 +92,9 @@ def resuming(model: "Archived", reset_num_timesteps: bool) -> Iterator[None]:
     if "generators" in state:
         _set_global_generators(value(state["generators"]))
     if is_reset:
-        (prepare_reset if state["n_envs"] == env.num_envs else take_statistics)(env, environments)
+        take_statistics(env, environments)
+        if state["n_envs"] == env.num_envs:
+            prepare_reset(env, environments)
     yield
     model._resume = None
     reason: str | None = f"there are {env.num_envs} environments, but there were {state['n_envs']}"

@@ -58,15 +58,16 @@ def prepare_reset(env: VecEnv, state: dict[str, Plain]) -> None:
             reader = Reader()
             try:
                 read(reader, state[name], env)
-            except UnstorableError:  # not the environments that they were
-                take_statistics(env, state)
-                continue
+            except UnstorableError:
+                continue  # not the environments that they were
             reader.apply()
 
 
 def take_statistics(env: VecEnv, state: dict[str, Plain]) -> None:
     """Give the VecNormalize of an environment what that of the state has seen, whatever else is different."""
-    own, its = _running_statistics(env), state.get("statistics", [])
+    if "statistics" not in state:
+        return
+    own, its = _running_statistics(env), state["statistics"]
     try:
         if len(own) != len(its):
             raise UnstorableError(

@@ -885,6 +885,32 @@ def test_statistics_go_on_whatever_else_is_different(wrapped, seed, tmp_path):
     np.testing.assert_array_equal(start.returns, returns)
 
 
+class LockedOutside(sb3.VecEnvWrapper):
+    """Has what cannot be stored, so that nothing is known of where the wrappers are."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.lock = threading.Lock()
+
+    def reset(self):
+        return self.venv.reset()
+
+    def step_wait(self):
+        return self.venv.step_wait()
+
+
+def test_statistics_go_on_beside_a_wrapper_that_cannot_be_stored(tmp_path):
+    def make():
+        return VecNormalize(LockedOutside(DummyVecEnv([lambda: gym.make("Pendulum-v1")] * 2)))
+
+    env, start = make(), Start()
+    PPO("MlpPolicy", env, n_steps=64, batch_size=32, seed=1).learn(512).save(tmp_path / "model")
+    count, returns = env.obs_rms.count, env.ret_rms.var
+    PPO.load(tmp_path / "model", env=make()).learn(64, callback=start, reset_num_timesteps=False)
+    assert start.count == pytest.approx(count + 2)
+    np.testing.assert_array_equal(start.returns, returns)
+
+
 def test_statistics_that_cannot_be_taken_are_named(tmp_path):
     env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
     PPO("MlpPolicy", env, n_steps=64, batch_size=32, seed=1).learn(64).save(tmp_path / "model")
