@@ -105,27 +105,36 @@ class Column:
 
     def __init__(self, like: Array) -> None:
         self._numbers = namespace(like).empty_like(like)
-        self._n = 0
+        self._n, self._share = 0, 0.0
 
     def __len__(self) -> int:
         return self._n
 
-    def add(self, x: Array) -> None:
-        """Append the numbers of a minibatch."""
+    def add(self, x: Array, weight: Array | None = None, share: float | None = None) -> None:
+        """Append the numbers of a minibatch.
+
+        :param weight: what each of them counts for in the sum, (n,); None is 1
+        :param share: what they add to the number that the sum is divided by for a mean; None is how many they are
+        """
         end = self._n + len(x)
         if end > len(self._numbers):
             xp = namespace(x)
             self._numbers = xp.concat([self._numbers, xp.empty_like(self._numbers), xp.empty_like(x)])
         numbers: Any = self._numbers
-        numbers[self._n : end] = x
-        self._n = end
+        numbers[self._n : end] = x if weight is None else x * weight
+        self._n, self._share = end, self._share + (len(x) if share is None else share)
 
     def take(self) -> Array:
         """Return what has been collected, (n,), until the next ``add``; the column begins anew."""
-        taken, self._n = self._numbers[: self._n], 0
+        taken, self._n, self._share = self._numbers[: self._n], 0, 0.0
         return taken
 
+    def sums(self) -> tuple[float, float]:
+        """Return the sum of what has been collected, and what it is divided by for a mean; the column begins anew."""
+        share = self._share
+        return float(self.take().sum()), share
+
     def mean(self) -> float:
-        """Return the mean of what has been collected, by all workers; NaN if nothing was."""
-        own = float(self._numbers[: self._n].mean()) if self._n else float("nan")
-        return float(workers.mean(own, self._n))
+        """Return the mean of what has been collected, by all workers; NaN if nothing was. The column begins anew."""
+        total, share = self.sums()
+        return float(workers.mean(total / share if share else float("nan"), share))

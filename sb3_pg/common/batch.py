@@ -93,6 +93,11 @@ class Batch:
         """Return the mean of one number per sample, (n,), by the samples' weights, over all workers."""
         return float(workers.mean(float((x * self.scale).sum()) if self._is_weighted else float(x.mean()), self.share))
 
+    def mean_of_samples(self, x: Array) -> float:
+        """Return the mean of one number per sample, (n,), over those that count, all alike, over all workers."""
+        x = x if self.counts is None else x[self.counts]
+        return float(workers.mean(float(x.mean()) if len(x) else 0.0, len(x) or _NOTHING))
+
     @property
     def _is_weighted(self) -> bool:
         return self.weight is not None or self.divisor is not None

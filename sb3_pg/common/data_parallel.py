@@ -102,14 +102,13 @@ class DataParallel(OnPolicyAlgorithm):
 
 def _of_all(callback: MaybeCallback) -> MaybeCallback:
     """Return the callbacks that are not for the first worker alone."""
-    if isinstance(callback, CallbackList):
-        callback = callback.callbacks
-    if isinstance(callback, list):
-        its: list[Any] = [_of_all(x) for x in callback if not isinstance(x, _OF_THE_FIRST)]
-        return its
+    if isinstance(callback, list | CallbackList):
+        several = callback if isinstance(callback, list) else callback.callbacks
+        its: list[Any] = [_of_all(x) for x in several if not isinstance(x, _OF_THE_FIRST)]
+        return CallbackList(its)
     if isinstance(callback, EventCallback):
         its_own: Any = _of_all(callback.callback)
-        callback.callback = CallbackList(its_own) if isinstance(its_own, list) else its_own
+        callback.callback = its_own
     return None if isinstance(callback, _OF_THE_FIRST) else callback
 
 

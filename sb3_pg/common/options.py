@@ -87,12 +87,11 @@ def check_callback(callback: Any) -> None:
     """
     if isinstance(callback, list):
         for its in callback:
-            if not isinstance(its, list | BaseCallback):
+            if not isinstance(its, BaseCallback):
                 raise ArgumentError(
                     f"`callback` has {its!r} in its list, which must be callbacks of SB3. A function goes into "
-                    "ConvertCallback(function)."
+                    "ConvertCallback(function), a list into CallbackList(list)."
                 )
-            check_callback(its)
     elif callback is not None and not isinstance(callback, BaseCallback) and not callable(callback):
         raise ArgumentError(
             f"`callback` must be a callback of SB3, a list of them, a function or None, not {callback!r}."

@@ -52,7 +52,6 @@ from sb3_pg.common.errors import (
     NonFiniteError,
     PolicyError,
     arguments_of,
-    as_number,
     evaluate_schedule,
     is_finite,
     require_finite,
@@ -689,7 +688,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
                 loss, d_value = squared_error(evaluation.value, minibatch.returns)
                 evaluation.backward(d_value=d_value)
                 self._take_step(minibatch, max_grad_norm)
-                losses.add(loss)
+                losses.add(loss, minibatch.weight, minibatch.share)
 
     def _take_step(self, batch: Batch, max_grad_norm: MaxGradNorm) -> None:
         """Let the optimizer move the parameters by the gradients just made.
@@ -748,7 +747,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         """
         check_learning(total_timesteps, log_interval)
         check_callback(callback)
-        total_timesteps = as_number(total_timesteps)  # type: ignore[assignment]
+        total_timesteps = total_timesteps if total_timesteps == math.inf else math.ceil(float(total_timesteps))
         if self.env is None:
             raise ArgumentError("The model has no environment to learn from: call set_env(env) or load(path, env=env).")
         with learning_alone(self):

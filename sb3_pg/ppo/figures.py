@@ -7,6 +7,7 @@ import numpy as np
 
 from sb3_pg.common import workers
 from sb3_pg.common.arrays import Array, Column, namespace
+from sb3_pg.common.batch import Batch
 from sb3_pg.common.figures import Figures, logged
 from sb3_pg.common.objectives import kl_penalty, sequence_means
 
@@ -16,7 +17,7 @@ _KEPT_SAMPLES = 1 << 14
 
 @dataclass
 class PPOFigures(Figures):
-    """Means are over all minibatches of the update on which the policy took a step."""
+    """Means are over all minibatches of the update on which the policy took a step; losses by `loss_average`."""
 
     entropy_loss: float | None = logged("minus the policy's entropy in nats; rises to 0 as it becomes certain")
     policy_gradient_loss: float | None = logged("the objective's loss; near 0, below it where the policy improves")
@@ -46,18 +47,15 @@ class Means:
         self._of_sequences = Column(like[:_KEPT_SAMPLES]) if by_sequence else None
         self._low, self._high = low, high
         self._sums = dict.fromkeys(("value_loss", "policy_gradient_loss", "entropy", "approx_kl", "clip_fraction"), 0.0)
-        self._counts = dict.fromkeys(self._sums, 0)
+        self._shares = dict.fromkeys(self._sums, 0.0)
         self._at_last_end = (0.0, 0.0)
 
-    def add(self, log_ratio: Array, loss: Array, entropy: Array, sequences: np.ndarray | None = None) -> None:
-        """Add a minibatch on which the policy takes a step.
-
-        :param sequences: numbers of those that the samples are in
-        """
+    def add(self, minibatch: Batch, log_ratio: Array, loss: Array, entropy: Array) -> None:
+        """Add a minibatch on which the policy takes a step."""
         self._log_ratio.add(log_ratio)
-        if self._of_sequences is not None and sequences is not None:
-            self._of_sequences.add(sequence_means(log_ratio, sequences))
-        self._loss.add(loss)
+        if self._of_sequences is not None and minibatch.sequences is not None:
+            self._of_sequences.add(sequence_means(log_ratio, minibatch.sequences))
+        self._loss.add(loss, minibatch.weight, minibatch.share)
         self._entropy.add(entropy)
         if len(self._loss) >= _KEPT_SAMPLES:
             self._sum_up()
@@ -65,7 +63,7 @@ class Means:
     def end_epoch(self) -> float:
         """Return the KL of the steps since the last epoch's end, NaN if the policy took none."""
         self._sum_up()
-        kl, n = workers.total([self._sums["approx_kl"], self._counts["approx_kl"]])
+        kl, n = workers.total([self._sums["approx_kl"], self._shares["approx_kl"]])
         (kl_before, n_before), self._at_last_end = self._at_last_end, (kl, n)
         return (kl - kl_before) / (n - n_before) if n > n_before else math.nan
 
@@ -73,18 +71,19 @@ class Means:
         log_ratio = self._log_ratio.take()
         kl, _ = kl_penalty(log_ratio)
         clipped = log_ratio if self._of_sequences is None else self._of_sequences.take()
-        columns = (self.value_loss.take(), self._loss.take(), self._entropy.take(), kl, self._outside(clipped))
-        for name, x in zip(self._sums, columns, strict=True):
-            self._sums[name] += float(x.sum())
-            self._counts[name] += len(x)
+        sums = [column.sums() for column in (self.value_loss, self._loss, self._entropy)]
+        sums += [(float(x.sum()), len(x)) for x in (kl, self._outside(clipped))]
+        for name, (total, share) in zip(self._sums, sums, strict=True):
+            self._sums[name] += total
+            self._shares[name] += share
 
     def figures(self) -> PPOFigures:
         """Return the means over all epochs; NaN where no minibatch contributed."""
         self._sum_up()
-        sums, counts = np.split(np.array(workers.total([*self._sums.values(), *self._counts.values()])), 2)
+        sums, shares = np.split(np.array(workers.total([*self._sums.values(), *self._shares.values()])), 2)
         means = {
             name: x / n if n else math.nan
-            for name, x, n in zip(self._sums, sums.tolist(), counts.tolist(), strict=True)
+            for name, x, n in zip(self._sums, sums.tolist(), shares.tolist(), strict=True)
         }
         entropy = means.pop("entropy")
         return PPOFigures(entropy_loss=-entropy, **means)  # type: ignore[arg-type]

@@ -228,9 +228,9 @@ class PPO(PolicyGradientAlgorithm):
                 loss, d_log_prob = objective(log_ratio, minibatch)
                 v_loss, d_v_loss = value_loss(evaluation.value, minibatch)
                 d_value = vf_coef * d_v_loss if has_critic else None
-                means.value_loss.add(v_loss)
+                means.value_loss.add(v_loss, minibatch.weight, minibatch.share)
                 if stopping.allows(log_ratio):
-                    means.add(log_ratio, loss, evaluation.entropy, minibatch.sequences)
+                    means.add(minibatch, log_ratio, loss, evaluation.entropy)
                     evaluation.backward(d_log_prob, -ent_coef, d_value)
                 else:
                     evaluation.backward(d_value=d_value)
@@ -241,6 +241,8 @@ class PPO(PolicyGradientAlgorithm):
         stopping.end(minibatch)
 
         figures = means.figures()
+        if not has_critic:
+            figures.value_loss = None
         figures.loss = minibatch.mean(loss - ent_coef * evaluation.entropy + vf_coef * v_loss)
         figures.clip_range = self._coefficient("clip_range")
         figures.clip_range_vf = None if self.clip_range_vf is None else self._coefficient("clip_range_vf")

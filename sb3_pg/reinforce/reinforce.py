@@ -198,8 +198,8 @@ class REINFORCE(PolicyGradientAlgorithm):
             value_loss, d_value = squared_error(evaluation.value, minibatch.returns)
             evaluation.backward(d_log_prob, -ent_coef, vf_coef * d_value if vf_coef else None)
             self._take_step(minibatch, self.max_grad_norm)
-            policy_losses.add(loss)
-            value_losses.add(value_loss)
+            policy_losses.add(loss, minibatch.weight, minibatch.share)
+            value_losses.add(value_loss, minibatch.weight, minibatch.share)
             entropies.add(evaluation.entropy)
         kl, step_share = limit.keep() or (None, None)
         if self.baseline == "value":
@@ -214,7 +214,7 @@ class REINFORCE(PolicyGradientAlgorithm):
             REINFORCEFigures(
                 entropy_loss=-entropies.mean(),
                 policy_loss=policy_losses.mean(),
-                value_loss=value_losses.mean(),
+                value_loss=value_losses.mean() if self.baseline == "value" else None,
                 samples_used=workers.mean(len(batch) / (rollout.n_steps * rollout.n_envs), rollout.n_steps),
                 kl_divergence_loss=kl,
                 step_share=step_share,

@@ -219,7 +219,7 @@ class TRPO(PolicyGradientAlgorithm):
             backtracks=taken.backtracks,
             cg_iterations=iterations,
             cg_residual=residual,
-            entropy_loss=-batch.mean(old.entropy),
+            entropy_loss=-batch.mean_of_samples(old.entropy),
         )
 
     def _search(

@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 from sb3_pg.common.archive.archived import Archived
+from sb3_pg.common.archive.pickles import Name
+from sb3_pg.common.archive.unpickling import ForeignError, known_class
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.vec_env import VecNormalize
 
@@ -48,7 +50,7 @@ def running_no_settings() -> Iterator[None]:
 
 
 class SettingsLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    """Reads what rl_zoo3 writes: plain values, ordered dictionaries and tuples."""
+    """Reads what rl_zoo3 writes: plain values, ordered dictionaries, tuples and the classes that archives may name."""
 
     def get_single_data(self) -> Any:
         """Return the settings.
@@ -90,6 +92,15 @@ def _tuple(loader: SettingsLoader, node: yaml.Node) -> tuple[Any, ...]:
     return tuple(loader.construct_sequence(node, deep=True))
 
 
+def _class(loader: SettingsLoader, name: str, node: yaml.Node) -> Any:
+    module, _, its_name = name.rpartition(".")
+    try:
+        return known_class(Name(module, its_name))
+    except ForeignError as error:
+        raise yaml.constructor.ConstructorError(None, None, str(error)) from None
+
+
 _PYTHON = "tag:yaml.org,2002:python/"
 SettingsLoader.add_constructor(f"{_PYTHON}object/apply:collections.OrderedDict", _ordered)
 SettingsLoader.add_constructor(f"{_PYTHON}tuple", _tuple)
+SettingsLoader.add_multi_constructor(f"{_PYTHON}name:", _class)

@@ -651,7 +651,7 @@ def test_what_sb3_takes_is_taken(algorithm, tmp_path):
             tiny(PPO, FakeEnv(), **{name: "yes"})
 
 
-@pytest.mark.parametrize("callback", [5, "stop", [print], [[None]]], ids=str)
+@pytest.mark.parametrize("callback", [5, "stop", [print], [[None]], [[]]], ids=str)
 @ALL
 def test_what_is_no_callback(algorithm, callback):
     with pytest.raises(ArgumentError, match=r"`callback` (must be|has) "):

@@ -412,6 +412,21 @@ def test_the_locals_have_sb3s_names(algorithm):
     assert not missing
 
 
+@pytest.mark.parametrize("given", [64, 64.0, np.float32(64), 63.5])
+def test_callbacks_find_a_whole_number_of_steps(given):
+    class Looking(BaseCallback):
+        def _on_training_start(self):
+            self.found = self.locals["total_timesteps"]
+
+        def _on_step(self):
+            return True
+
+    callback = Looking()
+    model = tiny(PPO, monitored()).learn(given, callback)
+    assert callback.found == model._total_timesteps == 64
+    assert type(callback.found) is int
+
+
 @pytest.mark.parametrize("action", ["box", "discrete"])
 def test_the_locals_have_sb3s_values(action):
     theirs, ours = seen_by_both(Locals, lambda: monitored(action))

@@ -198,6 +198,61 @@ def test_the_value_loss_has_the_same_weights(average, kind):
             np.testing.assert_allclose((before[name] - p).detach() / 0.01, expected, atol=2e-4, err_msg=name)
 
 
+# --------------------------------------------------------------------- figures
+
+#: The whole rollout in one minibatch, by which the parameters are moved once, with nothing to clip or to normalise.
+ONCE = {
+    PPO: {"batch_size": 99, "n_epochs": 1},
+    REINFORCE: {"critic_batch_size": 99, "n_critic_updates": 1},
+    TRPO: {"batch_size": 99, "n_critic_updates": 1},
+}
+POLICY_LOSS = {PPO: "policy_gradient_loss", REINFORCE: "policy_loss"}
+
+
+@ENGINES
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("baseline", ["value", "leave_one_out"])
+@pytest.mark.parametrize("kind", [PPO, REINFORCE, TRPO])
+def test_losses_are_logged_by_the_average_and_entropies_by_the_step(kind, baseline, average, engine):
+    model = acted(kind, loss_average=average, baseline=baseline, engine=engine, **ONCE[kind])
+    batch, policy = model._batch(model.rollout), copy.deepcopy(model.policy)
+    with th.no_grad():
+        values, log_prob, entropy = policy.evaluate_actions(
+            th.as_tensor(batch.observations), th.as_tensor(model.rollout.column("actions")[batch.rows]).flatten()
+        )
+    advantages, returns = th.as_tensor(batch.advantages), th.as_tensor(batch.returns)
+    number = model.rollout.stretches.numbers.ravel()[batch.rows]
+
+    def mean(losses):
+        return float(averaged([losses[number == n] for n in np.unique(number)], average))
+
+    model.train()
+    figures = {name.removeprefix("train/"): x for name, x in model.logger.name_to_value.items()}
+    assert figures["entropy_loss"] == pytest.approx(-float(entropy.mean()), rel=1e-4)
+    if baseline == "value":
+        assert figures["value_loss"] == pytest.approx(mean((values.flatten() - returns) ** 2), rel=1e-4)
+    else:
+        assert "value_loss" not in figures
+    if kind in POLICY_LOSS:
+        expected = mean(-advantages * (log_prob if kind is REINFORCE else 1.0))
+        assert figures[POLICY_LOSS[kind]] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    if kind is PPO:
+        value_loss = 0.5 * figures.get("value_loss", 0.0)
+        assert figures["loss"] == pytest.approx(figures["policy_gradient_loss"] + value_loss, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("kind", [PPO, REINFORCE])
+def test_samples_that_are_left_out_count_in_the_logged_loss(kind, average, monkeypatch):
+    found = []
+    for leave_out in (True, False):
+        monkeypatch.setattr(kind, "_may_leave_out", lambda self, batch, leave_out=leave_out: leave_out)
+        model = acted(kind, half_equal, baseline="group", loss_average=average, **ONCE[kind])
+        model.train()
+        found.append(model.logger.name_to_value[f"train/{POLICY_LOSS[kind]}"])
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
 # ------------------------------------------------------------- nothing to learn
 
 

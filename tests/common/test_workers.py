@@ -19,6 +19,7 @@ from stable_baselines3.common.callbacks import (
 )
 from torch.distributed import TCPStore
 
+from sb3_pg import PPO
 from sb3_pg.common.data_parallel import _of_all
 
 FOLDER = Path(__file__).parent
@@ -144,7 +145,16 @@ def test_callbacks_of_the_first_worker_alone_are_found_in_others():
     assert found is every
     inner, last = found.callback.callbacks
     assert isinstance(inner, EveryNTimesteps) and inner.callback is None and last is others
-    assert _of_all([saving, every]) == [every]
+    assert _of_all([saving, every]).callbacks == [every]
+
+
+@pytest.mark.parametrize("several", [list, CallbackList])
+def test_lists_within_lists_of_callbacks_are_callbacks_in_others(several):
+    saving, others = CheckpointCallback(1, "x"), StopTrainingOnMaxEpisodes(1)
+    found = _of_all(several([CallbackList([saving, CallbackList([others])])]))
+    model = PPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8)
+    found.init_callback(model)
+    assert others.model is model
 
 
 SCRIPT = """

@@ -7,6 +7,7 @@ import torch as th
 from conftest import make_envs, silent
 
 from sb3_pg import PPO
+from sb3_pg.common.batch import Batch
 from sb3_pg.ppo.figures import Means
 from sb3_pg.ppo.stopping import EarlyStopping, adapted_kl_coef, adapted_learning_rate
 
@@ -49,7 +50,7 @@ def test_the_clip_fraction_counts_what_the_objective_clips(array, low, high, sha
     """Below one and above it by the range of that side."""
     log_ratio = array(np.log([0.7, 0.9, 1.1, 1.4]))
     means = Means(log_ratio, low, high)
-    means.add(log_ratio, log_ratio, log_ratio)
+    means.add(Batch(log_ratio), log_ratio, log_ratio, log_ratio)
     assert means.figures().clip_fraction == share
 
 

@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+import yaml
 from stable_baselines3.common import vec_env as sb3
 from stable_baselines3.common.policies import ActorCriticCnnPolicy
 from tiny_models import weights
@@ -19,8 +20,9 @@ from zoo_tools import ALGORITHMS, ROOT, constructor, python
 
 from sb3_pg import PPO, REINFORCE
 from sb3_pg.common import vec_env as ours
-from sb3_pg.common.errors import NonFiniteError
+from sb3_pg.common.errors import ArgumentError, NonFiniteError
 from sb3_pg.zoo.__main__ import main, our_command
+from sb3_pg.zoo.files import SettingsLoader
 
 SMALL = """
 Pendulum-v1: &small
@@ -190,6 +192,14 @@ class Harm:
 def add_line(file, harm):
     with file.open("a") as settings:
         settings.write(harm)
+
+
+def test_settings_may_name_the_classes_that_archives_may_name():
+    kind = "!!python/name:torch.nn.modules.activation.ReLU ''"
+    assert yaml.load(kind, SettingsLoader) is th.nn.ReLU
+    for name in ("builtins.print", "os.system", "print", "torch.nn.modules.activation.None"):
+        with pytest.raises(ArgumentError, match=f"more than plain settings .*{name}"):
+            yaml.load(f"!!python/name:{name} ''", SettingsLoader)
 
 
 @pytest.mark.parametrize("what", ["model", "statistics", "args.yml", "config.yml"])
@@ -400,7 +410,7 @@ def test_plots(logs, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
-def test_optimize_and_train_with_a_trial(algo, construct, tmp_path, capsys):
+def test_optimize_and_train_with_a_trial(algo, construct, tmp_path, capsys, monkeypatch):
     import optuna
 
     log = str(tmp_path / "study.log")
@@ -421,7 +431,11 @@ def test_optimize_and_train_with_a_trial(algo, construct, tmp_path, capsys):
         for name in ("batch_size", "n_steps"):
             if f"{name}_pow" in trial.params:
                 assert getattr(model, name) == 2 ** trial.params[f"{name}_pow"]
-    options = ["--algo", algo, "--env", "Pendulum-v1", "-f", str(tmp_path), *study, "--trial-id", "7"]
+    monkeypatch.undo()
+    options = ["--algo", algo, "--env", "Pendulum-v1", "-f", str(tmp_path)]
+    assert main(["train", *options, "-n", "64", *study, "--trial-id", "0", "--eval-freq", "-1"]) == 0
+    assert main(["enjoy", *options, "--no-render", "-n", "10"]) == 0  # its settings have a class, activation_fn
+    options += [*study, "--trial-id", "7"]
     assert main(["train", *options]) == 2
     assert "no trial 7" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -163,24 +164,7 @@ def _set_global_generators(state: dict[str, Any]) -> None:
 # --------------------------------------------------------------------- rollout
 
 #: What a rollout has besides the buffer's columns.
-_FIELDS = {
-    "last_observations",
-    "last_dones",
-    "masks",
-    "may_be_masked",
-    "sequence_length",
-    "memory",
-    "replaced",
-    "starting_memory",
-    "reference_log_probs",
-    "n_known",
-    "n_judged",
-    "needs_log_probs",
-    "is_paused",
-    "figures",
-    "n_finished",
-    "last_end",
-}
+_FIELDS = {its.name for its in fields(Rollout)} - {"buffer", "cuts", "told", "unrecorded", "needs_values"}
 
 
 def _columns(buffer: Any) -> dict[str, Any]:

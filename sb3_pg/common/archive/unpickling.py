@@ -124,7 +124,7 @@ class Builder:
         if self.left < 0:
             raise UnreadableError("the pickle repeats itself too often")
         if isinstance(tree, Name):
-            return _looked_up(tree)
+            return known_class(tree)
         if isinstance(tree, Call):
             if id(tree) not in self.made:
                 self.made[id(tree)] = self._make(tree)
@@ -145,7 +145,7 @@ class Builder:
             return _schedule_of_closure(call)
         if function == Name("builtins", "getattr"):
             owner, attribute = call.arguments  # so that protocol 2 can name what is in a class
-            return _looked_up(Name(owner.module, f"{owner.name}.{attribute}"))
+            return known_class(Name(owner.module, f"{owner.name}.{attribute}"))
         make = self.makers.get(function) if isinstance(function, Name) else None
         if make is None and isinstance(function, Name) and _place(function) in MAKER_PLACES:
             make = _registered(MAKER_PLACES[_place(function)])
@@ -167,7 +167,11 @@ def _place(name: Name) -> str:
     return f"{name.module}:{name.name}"
 
 
-def _looked_up(name: Name) -> Any:
+def known_class(name: Name) -> Any:
+    """Return the class or function of a name that archives may hold.
+
+    :raises ForeignError: it is none of those that are known to do no harm, or is not installed
+    """
     if name == _DUMMY_SCHEDULE:
         return BasePolicy._dummy_schedule
     if name not in CLASSES and _place(name) not in POLICY_PLACES.values():
