@@ -75,7 +75,9 @@ def _check_options(optimizer: th.optim.Optimizer, options: dict[str, Any]) -> No
                 f"`critic_optimizer_kwargs` has {name!r}, which {kind.__name__} does not take here.{advice}"
             )
     if options:
-        known = inspect.signature(kind).parameters.keys() - {"params", "lr"}
+        parameters = inspect.signature(kind).parameters
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        known = (parameters.keys() | (optimizer.defaults.keys() if takes_any else ())) - {"params", "lr"}
         inherited = {name: its for name, its in group.items() if name in known}
         check_optimizer("critic_optimizer_kwargs", kind, options, group["params"][0].device, inherited)
 
@@ -122,6 +124,19 @@ def has_critic_group(optimizer: th.optim.Optimizer) -> bool:
     """Return whether the critic's parameters are the optimizer's second group by ``group_critic``."""
     groups = optimizer.param_groups
     return len(groups) == 2 and _OWN in groups[1]
+
+
+def critics_differences(optimizer: th.optim.Optimizer) -> dict[str, Any]:
+    """Return the options of the critic's group that follow neither from arguments nor from the actor's group."""
+    actor, critic = optimizer.param_groups
+    expected = {**actor, **critic[_OWN]}
+    return {
+        name: value
+        for name, value in critic.items()
+        if name not in ("params", "lr", _OWN)
+        and isinstance(value, bool | int | float | tuple | None)
+        and value != expected.get(name)
+    }
 
 
 def _numbers(policy: ActorCriticPolicy) -> list[int]:

@@ -180,6 +180,11 @@ def check_policy(policy: Any, observation_space: spaces.Space[Any] | None, polic
     if not isinstance(policy_kwargs, dict | None):
         raise ArgumentError(f"`policy_kwargs` must be a dictionary or None, not {policy_kwargs!r}.")
     kwargs = policy_kwargs or {}
+    for name in kwargs.keys() & {"observation_space", "action_space", "lr_schedule", "use_sde"}:
+        where = {"use_sde": "Pass it to the algorithm", "lr_schedule": "Pass `learning_rate` to the algorithm"}
+        raise ArgumentError(
+            f"`policy_kwargs` has {name!r}, which the algorithm gives the policy. {where.get(name, 'Leave it out')}."
+        )
     _check_names("policy_kwargs", kind, kwargs, _added_by(own_class(kind)))
     _check_values(kwargs)
     defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
@@ -191,6 +196,15 @@ def check_policy(policy: Any, observation_space: spaces.Space[Any] | None, polic
         _check_names(f"policy_kwargs: {part}_kwargs", function, kwargs.get(f"{part}_kwargs") or {})
     if observation_space is not None:
         _check_observations(kind, observation_space, kwargs)
+
+
+def usual_optimizer(policy: Any) -> Any:
+    """Return the class of the optimizer that a policy has if it is told nothing."""
+    for kind in class_of(policy).__mro__:  # the first that names it
+        its = inspect.signature(kind).parameters.get("optimizer_class")
+        if its is not None:
+            return its.default
+    return th.optim.Adam
 
 
 def _added_by(own: type) -> list[str]:
@@ -224,8 +238,8 @@ def _check_values(kwargs: dict[str, Any]) -> None:
         value = kwargs.get(name, dict)
         if not callable(value) or isinstance(value, th.nn.Module):
             raise ArgumentError(f"policy_kwargs: `{name}` is {value!r}, but must be a class such as {example}.")
-    for name in ("log_std_init", "forget_bias"):
-        check_number(f"policy_kwargs: {name}", kwargs.get(name, 0.0), low=-math.inf)
+    check_number("policy_kwargs: log_std_init", kwargs.get("log_std_init", 0.0), low=-20.0, high=20.0)
+    check_number("policy_kwargs: forget_bias", kwargs.get("forget_bias", 0.0), low=-math.inf)
     if "net_arch" in kwargs and kwargs["net_arch"] is not None:
         _check_net_arch(kwargs["net_arch"])
     for name in ("lstm_hidden_size", "n_lstm_layers"):

@@ -80,6 +80,7 @@ from sb3_pg.common.policies import (
     own_class,
     predict,
     reset_noise,
+    usual_optimizer,
 )
 from sb3_pg.common.registry import BUFFER_PLACES, entered_for
 from sb3_pg.common.returned import checked_observations, checked_step, is_usual
@@ -229,7 +230,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         self.policy_class = unmasked(self.policy_class)
         check_policy(self.policy_class, self.observation_space, self.policy_kwargs)
         if self.policy_kwargs.keys() & {"optimizer_class", "optimizer_kwargs"}:
-            kind = self.policy_kwargs.get("optimizer_class", th.optim.Adam)
+            kind = self.policy_kwargs.get("optimizer_class") or usual_optimizer(self.policy_class)
             options = self.policy_kwargs.get("optimizer_kwargs") or {}
             check_optimizer("policy_kwargs: optimizer_kwargs", kind, options, self.device)
         self.policy = own_class(self.policy_class)(
@@ -780,7 +781,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
                 self.require_equal_policies(iteration)
                 self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
                 self._rollout.is_paused = True  # type: ignore[union-attr]
-                with good.whole():
+                with good.whole(), np.errstate(all="ignore"):  # what underflows is right, what is not finite is named
                     self.train()
                 self._rollout.is_paused = False  # type: ignore[union-attr]
                 self.network.end_update()

@@ -12,6 +12,7 @@ from sb3_pg.common import workers
 from sb3_pg.common.advantages import Baseline, normalized
 from sb3_pg.common.arrays import Array, Column
 from sb3_pg.common.batch import Batch, has_own_get, own_samples, random_order
+from sb3_pg.common.errors import check_choice, check_number
 from sb3_pg.common.groups import MaxGradNorm
 from sb3_pg.common.objectives import policy_gradient, squared_error, surrogate
 from sb3_pg.common.policy_gradient import PolicyGradientAlgorithm, shared
@@ -158,6 +159,8 @@ class REINFORCE(PolicyGradientAlgorithm):
         self.critic_batch_size = critic_batch_size
         self.normalize_advantage = normalize_advantage
         self.target_kl = target_kl
+        check_choice("use_rms_prop", use_rms_prop, (True, False))
+        check_number("rms_prop_eps", rms_prop_eps)
         if use_rms_prop and "optimizer_class" not in self.policy_kwargs:
             self.policy_kwargs["optimizer_class"] = th.optim.RMSprop
             given = self.policy_kwargs.get("optimizer_kwargs") or {}

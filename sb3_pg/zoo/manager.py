@@ -287,14 +287,15 @@ class ExperimentManager(exp_manager.ExperimentManager):
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: sb3.VecEnv) -> BaseAlgorithm:
         """Load the model of ``-i``, which goes on with its own random numbers unless ``--seed`` is given.
 
-        What adapts by itself goes on too, unless ``-params`` sets it.
+        What adapts by itself goes on too, unless ``-params`` sets it. So does the policy, of which nothing can be set.
         """
         if not self.is_ours:
             return super()._load_pretrained_agent(hyperparams, env)
         adapts = {"learning_rate": "adaptive_lr", "kl_coef": "adaptive_kl_coef"}
-        kept = {*OF_NEW_MODELS, *(name for name, rule in adapts.items() if hyperparams.get(rule))}
+        kept = {"policy_kwargs", "use_sde", *OF_NEW_MODELS}
+        kept |= {name for name, rule in adapts.items() if hyperparams.get(rule)}
         kept -= (self.custom_hyperparams or {}).keys()
-        settings = {key: x for key, x in hyperparams.items() if key not in {"policy", "policy_kwargs", *kept}}
+        settings = {key: x for key, x in hyperparams.items() if key not in kept}
         if any(option.split("=")[0] == "--seed" for option in sys.argv):
             settings["seed"] = self.seed
         print("Loading pretrained agent")

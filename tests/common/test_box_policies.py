@@ -355,3 +355,36 @@ def test_what_cannot_work_is_refused_by_name(algorithm, kwargs, space, message):
 def test_generalised_exploration_is_refused():
     with pytest.raises(ArgumentError, match="`distribution='beta'` and `use_sde=True`, which"):
         PPO("MlpPolicy", FakeEnv(), use_sde=True, policy_kwargs={"distribution": "beta"})
+
+
+# ------------------------------------------------------- what parameters mean
+
+
+@pytest.mark.parametrize("bounds", [None, (-3, 1)])
+def test_the_beginning_of_a_deviation_is_a_parameter(bounds):
+    """As SB3's ``log_std_init``: the same parameters are the same policy, however it began."""
+    options = {"state_dependent_std": True, "log_std_bounds": bounds}
+    first, second = (
+        tiny(PPO, FakeEnv(OBSERVATIONS, UNEVEN), policy_kwargs={**options, **more})
+        for more in ({"log_std_init": -1.5}, {})
+    )
+    second.set_parameters(first.get_parameters())
+    for model in (first, second):
+        deviation = model.policy.get_distribution(th.zeros(1, 3)).distribution.stddev
+        np.testing.assert_allclose(deviation.detach(), np.exp(-1.5), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", BOX_OPTIONS)
+def test_modes_are_in_the_graph_and_are_the_actions_taken(name):
+    policy = model_of(name).policy
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    mode = policy.get_distribution(th.as_tensor(x)).mode()
+    mode.sum().backward()
+    assert policy.action_net.weight.grad.abs().max() > 1e-3
+    shape = (-1, *policy.action_space.shape)
+    found = (
+        policy.unscale_action(mode.detach().numpy().reshape(shape)) if policy.squash_output else mode.detach().numpy()
+    )
+    expected, _ = policy.predict(x, deterministic=True)
+    space = policy.action_space
+    np.testing.assert_allclose(np.clip(found.reshape(shape), space.low, space.high), expected, atol=1e-5)

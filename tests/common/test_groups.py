@@ -9,6 +9,7 @@ import pytest
 import stable_baselines3
 import torch as th
 from conftest import OBSERVATION_SPACES, FakeEnv, make_envs, policy_for
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import update_learning_rate
 from tiny_models import tiny, weights
 
@@ -314,3 +315,34 @@ def test_an_optimizer_with_groups_of_its_own_is_left_alone():
     tiny(PPO, FakeEnv(), policy_kwargs=kwargs).learn(16)
     with pytest.raises(ArgumentError, match="has an optimizer of 9 groups already"):
         tiny(PPO, FakeEnv(), policy_kwargs=kwargs, critic_learning_rate=1e-3)
+
+
+class OfItsOwn(ActorCriticPolicy):
+    """A policy with another optimizer than Adam unless it is told."""
+
+    def __init__(self, *args, optimizer_class=th.optim.SGD, **kwargs):
+        super().__init__(*args, optimizer_class=optimizer_class, **kwargs)
+
+
+class Passing(OfItsOwn):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+@pytest.mark.parametrize("policy", [OfItsOwn, Passing])
+def test_options_are_of_the_optimizer_that_the_policy_takes(policy):
+    model = PPO(policy, "CartPole-v1", policy_kwargs={"optimizer_kwargs": {"momentum": 0.9}})
+    assert model.policy.optimizer.param_groups[0]["momentum"] == 0.9
+    with pytest.raises(ArgumentError, match=r"SGD with .*'betas'"):
+        PPO(policy, "CartPole-v1", policy_kwargs={"optimizer_kwargs": {"betas": (0.9, 0.9)}})
+
+
+class AnyOptions(th.optim.SGD):
+    def __init__(self, params, **kwargs):
+        super().__init__(params, **kwargs)
+
+
+def test_the_critics_options_beside_those_of_an_optimizer_that_names_none():
+    kwargs = {"optimizer_class": AnyOptions, "optimizer_kwargs": {"momentum": 0.9}}
+    model = PPO("MlpPolicy", "CartPole-v1", policy_kwargs=kwargs, critic_optimizer_kwargs={"nesterov": True})
+    assert [group["nesterov"] for group in model.policy.optimizer.param_groups] == [False, True]

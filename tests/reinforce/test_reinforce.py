@@ -10,6 +10,7 @@ from conftest import ACTION_SPACES, make_envs, silent
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_pg import REINFORCE
+from sb3_pg.common.errors import ArgumentError
 from sb3_pg.reinforce.step_limit import StepLimit
 
 
@@ -199,3 +200,12 @@ def test_rmsprop_keeps_what_the_optimizers_arguments_say():
     assert type(model.policy.optimizer) is th.optim.RMSprop
     assert (group["alpha"], group["eps"], group["weight_decay"]) == (0.99, 1e-4, 0.1)
     assert policy_kwargs == {"optimizer_kwargs": {"weight_decay": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"use_rms_prop": "no"}, "`use_rms_prop` must be one of True, False"), ({"rms_prop_eps": "a"}, "`rms_prop_eps`")],
+)
+def test_what_a2cs_optimizer_cannot_be(arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        REINFORCE("MlpPolicy", "CartPole-v1", **arguments)

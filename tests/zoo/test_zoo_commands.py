@@ -460,7 +460,7 @@ def test_every_suggestion_is_an_argument(n_actions):
                 assert arguments["target_kl"] <= 0.05 * max(n_actions, 1)
 
 
-def test_a_run_with_the_optimizer_of_a2c_goes_on(tmp_path):
+def test_a_run_with_the_optimizer_of_a2c_goes_on(tmp_path, capsys):
     config = tmp_path / "a2c.yml"
     settings = "n_timesteps: 64, policy: MlpPolicy, n_steps: 16, use_rms_prop: true, rms_prop_eps: 1.0e-4"
     config.write_text(f"CartPole-v1: {{{settings}}}\n")
@@ -470,5 +470,16 @@ def test_a_run_with_the_optimizer_of_a2c_goes_on(tmp_path):
     assert main(["train", *options, "-f", str(tmp_path / "rest"), "-i", str(first), "-n", "64"]) == 0
     loaded = REINFORCE.load(tmp_path / "rest" / "reinforce" / "CartPole-v1_1" / "CartPole-v1.zip")
     assert loaded.num_timesteps >= 128 and loaded.policy.optimizer.param_groups[0]["eps"] == 1e-4
-    more = ["-f", str(tmp_path / "other"), "-i", str(first), "-params", "use_rms_prop:False"]
-    assert main(["train", *options, *more]) != 0
+    for change in ("use_rms_prop:False", "use_sde:True", "policy:'CnnPolicy'"):  # which only new models can have
+        more = ["-f", str(tmp_path / "other"), "-i", str(first), "-params", change]
+        assert main(["train", *options, *more]) == 2
+        assert f"`{change.split(':')[0]}` cannot be changed" in capsys.readouterr().err
+
+
+def test_a_run_without_the_exploration_of_its_entry_goes_on(tmp_path):
+    config = tmp_path / "ppo.yml"
+    config.write_text("Pendulum-v1: {n_timesteps: 64, policy: MlpPolicy, n_steps: 64, use_sde: true}\n")
+    options = ["--algo", "ppo", "--env", "Pendulum-v1", "-c", str(config), "--eval-freq", "-1"]
+    first = tmp_path / "first" / "ppo" / "Pendulum-v1_1" / "Pendulum-v1.zip"
+    assert main(["train", *options, "-f", str(tmp_path / "first"), "-params", "use_sde:False"]) == 0
+    assert main(["train", *options, "-f", str(tmp_path / "rest"), "-i", str(first)]) == 0

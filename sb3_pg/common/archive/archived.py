@@ -20,8 +20,15 @@ from stable_baselines3.common.vec_env.patch_gym import _convert_space
 
 from sb3_pg.common import workers
 from sb3_pg.common.archive.atomic import written
-from sb3_pg.common.archive.checks import check_attributes, check_parameters, limited, n_elsewhere
+from sb3_pg.common.archive.checks import (
+    check_attributes,
+    check_optimizer_state,
+    check_parameters,
+    limited,
+    n_elsewhere,
+)
 from sb3_pg.common.archive.container import RESUME, Archive, ArchiveError, name_attribute, read_archive, seal
+from sb3_pg.common.archive.notes import check_distribution, notes_in, notes_of, take_notes
 from sb3_pg.common.archive.peers import (
     Portable,
     check_memory,
@@ -41,6 +48,10 @@ from sb3_pg.common.sequences import Memory
 from sb3_pg.common.spaces import environments_own
 
 SelfArchived = TypeVar("SelfArchived", bound="Archived")
+
+
+#: Arguments that the policy is made with, which must be the archive's.
+_OF_THE_POLICY = {"policy_kwargs", "use_sde"}
 
 
 class Archived(OnPolicyAlgorithm):
@@ -92,7 +103,7 @@ class Archived(OnPolicyAlgorithm):
                 saved = {name: value for name, value in vars(self).items() if name not in left_out}
                 name_attribute(error, saved, cloudpickle.dumps, "Pass exclude=[{name!r}] to save without it.")
                 raise
-            seal(file, self.archive_name, None if RESUME in exclude else state_of(self))
+            seal(file, self.archive_name, notes_of(self.policy), None if RESUME in exclude else state_of(self))
 
     @contextmanager
     def _portable(self) -> Iterator[None]:
@@ -120,13 +131,15 @@ class Archived(OnPolicyAlgorithm):
     ) -> None:
         """SB3's, and an interrupted rollout is forgotten: it was acted by the parameters before.
 
-        :raises ArgumentError: the parameters are of a policy with memory and this one has none, or the other way round
+        :raises ArgumentError: the parameters are of a policy with memory and this one has none, or the other way round;
+            they are from a file of a policy with another distribution; the state is of another optimizer
         :raises ArchiveError: they are from a file and do not fit, or are not finite; the model is as it was
         """
         if isinstance(load_path_or_dict, dict):
             self._set_parameters(load_path_or_dict, exact_match, None)
         else:
             archive = read_archive(load_path_or_dict)
+            check_distribution(archive.name, self.policy, notes_in(archive))
             self._set_parameters(archive.parameters(), exact_match, archive.name)
 
     def _set_parameters(self, parameters: dict[str, Any], exact_match: bool, file: str | None) -> None:
@@ -139,6 +152,7 @@ class Archived(OnPolicyAlgorithm):
             parameters = {**parameters, "policy.optimizer": with_two_groups(self.policy, state)}
         if file is not None:
             check_parameters(file, self, parameters, exact_match)
+        check_optimizer_state(self.policy.optimizer, parameters.get("policy.optimizer"), file)
         super().set_parameters(copy.deepcopy(parameters), exact_match)  # optimizers keep what they are given
         self._rollout = None
         if self._resume is not None:
@@ -187,7 +201,7 @@ class Archived(OnPolicyAlgorithm):
         cls._check_algorithm(archive)
         check_overrides(cls, kwargs)
         check_base_arguments(kwargs)
-        overridden = {name: value for name, value in kwargs.items() if name != "policy_kwargs"}
+        overridden = {name: value for name, value in kwargs.items() if name not in _OF_THE_POLICY}
         data = cls._attributes(archive, {**(custom_objects or {}), **overridden}, trusted)
         if env is not None:
             env = cls._wrap_env(env, data.get("verbose", 0))
@@ -254,11 +268,11 @@ class Archived(OnPolicyAlgorithm):
 
         :raises ArchiveError: there can be none
         """
-        if kwargs.get("policy_kwargs", data.get("policy_kwargs")) != data.get("policy_kwargs"):
-            raise ArgumentError(
-                f"`policy_kwargs` cannot be changed when loading: {archive.name} has {data['policy_kwargs']}, not "
-                f"{kwargs['policy_kwargs']}."
-            )
+        for name in kwargs.keys() & _OF_THE_POLICY:
+            if kwargs[name] != data.get(name):
+                raise ArgumentError(
+                    f"`{name}` cannot be changed when loading: {archive.name} has {data.get(name)}, not {kwargs[name]}."
+                )
         parameters = archive.parameters()
         try:
             elsewhere = n_elsewhere(data["policy_class"], data.get("policy_kwargs", {}))
@@ -276,7 +290,10 @@ class Archived(OnPolicyAlgorithm):
             raise ArchiveError(
                 f"{archive.name}: no model can be made of it ({type(error).__name__}: {message})."
             ) from error
+        notes = {} if archive.seal is None else notes_in(archive)  # SB3's are of the policy that they make
+        check_distribution(archive.name, model.policy, notes)
         model._set_parameters(parameters, True, archive.name)
+        take_notes(model.policy, notes, critics_options="critic_optimizer_kwargs" not in kwargs)
         for name, variable in archive.variables(model._get_torch_save_params()[1]).items():
             recursive_setattr(model, f"{name}.data", variable.data)
         if model.use_sde:

@@ -1,8 +1,9 @@
 """What is looked at in an archive before it becomes a model."""
 
+import copy
 import math
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sb3_pg.common.archive.container import ArchiveError
 from sb3_pg.common.archive.peers import MadeOfFiles
-from sb3_pg.common.errors import as_number
+from sb3_pg.common.errors import ArgumentError, as_number
 
 #: What an attribute or argument of the policy must be, so that nothing else is called in its place.
 _ATTRIBUTES: dict[str, type] = {"policy_class": BasePolicy, "rollout_buffer_class": RolloutBuffer}
@@ -187,7 +188,9 @@ def _check_optimizer(file: str, optimizer: th.optim.Optimizer, state: dict[str, 
         sizes = [len(group["params"]) for group in state["param_groups"]]
         settings = [(name, value) for group in state["param_groups"] for name, value in group.items()]
         items = [
-            (shapes[i], f"{key} of parameter {i}", x) for i, its in state["state"].items() for key, x in its.items()
+            (_shape_of(key, shapes[i]), f"{key} of parameter {i}", x)
+            for i, its in state["state"].items()
+            for key, x in its.items()
         ]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ArchiveError(f"{what} does not fit ({type(error).__name__}: {error}).") from None
@@ -199,6 +202,63 @@ def _check_optimizer(file: str, optimizer: th.optim.Optimizer, state: dict[str, 
     for shape, name, x in items:
         if isinstance(x, th.Tensor) and (not x.isfinite().all() or (x.numel() > 1 and x.shape != shape)):
             raise ArchiveError(f"{what} does not fit or is not finite: {name}.")
+
+
+def _shape_of(key: str, shape: th.Size) -> th.Size:
+    """Return the shape of what an optimizer keeps under a name for a parameter: Adafactor's are of rows and columns."""
+    if key == "row_var":
+        return th.Size([*shape[:-1], 1])
+    return th.Size([*shape[:-2], 1, shape[-1]]) if key == "col_var" else shape
+
+
+def check_optimizer_state(optimizer: th.optim.Optimizer, state: Any, file: str | None) -> None:
+    """Refuse a state with which the optimizer could take no step, such as that of an optimizer of another class.
+
+    It is tried on one parameter of each group.
+
+    :param state: as ``state_dict`` returns it, or None
+    :param file: the name of that which it is from, if it is
+    :raises ArchiveError: it is from a file
+    :raises ArgumentError: it is not
+    """
+    if not isinstance(state, dict) or not isinstance(state.get("param_groups"), list):
+        return  # torch says what is wrong
+    for own, given in zip(optimizer.param_groups, state["param_groups"], strict=False):
+        numbers = dict(zip(given["params"], own["params"], strict=False))
+        if not numbers or _step_alone(optimizer, own, own["params"][0], None) is not None:
+            continue
+        number = min(numbers, key=lambda i: (i not in state["state"], numbers[i].numel()))
+        one = {"state": {0: state["state"].get(number, {})}, "param_groups": [{**given, "params": [0]}]}
+        fault = _step_alone(optimizer, own, numbers[number], copy.deepcopy(one))
+        if fault is not None:
+            kind = ArgumentError if file is None else ArchiveError
+            raise kind(
+                f"{file or 'The dictionary'} has the state of another optimizer than this model's "
+                f"{type(optimizer).__name__}, which cannot go on from it ({type(fault).__name__}: {fault}). Make the "
+                "model with the same policy_kwargs={'optimizer_class': ...}."
+            )
+
+
+def _step_alone(
+    optimizer: th.optim.Optimizer, group: dict[str, Any], parameter: th.nn.Parameter, state: Any
+) -> Exception | None:
+    """Return why an optimizer cannot take a step from a state, None if it can.
+
+    :param group: one of its own, whose options it has
+    :param parameter: for the shape
+    :param state: None begins anew
+    """
+    p = th.nn.Parameter(th.zeros_like(parameter))
+    p.grad = th.zeros_like(parameter)
+    alone = copy.copy(optimizer)
+    alone.state, alone.param_groups = defaultdict(dict), [{**group, "params": [p]}]
+    try:
+        if state is not None:
+            alone.load_state_dict(state)
+        alone.step()
+    except Exception as error:  # whatever it is, learning would end with it
+        return error
+    return None
 
 
 def _listed(names: Any) -> str:

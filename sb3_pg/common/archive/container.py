@@ -146,19 +146,22 @@ class Archive:
         return state
 
 
-def seal(file: BinaryIO | io.BytesIO, algorithm: str, resume: dict[str, Any] | None = None) -> None:
+def seal(
+    file: BinaryIO | io.BytesIO, algorithm: str, policy: dict[str, Any], resume: dict[str, Any] | None = None
+) -> None:
     """Add our entries to a zip that SB3 has written.
 
     :param file: open to be read and written
     :param algorithm: its name
+    :param policy: what there is to say of it, as JSON
     :param resume: plain data and NumPy arrays that a run needs to go on exactly
     """
     with zipfile.ZipFile(file, "a") as archive:
         if resume is not None:
             archive.writestr(RESUME, pickle.dumps(resume, protocol=4))
         entries = {name: checksum(archive.read(name)) for name in archive.namelist()}
-        written = {"format": FORMAT, "version": __version__, "algorithm": algorithm, "sha256": entries}
-        archive.writestr(SEAL, json.dumps(written, indent=1))
+        written = {"format": FORMAT, "version": __version__, "algorithm": algorithm, "policy": policy}
+        archive.writestr(SEAL, json.dumps(written | {"sha256": entries}, indent=1))
 
 
 def checksum(entry: bytes) -> str:

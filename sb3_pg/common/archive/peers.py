@@ -130,8 +130,8 @@ def check_memory(policy: ActorCriticPolicy, parameters: dict[str, Any]) -> None:
         )
 
 
-#: Arguments that only a new model can have: what they make is in the archive.
-OF_NEW_MODELS = ("use_rms_prop", "rms_prop_eps")
+#: Arguments that only a new model can have, and what there is in the archive.
+OF_NEW_MODELS = {"use_rms_prop": "optimizer", "rms_prop_eps": "optimizer", "policy": "policy"}
 
 
 def check_overrides(kind: type, names: Collection[str]) -> None:
@@ -144,7 +144,9 @@ def check_overrides(kind: type, names: Collection[str]) -> None:
     known = arguments_of(kind)
     for name in names:
         if name in OF_NEW_MODELS and name in known:
-            raise ArgumentError(f"`{name}` cannot be changed when loading: the archive has its own optimizer.")
+            raise ArgumentError(
+                f"`{name}` cannot be changed when loading: the archive has its own {OF_NEW_MODELS[name]}."
+            )
         if name not in known:
             raise ArgumentError(f"`{name}` is not an argument of {kind.__name__}.{did_you_mean(name, known)}")
 

@@ -30,6 +30,7 @@ def _names(module: str, names: str) -> Iterator[Name]:
     return (Name(module, name) for name in names.split())
 
 
+#: Of torch.
 _OPTIMIZERS = ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
 
 #: Classes that a file may name, beside the policies of ``POLICY_PLACES``: policies and what they are made of. They are
@@ -66,6 +67,7 @@ CLASSES: frozenset[Name] = frozenset(
         ),
         *_names("torch.nn.modules.linear", "Identity"),
         *(Name(f"torch.optim.{name.lower()}", name) for name in _OPTIMIZERS),
+        *_names("torch.optim", "Adafactor"),
         *_names("torch", "float16 bfloat16 float32 float64"),
         *_names("numpy", "ndarray bool bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64"),
         *_names("numpy", "float16 float32 float64"),

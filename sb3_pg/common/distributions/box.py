@@ -1,6 +1,6 @@
 """Distributions of Box actions beside SB3's Gaussian, and policies that choose among them."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,16 @@ class BoxOptions:
         """Return the arguments that are not the defaults, with which the policy is SB3's."""
         return {name: value for name, value in asdict(self).items() if value != getattr(BoxOptions, name)}
 
+    @property
+    def of_parameters(self) -> dict[str, Any]:
+        """Return what says how a policy's parameters are read: if it differs, the same ones are another policy."""
+        if self.distribution == "beta":
+            return {"distribution": "beta"}
+        is_plain = self.distribution == "gaussian" and not self.state_dependent_std
+        bounds = self.log_std_bounds or (() if is_plain else USUAL_BOUNDS)
+        found = {"distribution": self.distribution, "state_dependent_std": self.state_dependent_std}
+        return {**found, "log_std_bounds": np.ravel(bounds).tolist()}
+
     def make(self, space: spaces.Space[Any], use_sde: bool, log_std_init: float) -> "BoxDistribution | None":
         """Return the distribution; None leaves SB3's.
 
@@ -77,21 +87,18 @@ class BoxOptions:
         if self.log_std_bounds is None and not is_squashed and not self.state_dependent_std:
             return None  # the mean of a Gaussian is its mode
         bounded = self._bounded(log_std_init)
-        if self.state_dependent_std:
-            return BoxDistribution(k, OfOutputs(inner, [None, bounded], takes_log_std=False), None, squash)
-        free = Bounded(bounded.low, bounded.high)
-        return BoxDistribution(k, OfOutputs(inner, [None, free], takes_log_std=True), free, squash)
+        family = OfOutputs(inner, [None, bounded], takes_log_std=not self.state_dependent_std)
+        return BoxDistribution(k, family, bounded, squash)
 
     def _bounded(self, log_std_init: float) -> Bounded:
-        """Return what keeps bounds and begins, of 0, with ``log_std_init``."""
+        """Return what keeps the bounds, between which ``log_std_init`` must be."""
         low, high = self.log_std_bounds or USUAL_BOUNDS
         if not low < log_std_init < high:
             raise ArgumentError(
                 f"policy_kwargs: `log_std_init={log_std_init}` is not between `log_std_bounds={(low, high)}`. Change "
                 "one of them."
             )
-        bounded = Bounded(float(low), float(high))
-        return replace(bounded, start=bounded.inverse(log_std_init))
+        return Bounded(float(low), float(high))
 
     def _check(self, space: spaces.Space[Any], use_sde: bool) -> None:
         check_choice("policy_kwargs: distribution", self.distribution, DISTRIBUTIONS)
@@ -143,7 +150,7 @@ class BoxDistribution(sb3.DiagGaussianDistribution):
 
     :param n_dims: of the action space
     :param family: with parameters that are the layer's outputs, and perhaps ``log_std``
-    :param bounded: what keeps ``log_std`` within its bounds; None without one
+    :param bounded: what keeps the logarithm of a Gaussian's deviation within its bounds; None for others
     :param squash: from what is recorded to the space; None clips
     """
 
@@ -155,7 +162,7 @@ class BoxDistribution(sb3.DiagGaussianDistribution):
 
     def proba_distribution_net(self, latent_dim: int, log_std_init: float = 0.0) -> tuple[nn.Module, Any]:
         """Return the layer that puts out the family's parameters, and ``log_std`` before its bounds, or None."""
-        if self.bounded is None:
+        if self.bounded is None or not self.family.takes_log_std:
             return nn.Linear(latent_dim, 2 * self.action_dim), None
         return nn.Linear(latent_dim, self.action_dim), nn.Parameter(
             th.full((self.action_dim,), self.bounded.inverse(log_std_init))
@@ -190,16 +197,15 @@ class BoxDistribution(sb3.DiagGaussianDistribution):
 
     def sample(self) -> th.Tensor:
         """Return an action of each row as it is recorded; out of the graph."""
-        return self._drawn(deterministic=False)
-
-    def mode(self) -> th.Tensor:
-        """Return the action of each row that is taken without chance, as it is recorded; out of the graph."""
-        return self._drawn(deterministic=True)
-
-    def _drawn(self, deterministic: bool) -> th.Tensor:
         first: Any = self.parameters[0]
         numbers = tuple(th.as_tensor(x).detach().cpu().numpy() for x in self.parameters)
-        return th.as_tensor(draw(self.family, numbers, deterministic), dtype=first.dtype, device=first.device)
+        with np.errstate(all="ignore"):  # as torch's
+            drawn = draw(self.family, numbers, deterministic=False)
+        return th.as_tensor(drawn, dtype=first.dtype, device=first.device)
+
+    def mode(self) -> th.Tensor:
+        """Return the action of each row that is taken without chance, as it is recorded."""
+        return th.as_tensor(self.family.mode(self.parameters))
 
 
 class BoxPolicy(ActorCriticPolicy):
@@ -229,6 +235,10 @@ class BoxPolicy(ActorCriticPolicy):
         super()._build(lr_schedule)
         if own is not None and not own.family.takes_log_std:
             del self.log_std  # of policies that have one SB3 logs its exponential
+            if own.bounded is not None:  # after the layer has been initialised
+                bias: Any = self.action_net.bias
+                with th.no_grad():
+                    bias[own.action_dim :] += own.bounded.inverse(self.log_std_init)
 
     def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> sb3.Distribution:
         if not isinstance(self.action_dist, BoxDistribution):

@@ -30,7 +30,6 @@ class Bounded:
 
     low: float
     high: float
-    start: float = 0.0  #: added to x
 
     @property
     def _middle_and_radius(self) -> tuple[float, float]:
@@ -38,7 +37,7 @@ class Bounded:
 
     def _scaled(self, x: Array) -> Array:
         middle, radius = self._middle_and_radius
-        return (x + (self.start - middle)) / radius
+        return (x - middle) / radius
 
     def __call__(self, x: Array) -> Array:
         middle, radius = self._middle_and_radius
@@ -52,7 +51,7 @@ class Bounded:
     def inverse(self, y: float) -> float:
         """Return the x that becomes a number inside of the bounds."""
         middle, radius = self._middle_and_radius
-        return middle + radius * math.atanh((y - middle) / radius) - self.start
+        return middle + radius * math.atanh((y - middle) / radius)
 
 
 @dataclass(frozen=True)

@@ -109,9 +109,9 @@ class Predictor:
         x = self._encode(observation[None] if is_single else observation)
         try:
             outputs, state = self._read(x, state, episode_start)
+            actions = self._act(outputs, deterministic, masks)
         except (FloatingPointError, Unsuitable):  # the first by ``np.seterr``; torch does not raise
             return None
-        actions = self._act(outputs, deterministic, masks)
         return None if actions is None else (actions[0, ...] if is_single else actions, state)
 
     def _read(self, x: np.ndarray, state: Any, episode_start: Any) -> tuple[np.ndarray, Any]:

@@ -11,7 +11,7 @@ from sb3_pg.common.distributions import Beta, Gaussian, SquashedGaussian
 from sb3_pg.common.distributions.outputs import AboveOne, Bounded, OfOutputs
 
 N = 5  # rows
-BOUNDED = Bounded(-2.0, 1.0, 0.3)
+BOUNDED = Bounded(-2.0, 1.0)
 
 
 def squashed(mean, log_std):
@@ -23,7 +23,7 @@ def scaled_beta(alpha, beta):
 
 
 def bounded(x):
-    return -0.5 + 1.5 * th.tanh((x + 0.3 + 0.5) / 1.5)
+    return -0.5 + 1.5 * th.tanh((x + 0.5) / 1.5)
 
 
 def above_one(x):

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch as th
-from conftest import ACTION_SPACES, make_envs, silent
+from conftest import ACTION_SPACES, OBSERVATION_SPACES, FakeEnv, make_envs, silent
 from engine_cases import (
     N,
     assert_same,
@@ -21,7 +21,7 @@ from engine_cases import (
     outputs_and_gradients,
 )
 from gymnasium import spaces
-from tiny_models import BOX_OPTIONS
+from tiny_models import BOX_OPTIONS, tiny, weights
 from torch import nn
 
 from sb3_pg import PPO, REINFORCE, TRPO
@@ -207,6 +207,30 @@ def test_strict_floating_point_while_acting():
     with np.errstate(all="raise"):
         engine.refresh()
         engine.act(Seen(draw(policy)[0]))
+
+
+@pytest.mark.parametrize("kind", [PPO, TRPO, REINFORCE])
+def test_strict_floating_point_while_learning(kind):
+    """Ratios of small deviations underflow; without numbers that are strict, the same is learned."""
+    found = []
+    for errors in ("raise", "ignore"):
+        options = {"learning_rate": 0.3, "policy_kwargs": {"log_std_init": -4}}
+        with np.errstate(all=errors):
+            found.append(
+                weights(tiny(kind, FakeEnv(OBSERVATION_SPACES["box"], ACTION_SPACES["box"]), **options).learn(64))
+            )
+    assert np.array_equal(*found)
+
+
+def test_strict_floating_point_while_predicting():
+    policy = make_policy("box", distribution="squashed_gaussian", deterministic_action="mean", log_std_init=0.1)
+    with th.no_grad():
+        policy.action_net.bias += 20
+    x = draw(policy)[0]
+    expected, _ = policy.predict(x, deterministic=True)
+    with np.errstate(all="raise"):
+        np.testing.assert_allclose(policy.predict(x, deterministic=True)[0], expected, atol=1e-6)
+        policy.predict(x)
 
 
 # ---------------------------------------------------------------- whole updates
