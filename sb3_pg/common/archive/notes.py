@@ -5,13 +5,15 @@ from typing import Any
 
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_pg.common.archive.container import Archive
+from sb3_pg.common.archive.container import Archive, ArchiveError
 from sb3_pg.common.distributions import BoxOptions, BoxPolicy
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.groups import critics_differences, has_critic_group
 
 #: As JSON has it.
 Notes = dict[str, Any]
+
+_KINDS: dict[str, type] = {"distribution": dict, "frozen": list, "critics_options": dict}
 
 
 def notes_of(policy: ActorCriticPolicy) -> Notes:
@@ -25,13 +27,27 @@ def notes_of(policy: ActorCriticPolicy) -> Notes:
 
 
 def notes_in(archive: Archive) -> Notes:
-    """Return what an archive says of its policy; if it is none of ours, what the arguments of the policy say."""
-    if archive.seal is not None:
-        found: Notes = archive.seal.get("policy", {})
-        return found
-    given = archive.data.get("policy_kwargs", {})
-    options = {its.name: given[its.name] for its in fields(BoxOptions) if its.name in given}
-    return {"distribution": BoxOptions(**options).of_parameters}
+    """Return what an archive says of its policy; if it is none of ours, what the arguments of the policy say.
+
+    :raises ArchiveError: it is nothing that is said of one
+    """
+    if archive.seal is None:
+        given = archive.data.get("policy_kwargs")
+        known = {its.name for its in fields(BoxOptions)}
+        options = {name: x for name, x in given.items() if name in known} if isinstance(given, dict) else {}
+        return {"distribution": BoxOptions(**options).of_parameters}
+    found: Notes = archive.seal.get("policy", {})
+    are_known = isinstance(found, dict) and all(
+        isinstance(found.get(name, kind()), kind) for name, kind in _KINDS.items()
+    )
+    if not are_known or not all(map(_is_option, found.get("critics_options", {}).values())):
+        raise ArchiveError(f"{archive.name}: what it says of its policy is damaged ({found!r}).")
+    return found
+
+
+def _is_option(value: Any) -> bool:
+    several = value if isinstance(value, list) else [value]
+    return all(isinstance(x, bool | int | float | None) for x in several)
 
 
 def check_distribution(file: str, policy: ActorCriticPolicy, notes: Notes) -> None:
@@ -55,9 +71,8 @@ def take_notes(policy: ActorCriticPolicy, notes: Notes, *, critics_options: bool
 
     :param critics_options: False if it has been told how it shall
     """
-    frozen = set(notes.get("frozen", ()))
     for name, p in policy.named_parameters():
-        if name in frozen:
+        if name in notes.get("frozen", ()):
             p.requires_grad_(False)
     if critics_options and has_critic_group(policy.optimizer):
         of_critic = policy.optimizer.param_groups[1]

@@ -1,6 +1,8 @@
 """What archives say of their policies besides parameters: the distribution, what is frozen, the critic's options."""
 
 import io
+import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from conftest import ACTION_SPACES, OBSERVATION_SPACES, FakeEnv
 from tiny_models import ALL, BOX_OPTIONS, tiny, weights
 
 from sb3_pg import PPO, REINFORCE
-from sb3_pg.common.archive.container import ArchiveError
+from sb3_pg.common.archive.container import SEAL, ArchiveError
 from sb3_pg.common.errors import ArgumentError
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
@@ -171,3 +173,30 @@ def test_an_optimizer_that_was_replaced_is_refused_by_load():
 def test_what_load_cannot_change(arguments, message):
     with pytest.raises(ArgumentError, match=message):
         loaded(model_of(), **arguments)
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [
+        [],
+        {"distribution": "beta"},
+        {"frozen": "log_std"},
+        {"critics_options": []},
+        {"critics_options": {"eps": "much"}},
+    ],
+    ids=str,
+)
+def test_notes_that_are_none(notes):
+    model = model_of(critic_learning_rate=1e-3)
+    file = saved(model)
+    with zipfile.ZipFile(file) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    entries[SEAL] = json.dumps(json.loads(entries[SEAL]) | {"policy": notes}).encode()
+    changed = io.BytesIO()
+    with zipfile.ZipFile(changed, "w") as archive:
+        for name, entry in entries.items():
+            archive.writestr(name, entry)
+    for take in (PPO.load, model.set_parameters):
+        changed.seek(0)
+        with pytest.raises(ArchiveError, match="what it says of its policy is damaged"):
+            take(changed)
