@@ -257,8 +257,8 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
 
     def _read_arguments(self) -> None:
         """Make numbers of other libraries Python's and lists pairs, and refuse what cannot work."""
-        for name in arguments_of(type(self)):
-            value = getattr(self, name, None)
+        for name in arguments_of(type(self)).keys() & vars(self).keys():
+            value = getattr(self, name)
             if isinstance(value, np.number | np.ndarray | th.Tensor) and np.ndim(value) == 0:
                 setattr(self, name, value.item())
         if isinstance(self.max_grad_norm, list):  # of YAML and JSON

@@ -175,8 +175,13 @@ def test_trpo_takes_gradient_fisher_and_kl_with_the_same_weights(average, engine
     kl = batch.mean(actor.look().kl)
     assert kl == pytest.approx(0.5e-4 * float(vector @ product), rel=0.05)
     assert kl > 0
+    policy = copy.deepcopy(model.policy)
     model.train()
-    assert model.logger.name_to_value["train/policy_step"] in ("accepted", "line search failed")
+    assert model.logger.name_to_value["train/policy_step"] == "accepted"
+    old, new = (its.get_distribution(th.as_tensor(batch.observations)).distribution for its in (policy, model.policy))
+    expected_kl = (th.distributions.kl_divergence(old, new).detach().numpy() * expected).sum()
+    assert model.logger.name_to_value["train/kl_divergence_loss"] == pytest.approx(expected_kl, rel=1e-3)
+    assert 0.003 < expected_kl < 0.01
 
 
 @pytest.mark.parametrize("kind", [PPO, REINFORCE, TRPO])
