@@ -196,11 +196,19 @@ def _check_average(model: "PolicyGradientAlgorithm") -> None:
             )
     else:
         check_count("loss_average", average)
-    kind = model.rollout_buffer_class
-    if average != "step" and kind is not None and has_own_get(kind):
+    if average != "step":
+        require_usual_get(f"loss_average={average!r}", model.rollout_buffer_class)
+
+
+def require_usual_get(argument: str, kind: type[sb3_buffers.RolloutBuffer] | None) -> None:
+    """Refuse an argument about sequences together with a class of buffers that gives out samples in its own way.
+
+    :raises ArgumentError: it has a ``get`` of its own
+    """
+    if kind is not None and has_own_get(kind):
         raise ArgumentError(
-            f"`loss_average={average!r}` needs to know which samples are of one sequence, which `rollout_buffer_class="
-            f"{kind.__name__}` with a `get` of its own does not tell. Leave one of them out."
+            f"`{argument}` needs to know which samples are of one sequence, which "
+            f"`rollout_buffer_class={kind.__name__}` with a `get` of its own does not tell. Leave one of them out."
         )
 
 

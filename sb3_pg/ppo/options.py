@@ -5,7 +5,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sb3_pg.common.arrays import Array, namespace
-from sb3_pg.common.batch import Batch, has_own_get
+from sb3_pg.common.batch import Batch
 from sb3_pg.common.errors import (
     ArgumentError,
     PolicyError,
@@ -23,7 +23,7 @@ from sb3_pg.common.objectives import (
     simple_policy_optimization,
     surrogate,
 )
-from sb3_pg.common.options import check_rollout_size
+from sb3_pg.common.options import check_rollout_size, require_usual_get
 
 if TYPE_CHECKING:
     from sb3_pg.ppo.ppo import PPO
@@ -139,12 +139,8 @@ def _check_contradictions(ppo: "PPO") -> None:
         raise ArgumentError(
             f"`clip_range_high` and `dual_clip` belong to objective='clip', not {ppo.objective!r}. Leave them out."
         )
-    kind = ppo.rollout_buffer_class
-    if ppo.ratio == "sequence" and kind is not None and has_own_get(kind):
-        raise ArgumentError(
-            f"`ratio='sequence'` needs whole sequences, which `rollout_buffer_class={kind.__name__}` with a `get` of "
-            "its own does not give out. Leave one of them out."
-        )
+    if ppo.ratio == "sequence":
+        require_usual_get("ratio='sequence'", ppo.rollout_buffer_class)
     if ppo.ratio == "sequence" and ppo.sequence_length is not None:
         raise ArgumentError(
             f"`ratio='sequence'` needs whole sequences, but `sequence_length={ppo.sequence_length}` cuts them. Leave "
