@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from stable_baselines3.common.policies import (
     MultiInputActorCriticPolicy,
 )
 from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.type_aliases import Schedule
 
 from sb3_pg.common.archive.policy_files import SavedPolicy
 from sb3_pg.common.distributions import BoxOptions, BoxPolicy, masking
@@ -32,6 +34,8 @@ POLICIES: dict[str, type[BasePolicy]] = {
     "CnnPolicy": ActorCriticCnnPolicy,
     "MultiInputPolicy": MultiInputActorCriticPolicy,
 }
+
+_BOX_OPTIONS = [its.name for its in fields(BoxOptions)]
 
 #: A policy that is not computed in closed form is asked again after so many predictions.
 _ASKED_EVERY = 1000
@@ -198,19 +202,58 @@ def check_policy(policy: Any, observation_space: spaces.Space[Any] | None, polic
         _check_observations(kind, observation_space, kwargs)
 
 
+def make_policy(
+    policy: Any,
+    observation_space: spaces.Space[Any],
+    action_space: spaces.Space[Any],
+    lr_schedule: Schedule,
+    use_sde: bool,
+    kwargs: dict[str, Any],
+) -> ActorCriticPolicy:
+    """Return a new policy of a class, or of ours in its place.
+
+    :param kwargs: checked arguments, see ``check_policy``
+    :raises ArgumentError: the class hands on its arguments to one that does not take them
+    """
+    try:
+        made: ActorCriticPolicy = own_class(policy)(
+            observation_space, action_space, lr_schedule, use_sde=use_sde, **kwargs
+        )
+    except TypeError as error:
+        refused = re.search(r"(?:unexpected|multiple values for) keyword argument '(\w+)'", str(error))
+        name = refused and refused[1]
+        for part in ("optimizer_kwargs", "features_extractor_kwargs"):
+            if name in (kwargs.get(part) or ()):
+                raise _not_taken(f"policy_kwargs: {part}", name, policy, ()) from error
+        if name in kwargs:
+            known = {parameter for base in policy.__mro__ for parameter in inspect.signature(base).parameters}
+            raise _not_taken("policy_kwargs", name, policy, () if name in known else known) from error
+        raise
+    return made
+
+
 def usual_optimizer(policy: Any) -> Any:
-    """Return the class of the optimizer that a policy has if it is told nothing."""
-    for kind in class_of(policy).__mro__:  # the first that names it
-        its = inspect.signature(kind).parameters.get("optimizer_class")
-        if its is not None:
-            return its.default
-    return th.optim.Adam
+    """Return the class of the optimizer that a policy has if it is told nothing; None if its code alone knows."""
+    for kind in class_of(policy).__mro__:
+        if "__init__" in vars(kind):
+            parameters = inspect.signature(kind).parameters
+            if "optimizer_class" in parameters:
+                return parameters["optimizer_class"].default
+            if kind.__module__.split(".")[0] != "sb3_pg":  # which may give another to the next
+                return None
+    return None
 
 
 def _added_by(own: type) -> list[str]:
     """Return the arguments that our class in place of another takes and that one does not."""
-    of_box = [its.name for its in fields(BoxOptions)] if issubclass(own, BoxPolicy) else []
-    return [*inspect.signature(own).parameters, *of_box]
+    return [*inspect.signature(own).parameters, *(_BOX_OPTIONS if issubclass(own, BoxPolicy) else [])]
+
+
+def _not_taken(where: str, name: Any, function: Any, known: Iterable[str]) -> ArgumentError:
+    hint = did_you_mean(str(name), known)
+    if where == "policy_kwargs" and name in _BOX_OPTIONS:
+        hint = " Policies do whose first base is sb3_pg.common.distributions.BoxPolicy."
+    return ArgumentError(f"`{where}` has {name!r}, which {name_of(function)} does not take.{hint}")
 
 
 def _check_names(where: str, function: Any, kwargs: dict[str, Any], added: Sequence[str] = ()) -> None:
@@ -222,8 +265,7 @@ def _check_names(where: str, function: Any, kwargs: dict[str, Any], added: Seque
         return
     for name in kwargs:
         if name not in parameters and name not in added:
-            hint = did_you_mean(str(name), [*parameters, *added])
-            raise ArgumentError(f"`{where}` has {name!r}, which {name_of(function)} does not take.{hint}")
+            raise _not_taken(where, name, function, [*parameters, *added])
 
 
 _CLASSES = {

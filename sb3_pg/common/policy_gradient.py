@@ -77,7 +77,7 @@ from sb3_pg.common.policies import (
     check_policy,
     class_of,
     detach_distribution,
-    own_class,
+    make_policy,
     predict,
     reset_noise,
     usual_optimizer,
@@ -232,11 +232,10 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         if self.policy_kwargs.keys() & {"optimizer_class", "optimizer_kwargs"}:
             kind = self.policy_kwargs.get("optimizer_class") or usual_optimizer(self.policy_class)
             options = self.policy_kwargs.get("optimizer_kwargs") or {}
-            check_optimizer("policy_kwargs: optimizer_kwargs", kind, options, self.device)
-        self.policy = own_class(self.policy_class)(
-            self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
-        )
-        self.policy = self.policy.to(self.device)
+            if kind is not None:
+                check_optimizer("policy_kwargs: optimizer_kwargs", kind, options, self.device)
+        arguments = self.observation_space, self.action_space, self.lr_schedule, self.use_sde, self.policy_kwargs
+        self.policy = make_policy(self.policy_class, *arguments).to(self.device)
         self._group_parameters()
         detach_distribution(self.policy)
         self._maybe_recommend_cpu()

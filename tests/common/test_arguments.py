@@ -16,6 +16,7 @@ from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
 from tiny_models import ALGORITHMS, ALL, OPTIONS, tiny, weights
 
 from sb3_pg import PPO, REINFORCE, TRPO
+from sb3_pg.common.distributions import BoxPolicy
 from sb3_pg.common.errors import ArgumentError, check_number
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
@@ -570,6 +571,50 @@ def test_an_unknown_argument_of_the_policy(algorithm, name, nearest):
     assert "policy_kwargs" in message
     assert f"'{name}'" in message
     assert nearest is None or f"'{nearest}'" in message
+
+
+class Small(ActorCriticPolicy):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, activation_fn=th.nn.ReLU, optimizer_class=th.optim.RMSprop, **kwargs)
+
+
+class SmallOfBox(BoxPolicy, Small):
+    pass
+
+
+@ALL
+@pytest.mark.parametrize(
+    ("policy", "kwargs", "message"),
+    [
+        (Small, {"distribution": "beta"}, "` has 'distribution', which Small does not take.*BoxPolicy"),
+        (Small, {"log_std_bounds": (-3, 1)}, "` has 'log_std_bounds', which Small does not take.*BoxPolicy"),
+        (Small, {"activation_fn": th.nn.Tanh}, r"` has 'activation_fn', which Small does not take\.$"),
+        (Small, {"activation": th.nn.Tanh}, "` has 'activation', which Small does not take.*'activation_fn'"),
+        (Small, {"optimizer_kwargs": {"alhpa": 0.9}}, ": optimizer_kwargs` has 'alhpa', which Small does not take"),
+        (SmallOfBox, {"distributoin": "beta"}, "` has 'distributoin', which SmallOfBox does not take.*'distribution'"),
+    ],
+    ids=spelled,
+)
+def test_what_a_policy_of_the_users_hands_on_in_vain(algorithm, policy, kwargs, message):
+    with pytest.raises(ArgumentError, match=f"^`policy_kwargs{message}"):
+        tiny(algorithm, FakeEnv(), policy=policy, policy_kwargs=kwargs)
+
+
+def test_errors_within_a_policy_of_the_users_stay_as_they_are():
+    class Wrong(ActorCriticPolicy):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, ortho=False, **kwargs)
+
+    with pytest.raises(TypeError, match="'ortho'"):
+        tiny(PPO, FakeEnv(), policy=Wrong)
+
+
+@ALL
+def test_the_options_of_an_optimizer_that_the_users_policy_chooses(algorithm):
+    """They are not Adam's, which policies have that choose none."""
+    model = tiny(algorithm, FakeEnv(), policy=Small, policy_kwargs={"optimizer_kwargs": {"alpha": 0.5}})
+    assert isinstance(model.policy.optimizer, th.optim.RMSprop)
+    assert model.policy.optimizer.param_groups[0]["alpha"] == 0.5
 
 
 # --------------------------------------------------------------- what is right stays so

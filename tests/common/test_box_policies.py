@@ -16,7 +16,7 @@ from tiny_models import ALGORITHMS, BOX_OPTIONS, tiny, weights
 from torch import distributions as td
 
 from sb3_pg import PPO, REINFORCE, TRPO
-from sb3_pg.common.distributions import BoxDistribution
+from sb3_pg.common.distributions import BoxDistribution, BoxPolicy
 from sb3_pg.common.engines.protocol import Seen
 from sb3_pg.common.errors import ArgumentError
 from sb3_pg.common.policies import QuickMlpPolicy
@@ -298,6 +298,28 @@ def test_policies_with_their_own_forward_learn_the_same(name, algorithm):
         model = tiny(algorithm, FakeEnv(), policy, policy_kwargs=kwargs, ent_coef=0.01, engine="autograd").learn(32)
         found.append(weights(model))
     np.testing.assert_allclose(*found, rtol=1e-3, atol=2e-5)
+
+
+class OwnWidths(ActorCriticPolicy):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{**kwargs, "net_arch": {"pi": [6], "vf": [5]}})
+
+
+class OwnOfBox(BoxPolicy, OwnWidths):
+    pass
+
+
+@pytest.mark.parametrize("name", BOX_OPTIONS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_policies_of_the_users_learn_as_ours_do(name, algorithm, tmp_path):
+    own = model_of(name, algorithm, policy=OwnOfBox).learn(64)
+    policy_kwargs = options_of(name, net_arch={"pi": [6], "vf": [5]})
+    ours = tiny(algorithm, FakeEnv(OBSERVATIONS, ACTION_SPACES["box"]), policy_kwargs=policy_kwargs).learn(64)
+    np.testing.assert_allclose(weights(own), weights(ours), rtol=1e-3, atol=1e-5)
+    own.save(tmp_path / "model")
+    again = algorithm.load(tmp_path / "model", trusted=True)
+    assert type(again.policy) is OwnOfBox
+    np.testing.assert_array_equal(weights(again), weights(own))
 
 
 def test_recorded_actions_have_the_log_probability_of_acting():
