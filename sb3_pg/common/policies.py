@@ -220,14 +220,14 @@ def make_policy(
             observation_space, action_space, lr_schedule, use_sde=use_sde, **kwargs
         )
     except TypeError as error:
-        refused = re.search(r"(?:unexpected|multiple values for) keyword argument '(\w+)'", str(error))
-        name = refused and refused[1]
+        refused = re.search(r"(\w+)\.__init__.* (?:unexpected|values for) keyword argument '(\w+)'", str(error))
+        by, name = refused.groups() if refused else (None, None)
         for part in ("optimizer_kwargs", "features_extractor_kwargs"):
             if name in (kwargs.get(part) or ()):
-                raise _not_taken(f"policy_kwargs: {part}", name, policy, ()) from error
+                raise _not_taken(f"policy_kwargs: {part}", name, by, ()) from error
         if name in kwargs:
             known = {parameter for base in policy.__mro__ for parameter in inspect.signature(base).parameters}
-            raise _not_taken("policy_kwargs", name, policy, () if name in known else known) from error
+            raise _not_taken("policy_kwargs", name, policy.__name__, () if name in known else known) from error
         raise
     return made
 
@@ -249,11 +249,11 @@ def _added_by(own: type) -> list[str]:
     return [*inspect.signature(own).parameters, *(_BOX_OPTIONS if issubclass(own, BoxPolicy) else [])]
 
 
-def _not_taken(where: str, name: Any, function: Any, known: Iterable[str]) -> ArgumentError:
+def _not_taken(where: str, name: Any, by: str | None, known: Iterable[str]) -> ArgumentError:
     hint = did_you_mean(str(name), known)
     if where == "policy_kwargs" and name in _BOX_OPTIONS:
         hint = " Policies do whose first base is sb3_pg.common.distributions.BoxPolicy."
-    return ArgumentError(f"`{where}` has {name!r}, which {name_of(function)} does not take.{hint}")
+    return ArgumentError(f"`{where}` has {name!r}, which {by} does not take.{hint}")
 
 
 def _check_names(where: str, function: Any, kwargs: dict[str, Any], added: Sequence[str] = ()) -> None:
@@ -265,7 +265,7 @@ def _check_names(where: str, function: Any, kwargs: dict[str, Any], added: Seque
         return
     for name in kwargs:
         if name not in parameters and name not in added:
-            raise _not_taken(where, name, function, [*parameters, *added])
+            raise _not_taken(where, name, name_of(function), [*parameters, *added])
 
 
 _CLASSES = {

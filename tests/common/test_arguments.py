@@ -590,7 +590,7 @@ class SmallOfBox(BoxPolicy, Small):
         (Small, {"log_std_bounds": (-3, 1)}, "` has 'log_std_bounds', which Small does not take.*BoxPolicy"),
         (Small, {"activation_fn": th.nn.Tanh}, r"` has 'activation_fn', which Small does not take\.$"),
         (Small, {"activation": th.nn.Tanh}, "` has 'activation', which Small does not take.*'activation_fn'"),
-        (Small, {"optimizer_kwargs": {"alhpa": 0.9}}, ": optimizer_kwargs` has 'alhpa', which Small does not take"),
+        (Small, {"optimizer_kwargs": {"alhpa": 0.9}}, ": optimizer_kwargs` has 'alhpa', which RMSprop does not take"),
         (SmallOfBox, {"distributoin": "beta"}, "` has 'distributoin', which SmallOfBox does not take.*'distribution'"),
     ],
     ids=spelled,
