@@ -265,7 +265,9 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         self._check_arguments()
 
     def _apply_changes(self) -> None:
-        """Check and pass on what has been set since ``_setup_model``. What was set on schedule or buffer itself stays.
+        """Check and pass on what has been set since ``_setup_model``, also by callbacks amid learning.
+
+        What was set on schedule or buffer itself stays.
 
         :raises ArgumentError: it cannot work, or not any more
         """
@@ -282,6 +284,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
                 self._setup_lr_schedule()
             elif name == "engine":
                 self._network = None
+                self._refreshed_network()
             elif name in ("gamma", "gae_lambda"):
                 setattr(self.rollout_buffer, name, value)
         if changed:
@@ -434,6 +437,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         if not all_go_on:
             rollout.is_paused = True
             return False
+        self._apply_changes()
         judged = self.judge(rollout)
         self._last_memory = judged.memory
         self.network.adapt(judged.figures)
@@ -780,6 +784,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
                 self.require_equal_policies(iteration)
                 self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
                 self._rollout.is_paused = True  # type: ignore[union-attr]
+                self._apply_changes()  # of callbacks at the rollout's end
                 with good.whole(), np.errstate(all="ignore"):  # what underflows is right, what is not finite is named
                     self.train()
                 self._rollout.is_paused = False  # type: ignore[union-attr]
@@ -857,6 +862,8 @@ _OBJECTS = {"policy", "env", "policy_kwargs", "rollout_buffer_class", "rollout_b
 
 def _is_same(value: Any, before: Any) -> bool:
     """Return whether an argument is what it was, wrapped by SB3 or not."""
+    if value is before:
+        return True
     value, before = without_wrappers(value), without_wrappers(before)
     return value is before or bool(not callable(value) and type(value) is type(before) and value == before)
 

@@ -10,6 +10,7 @@ import stable_baselines3
 import torch as th
 from conftest import FakeEnv, make_envs, spelled
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
@@ -363,6 +364,57 @@ def test_what_cannot_work_is_refused_early_and_late(algorithm, name, value):
     np.testing.assert_array_equal(weights(model), before)
     setattr(model, name, good)
     model.learn(16)
+
+
+class Setting(BaseCallback):
+    """Sets an attribute of the model, once, at a step or at the end of a rollout."""
+
+    def __init__(self, name, value, when):
+        super().__init__()
+        self.name, self.value, self.when = name, value, when
+
+    def _set(self, when):
+        if self.when == when:
+            setattr(self.model, self.name, self.value)
+            self.when = None
+
+    def _on_step(self):
+        self._set(self.n_calls)
+        return True
+
+    def _on_rollout_end(self):
+        self._set("end")
+
+
+@pytest.mark.parametrize("when", [3, "end"])
+@pytest.mark.parametrize(
+    ("algorithm", "name", "value"), [(algorithm, *its) for algorithm, wrong in WRONG.items() for its in wrong.items()]
+)
+def test_what_cannot_work_is_refused_amid_learning(algorithm, name, value, when):
+    model = tiny(algorithm, make_envs(), n_steps=8)
+    good, before = getattr(model, name), weights(model)
+    with pytest.raises(ArgumentError, match=rf"`{name}[`=].*{re.escape(repr(value))}"):
+        model.learn(64, Setting(name, value, when))
+    np.testing.assert_array_equal(weights(model), before)
+    setattr(model, name, good)
+    model.learn(16, reset_num_timesteps=False)
+    assert not np.array_equal(weights(model), before)
+
+
+@ALL
+def test_what_a_callback_sets_holds_from_that_update_on(algorithm):
+    def learned(callback=None, **options):
+        return weights(tiny(algorithm, make_envs(), n_steps=8, **options).learn(32, callback))
+
+    np.testing.assert_array_equal(learned(Setting("gamma", 0.5, 3)), learned(gamma=0.5))
+    assert not np.array_equal(learned(gamma=0.5), learned())
+    np.testing.assert_allclose(learned(Setting("engine", "autograd", "end")), learned(), atol=1e-5)
+
+
+def test_limits_of_both_parts_set_by_a_callback_may_be_a_list():
+    model = tiny(PPO, make_envs(), n_steps=8).learn(32, Setting("max_grad_norm", [1e-6, 1e-6], 3))
+    expected = tiny(PPO, make_envs(), n_steps=8, max_grad_norm=(1e-6, 1e-6)).learn(32)
+    np.testing.assert_array_equal(weights(model), weights(expected))
 
 
 def test_generalised_exploration_cannot_be_chosen_later():
