@@ -104,6 +104,7 @@ def report(path: Path) -> None:
     known = read(path)
     lines = ["# Pong", "", f"Made by `benchmarks/atari.py` on {known.pop('machine')}.", ""]
     lines += [
+        "- Minutes: of the clock, on a machine that did other work beside some of the runs.",
         "- As good as the opponent: steps until the mean return of the last 100 episodes of training is above 0.",
         "- Last episodes: their mean return at the end of training, with actions drawn from the policy.",
         f"- Played after training: the mean return of {EPISODES} episodes with deterministic actions, and the least.",
