@@ -401,14 +401,32 @@ def test_what_cannot_work_is_refused_amid_learning(algorithm, name, value, when)
     assert not np.array_equal(weights(model), before)
 
 
-@ALL
-def test_what_a_callback_sets_holds_from_that_update_on(algorithm):
-    def learned(callback=None, **options):
-        return weights(tiny(algorithm, make_envs(), n_steps=8, **options).learn(32, callback))
+SET_AMID = {"gamma": 0.5, "gae_lambda": 0.1, "learning_rate": 0.05, "ent_coef": 0.3}
+SET_AMID_OF_ONE_OPTIMIZER = {"critic_learning_rate": 0.05, "critic_optimizer_kwargs": {"eps": 0.01}}
 
-    np.testing.assert_array_equal(learned(Setting("gamma", 0.5, 3)), learned(gamma=0.5))
-    assert not np.array_equal(learned(gamma=0.5), learned())
-    np.testing.assert_allclose(learned(Setting("engine", "autograd", "end")), learned(), atol=1e-5)
+
+@ENGINES
+@pytest.mark.parametrize(
+    ("algorithm", "name", "value"),
+    [
+        *((algorithm, *its) for algorithm in ALGORITHMS for its in SET_AMID.items()),
+        *((algorithm, *its) for algorithm in (PPO, REINFORCE) for its in SET_AMID_OF_ONE_OPTIMIZER.items()),
+    ],
+)
+def test_what_a_callback_sets_holds_from_that_update_on(algorithm, name, value, engine):
+    def learned(callback=None, **options):
+        return weights(tiny(algorithm, make_envs(), n_steps=8, engine=engine, **options).learn(32, callback))
+
+    from_the_start = learned(**{name: value})
+    np.testing.assert_array_equal(learned(Setting(name, value, 3)), from_the_start)
+    assert not np.array_equal(learned(), from_the_start)
+
+
+@ALL
+def test_an_engine_that_a_callback_chooses(algorithm):
+    changed = tiny(algorithm, make_envs(), n_steps=8).learn(32, Setting("engine", "autograd", "end"))
+    assert "autograd" in changed.network.description
+    np.testing.assert_allclose(weights(changed), weights(tiny(algorithm, make_envs(), n_steps=8).learn(32)), atol=1e-5)
 
 
 def test_limits_of_both_parts_set_by_a_callback_may_be_a_list():
