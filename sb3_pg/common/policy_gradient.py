@@ -284,7 +284,6 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
                 self._setup_lr_schedule()
             elif name == "engine":
                 self._network = None
-                self._refreshed_network()
             elif name in ("gamma", "gae_lambda"):
                 setattr(self.rollout_buffer, name, value)
         if changed:
@@ -437,7 +436,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         if not all_go_on:
             rollout.is_paused = True
             return False
-        self._apply_changes()
+        self._apply_changes()  # of callbacks at its steps
         judged = self.judge(rollout)
         self._last_memory = judged.memory
         self.network.adapt(judged.figures)

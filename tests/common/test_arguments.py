@@ -10,6 +10,7 @@ import stable_baselines3
 import torch as th
 from conftest import FakeEnv, make_envs, spelled
 from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -423,10 +424,13 @@ def test_what_a_callback_sets_holds_from_that_update_on(algorithm, name, value, 
 
 
 @ALL
-def test_an_engine_that_a_callback_chooses(algorithm):
-    changed = tiny(algorithm, make_envs(), n_steps=8).learn(32, Setting("engine", "autograd", "end"))
-    assert "autograd" in changed.network.description
-    np.testing.assert_allclose(weights(changed), weights(tiny(algorithm, make_envs(), n_steps=8).learn(32)), atol=1e-5)
+@pytest.mark.parametrize("when", [3, "end"])
+@pytest.mark.parametrize(("before", "after"), [("auto", "autograd"), ("autograd", "auto")])
+def test_an_engine_that_a_callback_chooses(algorithm, before, after, when):
+    changed = tiny(algorithm, make_envs(), n_steps=8, engine=before).learn(32, Setting("engine", after, when))
+    kept = tiny(algorithm, make_envs(), n_steps=8, engine=before).learn(32)
+    assert changed.network.description.startswith({"auto": "closed-form", "autograd": "autograd"}[after])
+    np.testing.assert_allclose(weights(changed), weights(kept), atol=1e-5)
 
 
 def test_limits_of_both_parts_set_by_a_callback_may_be_a_list():
@@ -440,6 +444,27 @@ def test_generalised_exploration_cannot_be_chosen_later():
     model.use_sde = True
     with pytest.raises(ArgumentError, match="`use_sde=True` comes too late"):
         model.learn(16)
+
+
+class OwnGet(RolloutBuffer):
+    def get(self, batch_size=None):
+        yield from super().get(batch_size)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        *((algorithm, {"loss_average": its}) for algorithm in ALGORITHMS for its in ("sequence", 9)),
+        (PPO, {"ratio": "sequence"}),
+    ],
+)
+def test_what_needs_sequences_is_refused_with_a_buffer_that_gives_out_its_own_samples(algorithm, options):
+    ((name, value),) = options.items()
+    options = {"n_steps": 8, "baseline": "value", **options}
+    message = f"^`{name}={value!r}` needs to know which samples .*`rollout_buffer_class=OwnGet` .*Leave one of them out"
+    with pytest.raises(ArgumentError, match=message):
+        tiny(algorithm, make_envs(), rollout_buffer_class=OwnGet, **options)
+    tiny(algorithm, make_envs(), **options).learn(16)
 
 
 @ALL
