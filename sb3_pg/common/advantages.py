@@ -320,9 +320,8 @@ def _own(baseline: Baseline, samples: Samples) -> FloatArray:
     return found
 
 
-def moving_average(before: float | None, returns: FloatArray, decay: float) -> float:
-    """Return the average return with those of one more rollout; ``decay`` in [0, 1), higher remembers longer."""
-    now = float(workers.mean(float(returns.mean()), len(returns)))
+def moving_average(before: float | None, now: float, decay: float) -> float:
+    """Return an average with one more number; ``decay`` in [0, 1), higher remembers longer."""
     return now if before is None else decay * before + (1 - decay) * now
 
 
@@ -343,11 +342,11 @@ def moments(columns: Sequence[Any]) -> list[tuple[float, float]]:
 def normalized(advantages: Any, scale: tuple[float, float] | None = None, counts: Any = None) -> Any:
     """Return advantages with mean 0 and standard deviation 1; one alone is left as it is (SB3 issue 325).
 
-    :param scale: their mean and standard deviation over all workers, if they are known already
+    :param scale: mean and standard deviation to take out; None takes their own, over all workers
     :param counts: True for those that mean and deviation are of, bool (n,); None is all
     """
     its = advantages if counts is None else advantages[counts]
-    if workers.size() > 1:
+    if scale is not None or workers.size() > 1:
         mean, deviation = scale or moments([its])[0]
         return (advantages - mean) / (deviation + 1e-8)
     if len(its) < 2:

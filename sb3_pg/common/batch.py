@@ -107,6 +107,10 @@ class Batch:
         """True for the samples that count for something; None if all do."""
         return None if self.weight is None else self.weight != 0
 
+    def moments(self) -> tuple[float, float]:
+        """Return mean and deviation of the advantages that count, over all workers."""
+        return moments([self.advantages if self.counts is None else self.advantages[self.counts]])[0]
+
     def normalized(self, scale: tuple[float, float] | None = None) -> Array:
         """Return the advantages with mean 0 and deviation 1 over the samples that count.
 

@@ -3,7 +3,7 @@
 import inspect
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -200,16 +200,33 @@ def _check_average(model: "PolicyGradientAlgorithm") -> None:
         require_usual_get(f"loss_average={average!r}", model.rollout_buffer_class)
 
 
-def require_usual_get(argument: str, kind: type[sb3_buffers.RolloutBuffer] | None) -> None:
-    """Refuse an argument about sequences together with a class of buffers that gives out samples in its own way.
+def require_usual_get(
+    argument: str, kind: type[sb3_buffers.RolloutBuffer] | None, needs: str = "which samples are of one sequence"
+) -> None:
+    """Refuse an argument about all samples together with a class of buffers that gives them out in its own way.
 
+    :param needs: what is to be known of them
     :raises ArgumentError: it has a ``get`` of its own
     """
     if kind is not None and has_own_get(kind):
         raise ArgumentError(
-            f"`{argument}` needs to know which samples are of one sequence, which "
-            f"`rollout_buffer_class={kind.__name__}` with a `get` of its own does not tell. Leave one of them out."
+            f"`{argument}` needs to know {needs}, which `rollout_buffer_class={kind.__name__}` with a `get` of its own "
+            "does not tell. Leave one of them out."
         )
+
+
+def check_normalization(
+    model: "PolicyGradientAlgorithm", normalize_advantage: bool | str, choices: Sequence[Any]
+) -> None:
+    """Refuse ways of normalising advantages that there are not, or not with the buffer.
+
+    :param choices: those that the algorithm knows
+    :raises ArgumentError: it is none of them, or needs the whole rollout and the buffer has a ``get`` of its own
+    """
+    check_choice("normalize_advantage", normalize_advantage, choices)
+    if normalize_advantage in ("batch", "running"):
+        argument, needs = f"normalize_advantage={normalize_advantage!r}", "the advantages of the whole rollout"
+        require_usual_get(argument, model.rollout_buffer_class, needs)
 
 
 def _check_buffer_of_episodes(kind: type[sb3_buffers.RolloutBuffer] | None) -> None:

@@ -120,7 +120,13 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICIES
 
     #: Attributes that an update changes, beside the policy and its optimizer.
-    _changed_by_updates: ClassVar[tuple[str, ...]] = ("_n_updates", "_return_ema", "learning_rate", "lr_schedule")
+    _changed_by_updates: ClassVar[tuple[str, ...]] = (
+        "_n_updates",
+        "_return_ema",
+        "_advantage_square",
+        "learning_rate",
+        "lr_schedule",
+    )
 
     #: How to learn from rollouts that are not of whole episodes, for errors.
     _without_episodes: ClassVar[str] = "leave out `n_episodes` and use baseline='value'"
@@ -170,6 +176,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         self.critic_optimizer_kwargs = critic_optimizer_kwargs
         self._is_masked = False  # in the last rollout
         self._return_ema: float | None = None  # of baseline="ema"; saved and restored like any attribute
+        self._advantage_square: float | None = None  # of normalize_advantage="running", likewise
         self._network: Engine | None = None
         self._rollout: Rollout | None = None
         self._last_memory: Memory | None = None
@@ -693,6 +700,20 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
                 self._take_step(minibatch, max_grad_norm)
                 losses.add(loss, minibatch.weight, minibatch.share)
 
+    def _normalized(self, batch: Batch, *, running: bool) -> Array:
+        """Return the advantages of a rollout with mean 0 and deviation 1 or, where it has less to say, a smaller one.
+
+        Once a task is solved, advantages are the critic's noise, except in the rollouts with a failure. Each divided by
+        its own deviation, noise moves the policy as far as failures do, until it has lost what it had learned.
+
+        :param running: divide by the root mean square of the deviations of past rollouts where that is larger
+        """
+        if not running:
+            return batch.normalized()
+        mean, deviation = batch.moments()
+        self._advantage_square = moving_average(self._advantage_square, deviation**2, self.ema_decay)
+        return batch.normalized((mean, max(deviation, math.sqrt(self._advantage_square))))
+
     def _take_step(self, batch: Batch, max_grad_norm: MaxGradNorm) -> None:
         """Let the optimizer move the parameters by the gradients just made.
 
@@ -708,7 +729,8 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
         n, buffer = rollout.n_steps, rollout.buffer
         if self.baseline == "ema":  # for the next rollout
             returns = buffer.returns[:n][self._compared(rollout)]
-            self._return_ema = moving_average(self._return_ema, returns, self.ema_decay)
+            now = float(workers.mean(float(returns.mean()), len(returns)))
+            self._return_ema = moving_average(self._return_ema, now, self.ema_decay)
         # flat already if SB3's ``get`` was asked
         values, returns = (x.reshape(-1)[: n * self.n_envs] for x in (buffer.values, buffer.returns))
         figures.explained_variance = self.explained_variance(values, returns)

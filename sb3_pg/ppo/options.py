@@ -23,7 +23,7 @@ from sb3_pg.common.objectives import (
     simple_policy_optimization,
     surrogate,
 )
-from sb3_pg.common.options import check_rollout_size, require_usual_get
+from sb3_pg.common.options import check_normalization, check_rollout_size, require_usual_get
 
 if TYPE_CHECKING:
     from sb3_pg.ppo.ppo import PPO
@@ -121,7 +121,7 @@ def check_arguments(ppo: "PPO") -> None:
         check_number("dual_clip", ppo.dual_clip, low=1.0, above_low=True)
     check_number("kl_coef", ppo.kl_coef, or_schedule=True)
     check_number("desired_kl", ppo.desired_kl, above_low=True)
-    check_choice("normalize_advantage", ppo.normalize_advantage, (True, False, "minibatch", "batch"))
+    check_normalization(ppo, ppo.normalize_advantage, (True, False, "minibatch", "batch", "running"))
     for name in ("adaptive_lr", "adaptive_kl_coef"):
         check_choice(name, getattr(ppo, name), (True, False))
     if callable(ppo.objective):

@@ -47,7 +47,9 @@ class PPO(PolicyGradientAlgorithm):
     :param clip_range_vf: how far the value may move from its old prediction, in units of the return; the loss is
         the larger of the clipped and the unclipped one. Lower is slower and steadier; None does not clip
     :param normalize_advantage: True or "minibatch" gives advantages mean 0 and deviation 1 in each minibatch,
-        "batch" over the whole rollout, False leaves them
+        "batch" over the whole rollout, False leaves them. "running" is "batch", but divides by the root mean square of
+        the deviations of past rollouts where that is larger, so that a rollout without news moves the policy little:
+        slower, but what is learned stays learned
     :param ent_coef: weight of the entropy bonus, a number or schedule. Higher explores more
     :param vf_coef: weight of the value loss, a number or schedule. Matters where features are shared, and by
         way of ``max_grad_norm``
@@ -87,7 +89,7 @@ class PPO(PolicyGradientAlgorithm):
     :param scale_rewards: what the differences of baseline="group" are divided by, with TRL's names. "group": their
         deviation in the group, so that groups count alike. "batch": that of all returns, so that groups whose returns
         differ more count for more. None: nothing (Dr. GRPO). Refused with other baselines
-    :param ema_decay: in [0, 1), of "ema". Higher remembers longer
+    :param ema_decay: in [0, 1), of the baseline "ema" and of normalize_advantage="running". Higher remembers longer
     :param loss_average: how the samples of policy and value loss are averaged. "step": all alike. "sequence": over each
         episode, then over episodes, so that a step of a long one counts for less. A whole number L: the sum over each
         episode, divided by L, then over episodes; a larger L makes smaller gradients.
@@ -206,8 +208,8 @@ class PPO(PolicyGradientAlgorithm):
         if self.ratio == "sequence" and batch.sequences is None:
             batch.sequences = episode_parts(rollout)[batch.rows]
         normalize = self.normalize_advantage in (True, "minibatch")
-        if self.normalize_advantage == "batch":
-            batch.advantages = batch.normalized()
+        if self.normalize_advantage in ("batch", "running"):
+            batch.advantages = self._normalized(batch, running=self.normalize_advantage == "running")
         stopping = EarlyStopping(engine, batch, None if self.target_kl is None else self._coefficient("target_kl"))
         kl_coef = self._coefficient("kl_coef")
         objective, value_loss = make_objective(self, kl_coef), self._make_value_loss()

@@ -62,7 +62,9 @@ class REINFORCE(PolicyGradientAlgorithm):
         smoothly
     :param rollout_buffer_class: a subclass of SB3's, or of ours for whole episodes; None chooses
     :param rollout_buffer_kwargs: its arguments
-    :param normalize_advantage: whether advantages get mean 0 and deviation 1 over the batch
+    :param normalize_advantage: True gives advantages mean 0 and deviation 1 over the batch, False leaves them.
+        "running" divides them by the root mean square of the deviations of past batches where that is larger, so that
+        a batch without news moves the policy little: slower, but what is learned stays learned
     :param stats_window_size: episodes over which the logged return and length are averaged. Higher is smoother
     :param tensorboard_log: folder for TensorBoard; None writes none
     :param policy_kwargs: arguments of the policy class; not changed
@@ -80,7 +82,7 @@ class REINFORCE(PolicyGradientAlgorithm):
     :param scale_rewards: what the differences of baseline="group" are divided by, with TRL's names. "group": their
         deviation in the group, so that groups count alike. "batch": that of all returns, so that groups whose returns
         differ more count for more. None: nothing (Dr. GRPO). Refused with other baselines
-    :param ema_decay: in [0, 1), of "ema". Higher remembers longer
+    :param ema_decay: in [0, 1), of the baseline "ema" and of normalize_advantage="running". Higher remembers longer
     :param loss_average: how the samples of policy and value loss are averaged. "step": all alike. "sequence": over each
         episode, then over episodes, so that a step of a long one counts for less. A whole number L: the sum over each
         episode, divided by L, then over episodes; a larger L makes smaller gradients.
@@ -129,7 +131,7 @@ class REINFORCE(PolicyGradientAlgorithm):
         sde_sample_freq: int = -1,
         rollout_buffer_class: type[sb3_buffers.RolloutBuffer] | None = None,
         rollout_buffer_kwargs: dict[str, Any] | None = None,
-        normalize_advantage: bool = True,
+        normalize_advantage: bool | str = True,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -186,7 +188,7 @@ class REINFORCE(PolicyGradientAlgorithm):
         self._update_learning_rate(self.policy.optimizer)
         batch: Any = self._batch(rollout)
         if self.normalize_advantage:
-            batch.advantages = batch.normalized()
+            batch.advantages = self._normalized(batch, running=self.normalize_advantage == "running")
         ent_coef = self._coefficient("ent_coef")
         vf_coef = self._coefficient("vf_coef") if self.baseline == "value" else 0.0
 

@@ -62,7 +62,10 @@ class TRPO(PolicyGradientAlgorithm):
         smoothly
     :param rollout_buffer_class: a subclass of SB3's; None chooses
     :param rollout_buffer_kwargs: its arguments
-    :param normalize_advantage: whether advantages get mean 0 and deviation 1 over the rollout
+    :param normalize_advantage: True gives advantages mean 0 and deviation 1 over the rollout, False leaves them.
+        "running" divides them by the root mean square of the deviations of past rollouts where that is larger, and
+        shortens the step alike, so that a rollout without news moves the policy little: slower, but what is learned
+        stays learned
     :param target_kl: radius of the trust region in nats, a number or schedule: the largest mean KL between policies of
         successive updates. Higher learns faster until it breaks. Usual are 0.005 to 0.05 for Discrete and MultiDiscrete
         actions, and as much for each dimension of Box and MultiBinary ones: 0.24 is 0.04 for each of six
@@ -79,7 +82,7 @@ class TRPO(PolicyGradientAlgorithm):
     :param scale_rewards: what the differences of baseline="group" are divided by, with TRL's names. "group": their
         deviation in the group, so that groups count alike. "batch": that of all returns, so that groups whose returns
         differ more count for more. None: nothing (Dr. GRPO). Refused with other baselines
-    :param ema_decay: in [0, 1), of "ema". Higher remembers longer
+    :param ema_decay: in [0, 1), of the baseline "ema" and of normalize_advantage="running". Higher remembers longer
     :param loss_average: how the samples of policy and value loss are averaged. "step": all alike. "sequence": over each
         episode, then over episodes, so that a step of a long one counts for less. A whole number L: the sum over each
         episode, divided by L, then over episodes; a larger L makes smaller gradients.
@@ -119,7 +122,7 @@ class TRPO(PolicyGradientAlgorithm):
         sde_sample_freq: int = -1,
         rollout_buffer_class: type[RolloutBuffer] | None = None,
         rollout_buffer_kwargs: dict[str, Any] | None = None,
-        normalize_advantage: bool = True,
+        normalize_advantage: bool | str = True,
         target_kl: float | Schedule = 0.01,
         sub_sampling_factor: int = 1,
         stats_window_size: int = 100,
@@ -167,8 +170,11 @@ class TRPO(PolicyGradientAlgorithm):
         batch = self._batch(rollout)
         has_own = has_own_get(type(rollout.buffer))
         samples = joined(list(own_samples(rollout, engine, None))) if has_own else batch
-        advantages = samples.normalized() if self.normalize_advantage else samples.advantages
-        figures = self._improve_policy(samples, advantages)
+        running = self.normalize_advantage == "running"
+        if self.normalize_advantage:
+            samples.advantages = self._normalized(samples, running=running)
+        # The longest step does not depend on the scale of the advantages: it is shortened in proportion to them.
+        figures = self._improve_policy(samples, samples.moments()[1] if running else 1.0)
         if self.baseline == "value":
             losses = Column(batch.returns)
             self._fit_critic(batch, losses, self.n_critic_updates, self.batch_size, max_grad_norm=None)
@@ -176,18 +182,21 @@ class TRPO(PolicyGradientAlgorithm):
         self._n_updates += 1
         self._end_update(rollout, figures)
 
-    def _improve_policy(self, batch: Batch, advantages: Any) -> TRPOFigures:
-        """Maximise ``g.x`` subject to ``x.F x / 2 <= target_kl``, then search along x (section 6, appendix C)."""
+    def _improve_policy(self, batch: Batch, shortened: float) -> TRPOFigures:
+        """Maximise ``g.x`` subject to ``x.F x / 2 <= target_kl``, then search along x (section 6, appendix C).
+
+        :param shortened: fraction of the radius of the trust region to go
+        """
         actor, ent_coef = self.network.actor(batch), self._coefficient("ent_coef")
 
         def objective(look: Look) -> float:
             """Return the surrogate ``E[r A]`` plus the entropy bonus, less the engine's penalty."""
-            loss, _ = surrogate(look.log_prob - batch.old_log_prob, advantages)
+            loss, _ = surrogate(look.log_prob - batch.old_log_prob, batch.advantages)
             return batch.mean(ent_coef * look.entropy - loss - look.penalty)
 
         # g: the gradient of the surrogate (and entropy bonus), at ratio one.
         old = actor.old
-        _, d_log_prob = surrogate(old.log_prob - batch.old_log_prob, advantages)
+        _, d_log_prob = surrogate(old.log_prob - batch.old_log_prob, batch.advantages)
         gradient: Any = -workers.mean(actor.gradient(d_log_prob, -ent_coef), batch.share)
 
         # x: the natural gradient F^-1 g.
@@ -202,7 +211,7 @@ class TRPO(PolicyGradientAlgorithm):
         outcome, accepted = _why_no_step(inner(gradient, gradient), curvature), None
         if outcome is None:
             # The longest step in the quadratic model of the KL: x.F x / 2 = target_kl.
-            target_kl = self._coefficient("target_kl")
+            target_kl = self._coefficient("target_kl") * shortened**2
             step = math.sqrt(2.0 * target_kl / curvature) * direction
             accepted = self._search(batch, actor, step, target_kl, objective)
             outcome = "accepted" if accepted else "line search failed"

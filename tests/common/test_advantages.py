@@ -240,9 +240,9 @@ def test_within_group_by_hand():
 
 
 def test_moving_average():
-    assert moving_average(None, np.array([1.0, 3.0]), 0.9) == 2.0
-    assert moving_average(1.0, np.array([1.0, 3.0]), 0.9) == pytest.approx(1.1)
-    assert moving_average(1.0, np.array([1.0, 3.0]), 0.0) == 2.0
+    assert moving_average(None, 2.0, 0.9) == 2.0
+    assert moving_average(1.0, 2.0, 0.9) == pytest.approx(1.1)
+    assert moving_average(1.0, 2.0, 0.0) == 2.0
 
 
 def test_integer_actions_keep_their_fraction():

@@ -216,7 +216,9 @@ CASES: dict[str, Any] = {
     ),
     "ppo autograd": lambda: trained(PPO, n_steps=16, batch_size=own(48), n_epochs=2, engine="autograd"),
     "trpo": lambda: trained(TRPO, n_steps=16, batch_size=own(48)),
-    "trpo autograd": lambda: trained(TRPO, n_steps=16, batch_size=own(48), engine="autograd", ent_coef=0.01),
+    "trpo autograd": lambda: trained(
+        TRPO, n_steps=16, batch_size=own(48), engine="autograd", ent_coef=0.01, normalize_advantage="running"
+    ),
     "reinforce": lambda: trained(REINFORCE, n_steps=16, critic_batch_size=own(48)),
     "reinforce target_kl": lambda: trained(
         REINFORCE, n_steps=16, critic_batch_size=own(48), target_kl=1e-4, learning_rate=1e-2
@@ -233,7 +235,12 @@ CASES: dict[str, Any] = {
     "ppo weighted value": lambda: whole_episodes(PPO, "value", loss_average="sequence", batch_size=1000),
     "ppo ema": lambda: whole_episodes(PPO, "ema", batch_size=1000),
     "ppo parts": lambda: trained(
-        PPO, n_steps=16, batch_size=own(48), max_grad_norm=(0.05, 0.2), critic_learning_rate=1e-3
+        PPO,
+        n_steps=16,
+        batch_size=own(48),
+        max_grad_norm=(0.05, 0.2),
+        critic_learning_rate=1e-3,
+        normalize_advantage="running",
     ),
     "ppo parts autograd": lambda: trained(
         PPO, n_steps=16, batch_size=own(48), max_grad_norm=(0.05, 0.2), critic_learning_rate=1e-3, engine="autograd"

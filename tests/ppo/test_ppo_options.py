@@ -27,6 +27,7 @@ def make_ppo(**options):
         {"adaptive_lr": True},
         {"target_kl": 0.005},
         {"normalize_advantage": "batch"},
+        {"normalize_advantage": "running"},
         {"normalize_advantage": False},
         {"clip_range_vf": 1.0},
         {"max_grad_norm": None},

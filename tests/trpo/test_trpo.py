@@ -80,7 +80,7 @@ trpo_options = st.fixed_dictionaries(
         "line_search_shrinking_factor": st.floats(0.2, 0.9),
         "sub_sampling_factor": st.integers(1, 5),
         "ent_coef": st.sampled_from([0.0, 0.01, 1.0]),
-        "normalize_advantage": st.booleans(),
+        "normalize_advantage": st.sampled_from([True, False, "running"]),
         "use_sde": st.booleans(),
         "engine": st.sampled_from(ENGINES),
     }
@@ -223,6 +223,31 @@ def test_a_refused_update_changes_nothing(reason, space, engine, monkeypatch):
     assert logged(model, "policy_step") == outcome or (outcome is None and logged(model, "policy_step") != "accepted")
     assert logged(model, "is_line_search_success") == 0
     assert logged(model, "kl_divergence_loss") == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("use_sde", [False, True])
+def test_a_step_to_where_there_is_no_distribution_is_shortened(use_sde, engine, monkeypatch):
+    """torch refuses a deviation of NaN, as gSDE makes it of a feature of 0 and weights that deviate by inf."""
+    for shrinking, outcome in ((0.9, "line search failed"), (1e-3, "accepted")):
+        model = make_trpo(
+            ACTION_SPACES["box"],
+            n_critic_updates=0,
+            engine=engine,
+            use_sde=use_sde,
+            cg_damping=0.0,
+            line_search_shrinking_factor=shrinking,
+            line_search_max_iter=20,
+            policy_kwargs={"activation_fn": nn.ReLU},
+        )
+        fill(model, np.random.default_rng(0).normal(size=32))
+        actor = GraphActor if use_sde or engine == "autograd" else ClosedFormActor
+        monkeypatch.setattr(actor, "fisher", lambda self, every=1: lambda vector: 1e-30 * vector)
+        before = flat(actor_parameters(model.policy))
+        model.train()
+        assert logged(model, "policy_step") == outcome
+        assert th.equal(before, flat(actor_parameters(model.policy))) == (outcome != "accepted")
+        assert th.isfinite(flat(actor_parameters(model.policy))).all()
 
 
 def test_the_critic_leaves_shared_features_alone():

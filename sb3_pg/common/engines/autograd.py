@@ -396,7 +396,12 @@ class GraphActor:
         return self._old[1]
 
     def look(self) -> Look:
-        (old, _), (now, log_prob, entropy) = self._old, self._distribution(self._batch)
+        old, look = self._old
+        try:
+            now, log_prob, entropy = self._distribution(self._batch)
+        except ValueError:  # torch's of a distribution that is no number; at the old parameters there was none
+            nothing = math.nan * look.log_prob
+            return Look(nothing, nothing, nothing)
         return Look(log_prob, entropy, self._kl(old, now))
 
     @th.no_grad()
