@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from torch.nn.utils import parameters_to_vector
 
@@ -40,6 +41,13 @@ def tiny(algorithm: Any, env: Any, policy: Any = "MlpPolicy", **options: Any) ->
     policy_kwargs = {"net_arch": [8], **options.pop("policy_kwargs", {})}
     options = {**OPTIONS[algorithm], "seed": 0, "device": "cpu", **options}
     return algorithm(policy, env, policy_kwargs=policy_kwargs, **options)
+
+
+class OwnGet(RolloutBuffer):
+    """Gives out samples in its own way."""
+
+    def get(self, batch_size: int | None = None) -> Any:
+        yield from super().get(batch_size)
 
 
 class AtRolloutEnd(BaseCallback):

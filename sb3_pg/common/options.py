@@ -3,7 +3,7 @@
 import inspect
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -215,18 +215,17 @@ def require_usual_get(
         )
 
 
-def check_normalization(
-    model: "PolicyGradientAlgorithm", normalize_advantage: bool | str, choices: Sequence[Any]
-) -> None:
+def check_normalization(model: "PolicyGradientAlgorithm", *choices: bool | str) -> None:
     """Refuse ways of normalising advantages that there are not, or not with the buffer.
 
     :param choices: those that the algorithm knows
     :raises ArgumentError: it is none of them, or needs the whole rollout and the buffer has a ``get`` of its own
     """
-    check_choice("normalize_advantage", normalize_advantage, choices)
-    if normalize_advantage in ("batch", "running"):
-        argument, needs = f"normalize_advantage={normalize_advantage!r}", "the advantages of the whole rollout"
-        require_usual_get(argument, model.rollout_buffer_class, needs)
+    how = model.normalize_advantage
+    check_choice("normalize_advantage", how, choices)
+    if how in ("batch", "running"):
+        needs = "the advantages of the whole rollout"
+        require_usual_get(f"normalize_advantage={how!r}", model.rollout_buffer_class, needs)
 
 
 def _check_buffer_of_episodes(kind: type[sb3_buffers.RolloutBuffer] | None) -> None:
@@ -244,7 +243,7 @@ def _check_buffer_of_episodes(kind: type[sb3_buffers.RolloutBuffer] | None) -> N
         )
 
 
-def check_rollout_size(model: "PolicyGradientAlgorithm", batch_size: int, normalize_advantage: bool) -> None:
+def check_rollout_size(model: "PolicyGradientAlgorithm", batch_size: int) -> None:
     """Check rollouts of fixed length; like SB3 warn when an epoch's last minibatch is smaller than the others.
 
     Policies with an engine of their own have minibatches of whole sequences, whose sizes differ anyway.
@@ -254,7 +253,7 @@ def check_rollout_size(model: "PolicyGradientAlgorithm", batch_size: int, normal
     if model._learns_from_episodes:
         return
     rollout_size = model.n_steps * model.n_envs
-    if normalize_advantage and rollout_size < 2:
+    if model.normalize_advantage and rollout_size < 2:
         raise ArgumentError(
             "`n_steps * n_envs` must be greater than 1 to normalise advantages. Currently "
             f"n_steps={model.n_steps} and n_envs={model.n_envs}; raise one or pass normalize_advantage=False."

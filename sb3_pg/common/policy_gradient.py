@@ -132,6 +132,7 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
     _without_episodes: ClassVar[str] = "leave out `n_episodes` and use baseline='value'"
 
     rollout_buffer_class: type[sb3_buffers.RolloutBuffer] | None
+    normalize_advantage: bool | str
     max_grad_norm: MaxGradNorm  # type: ignore[assignment]
 
     def __init__(
@@ -700,15 +701,14 @@ class PolicyGradientAlgorithm(Archived, DataParallel):
                 self._take_step(minibatch, max_grad_norm)
                 losses.add(loss, minibatch.weight, minibatch.share)
 
-    def _normalized(self, batch: Batch, *, running: bool) -> Array:
-        """Return the advantages of a rollout with mean 0 and deviation 1 or, where it has less to say, a smaller one.
+    def _normalized(self, batch: Batch) -> Array:
+        """Return the advantages of a rollout with mean 0 and deviation 1 or, by "running", a smaller one.
 
         Once a task is solved, advantages are the critic's noise, except in the rollouts with a failure. Each divided by
         its own deviation, noise moves the policy as far as failures do, until it has lost what it had learned.
-
-        :param running: divide by the root mean square of the deviations of past rollouts where that is larger
+        "running" divides by the root mean square of the deviations of past rollouts where that is larger.
         """
-        if not running:
+        if self.normalize_advantage != "running":
             return batch.normalized()
         mean, deviation = batch.moments()
         self._advantage_square = moving_average(self._advantage_square, deviation**2, self.ema_decay)

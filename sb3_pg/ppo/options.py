@@ -121,7 +121,7 @@ def check_arguments(ppo: "PPO") -> None:
         check_number("dual_clip", ppo.dual_clip, low=1.0, above_low=True)
     check_number("kl_coef", ppo.kl_coef, or_schedule=True)
     check_number("desired_kl", ppo.desired_kl, above_low=True)
-    check_normalization(ppo, ppo.normalize_advantage, (True, False, "minibatch", "batch", "running"))
+    check_normalization(ppo, True, False, "minibatch", "batch", "running")
     for name in ("adaptive_lr", "adaptive_kl_coef"):
         check_choice(name, getattr(ppo, name), (True, False))
     if callable(ppo.objective):
@@ -164,7 +164,7 @@ def _check_rollout_size(ppo: "PPO") -> None:
             f"`batch_size` must be greater than 1 to normalise advantages in it, not {ppo.batch_size} "
             "(SB3 issue 440). Raise it or pass normalize_advantage='batch' or False."
         )
-    check_rollout_size(ppo, ppo.batch_size, bool(ppo.normalize_advantage))
+    check_rollout_size(ppo, ppo.batch_size)
 
 
 def is_constant(value: Any) -> bool:

@@ -209,7 +209,7 @@ class PPO(PolicyGradientAlgorithm):
             batch.sequences = episode_parts(rollout)[batch.rows]
         normalize = self.normalize_advantage in (True, "minibatch")
         if self.normalize_advantage in ("batch", "running"):
-            batch.advantages = self._normalized(batch, running=self.normalize_advantage == "running")
+            batch.advantages = self._normalized(batch)
         stopping = EarlyStopping(engine, batch, None if self.target_kl is None else self._coefficient("target_kl"))
         kl_coef = self._coefficient("kl_coef")
         objective, value_loss = make_objective(self, kl_coef), self._make_value_loss()

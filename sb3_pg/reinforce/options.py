@@ -20,7 +20,7 @@ def check_arguments(reinforce: "REINFORCE") -> None:
             check_count(name, getattr(reinforce, name))
     check_count("n_critic_updates", reinforce.n_critic_updates, low=0)
     check_count("critic_batch_size", reinforce.critic_batch_size)
-    check_normalization(reinforce, reinforce.normalize_advantage, (True, False, "running"))
+    check_normalization(reinforce, True, False, "running")
     if reinforce.target_kl is not None:
         check_number("target_kl", reinforce.target_kl, above_low=True, or_schedule=True)
     if reinforce.baseline == "value":

@@ -188,7 +188,7 @@ class REINFORCE(PolicyGradientAlgorithm):
         self._update_learning_rate(self.policy.optimizer)
         batch: Any = self._batch(rollout)
         if self.normalize_advantage:
-            batch.advantages = self._normalized(batch, running=self.normalize_advantage == "running")
+            batch.advantages = self._normalized(batch)
         ent_coef = self._coefficient("ent_coef")
         vf_coef = self._coefficient("vf_coef") if self.baseline == "value" else 0.0
 

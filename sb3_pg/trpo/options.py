@@ -18,7 +18,7 @@ def check_arguments(trpo: "TRPO") -> None:
         check_count(name, getattr(trpo, name))
     check_count("n_critic_updates", trpo.n_critic_updates, low=0)
     check_number("cg_damping", trpo.cg_damping)
-    check_normalization(trpo, trpo.normalize_advantage, (True, False, "running"))
+    check_normalization(trpo, True, False, "running")
     check_number("target_kl", trpo.target_kl, above_low=True, or_schedule=True)
     check_number("line_search_shrinking_factor", trpo.line_search_shrinking_factor, above_low=True)
     if trpo.line_search_shrinking_factor >= 1:
@@ -27,4 +27,4 @@ def check_arguments(trpo: "TRPO") -> None:
             "no step of the search would be shorter than the one before."
         )
     if trpo.env is not None:
-        check_rollout_size(trpo, trpo.batch_size, bool(trpo.normalize_advantage))
+        check_rollout_size(trpo, trpo.batch_size)

@@ -170,11 +170,11 @@ class TRPO(PolicyGradientAlgorithm):
         batch = self._batch(rollout)
         has_own = has_own_get(type(rollout.buffer))
         samples = joined(list(own_samples(rollout, engine, None))) if has_own else batch
-        running = self.normalize_advantage == "running"
         if self.normalize_advantage:
-            samples.advantages = self._normalized(samples, running=running)
+            samples.advantages = self._normalized(samples)
         # The longest step does not depend on the scale of the advantages: it is shortened in proportion to them.
-        figures = self._improve_policy(samples, samples.moments()[1] if running else 1.0)
+        shortened = samples.moments()[1] if self.normalize_advantage == "running" else 1.0
+        figures = self._improve_policy(samples, shortened)
         if self.baseline == "value":
             losses = Column(batch.returns)
             self._fit_critic(batch, losses, self.n_critic_updates, self.batch_size, max_grad_norm=None)

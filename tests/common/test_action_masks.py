@@ -25,6 +25,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+from tiny_models import OwnGet
 
 from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.common.errors import ArgumentError
@@ -313,14 +314,8 @@ def test_sb3_contribs_environments(algorithm, engine, env):
 
 @ALL
 def test_buffers_with_their_own_get_are_refused(algorithm):
-    from stable_baselines3.common.buffers import RolloutBuffer
-
-    class Own(RolloutBuffer):
-        def get(self, batch_size=None):
-            yield from super().get(batch_size)
-
     extra = {"n_steps": 16} if algorithm is REINFORCE else {}
-    model = make(algorithm, rollout_buffer_class=Own, **extra)
+    model = make(algorithm, rollout_buffer_class=OwnGet, **extra)
     with pytest.raises(ArgumentError, match="use_masking=False"):
         model.learn(64)
 

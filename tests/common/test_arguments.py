@@ -10,12 +10,11 @@ import stable_baselines3
 import torch as th
 from conftest import FakeEnv, make_envs, spelled
 from gymnasium import spaces
-from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule
-from tiny_models import ALGORITHMS, ALL, OPTIONS, tiny, weights
+from tiny_models import ALGORITHMS, ALL, OPTIONS, OwnGet, tiny, weights
 
 from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.common.distributions import BoxPolicy
@@ -444,11 +443,6 @@ def test_generalised_exploration_cannot_be_chosen_later():
     model.use_sde = True
     with pytest.raises(ArgumentError, match="`use_sde=True` comes too late"):
         model.learn(16)
-
-
-class OwnGet(RolloutBuffer):
-    def get(self, batch_size=None):
-        yield from super().get(batch_size)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from conftest import ACTION_SPACES, OBSERVATION_SPACES, FakeEnv, pairs
 from gymnasium import spaces
 from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
-from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.evaluation import evaluate_policy
+from tiny_models import OwnGet
 
 from sb3_pg import PPO, REINFORCE, TRPO
 from sb3_pg.common.errors import ArgumentError
@@ -124,13 +124,6 @@ def test_a_stopped_rollout_goes_on_with_its_memory(algorithm):
     stopped, whole = run(True), run(False)
     for name, x in whole.items():
         np.testing.assert_allclose(stopped[name], x, atol=1e-6)
-
-
-class OwnGet(RolloutBuffer):
-    """Gives out samples in its own way."""
-
-    def get(self, batch_size=None):
-        yield from super().get(batch_size)
 
 
 @pytest.mark.parametrize(
