@@ -159,6 +159,8 @@ def test_samples_without_weight_are_left_out_of_minibatches_and_of_normalising(k
     np.testing.assert_allclose(piece.advantages, [1.0, -1.0, 0.0], atol=1e-7)
     assert piece.share == 3.0
     np.testing.assert_allclose(batch.normalized()[[0, 2, 3]], piece.advantages)
+    assert batch.moments() == (2.0, 1.0)
+    np.testing.assert_allclose(batch.normalized((1.0, 4.0))[[0, 2, 3]], [0.5, 0.0, 0.25], atol=1e-7)
 
 
 @pytest.mark.parametrize("average", ["step", "sequence", 10])
