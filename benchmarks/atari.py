@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from processes import in_a_process, with_one_thread
+from processes import in_a_process, machine, with_one_thread
 
 if __name__ == "__main__":
     with_one_thread()
@@ -67,7 +67,7 @@ class Curve(BaseCallback):
 
 
 def train(algo: str, seed: int, steps: int, device: str, env_threads: int) -> dict[str, Any]:
-    """Return the curve of a run, the returns afterwards and the device."""
+    """Return the curve of a run, the returns afterwards, the device and the machine."""
     th.set_num_threads(1)
     register()
     from sb3_pg.zoo.manager import ExperimentManager
@@ -97,12 +97,16 @@ def train(algo: str, seed: int, steps: int, device: str, env_threads: int) -> di
         env = manager.create_envs(EPISODES, eval_env=True)
         returns, _ = evaluate_policy(model, env, EPISODES, return_episode_rewards=True)
     name = th.cuda.get_device_name() if device == "cuda" else device
-    return {"curve": curve.rows, "returns": np.array(returns, float).tolist(), "device": name}
+    played = np.array(returns, float).tolist()
+    return {"curve": curve.rows, "returns": played, "device": name, "machine": machine("NumPy")}
 
 
 def report(path: Path) -> None:
     known = read(path)
-    lines = ["# Pong", "", f"Made by `benchmarks/atari.py` on {known.pop('machine')}.", ""]
+    del known["machine"]  # of the last run only
+    lines = ["# Pong", "", "Made by `benchmarks/atari.py`.", ""]
+    machines = sorted({(found["device"], found["machine"]) for found in known.values()})
+    lines += [f"- {device}: {name}." for device, name in machines]
     lines += [
         "- Minutes: of the clock, on a machine that did other work beside some of the runs.",
         "- As good as the opponent: steps until the mean return of the last 100 episodes of training is above 0.",

@@ -261,11 +261,14 @@ def test_report_of_a_budget(module, tmp_path):
 def test_report_of_pong(module, tmp_path):
     atari = importlib.import_module("atari")
     curve = [[100, 3600.0, -20.0], [200, 7200.0, 1.0], [300, 10800.0, 5.0]]
-    known = {"machine": "a machine", "ppo 0 300": {"curve": curve, "returns": [18.0, 20.0], "device": "cpu"}}
-    known["trpo 1 300"] = {"curve": curve[:1], "returns": [-21.0], "device": "a GPU"}
+    known = {"machine": "a machine", "ppo 0 300": {"curve": curve, "returns": [18.0, 20.0]}}
+    known["ppo 0 300"] |= {"device": "cpu", "machine": "a laptop"}
+    known["trpo 1 300"] = {"curve": curve[:1], "returns": [-21.0], "device": "a GPU", "machine": "a server"}
     (tmp_path / "atari.json").write_text(json.dumps(known))
     atari.report(tmp_path / "atari.json")
-    assert (tmp_path / "atari.md").read_text().splitlines()[-2:] == [
+    lines = (tmp_path / "atari.md").read_text().splitlines()
+    assert lines[4:6] == ["- a GPU: a server.", "- cpu: a laptop."]
+    assert lines[-2:] == [
         "| PPO | 0 | cpu | 300 | 180.0 | 200 | 5.0 | 19.0, 18 |",
         "| TRPO | 1 | a GPU | 100 | 60.0 | never | -20.0 | -21.0, -21 |",
     ]

@@ -88,6 +88,11 @@ def test_recurrent_policies(algorithm, action, n_envs, policy, layers, tmp_path)
 
 
 @ALL
+def test_advantages_divided_by_the_deviation_of_the_past(algorithm, tmp_path):
+    check_run(*both(algorithm, normalize_advantage="running"), tmp_path / "model")
+
+
+@ALL
 @pytest.mark.parametrize("squash_output", [False, True])
 def test_gsde(algorithm, squash_output, tmp_path):
     """Its noise comes from torch's generator of the device, so that the runs differ."""
