@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,7 +129,7 @@ EVALUATION_SEED = 1_000_000
 
 #: Of the results file: what tells one run from another, then an evaluation.
 COLUMNS = ["side", "task", "seed", "total_steps", "settings"]
-COLUMNS += ["steps", "wall_clock_s", "cpu_s", "mean", "std", "min", "max"]
+COLUMNS += ["steps", "wall_clock_s", "cpu_s", "mean", "std", "min", "max", "machine"]
 
 
 class Run(NamedTuple):
@@ -280,7 +281,7 @@ def append(path: Path, run: Run, rows: list[list[float]]) -> None:
         writer = csv.writer(file)
         if file.tell() == 0:
             writer.writerow(COLUMNS)
-        writer.writerows([*run, *row] for row in rows)
+        writer.writerows([*run, *row, machine("NumPy")] for row in rows)
 
 
 def work(args: argparse.Namespace) -> bool:
@@ -289,9 +290,6 @@ def work(args: argparse.Namespace) -> bool:
     path, well = args.folder / "results.csv", True
     claims = args.folder / ".claims"
     claims.mkdir(parents=True, exist_ok=True)
-    machines = args.folder / "machine.txt"
-    known = machines.read_text().splitlines() if machines.exists() else []
-    machines.write_text("\n".join(dict.fromkeys([*known, machine("NumPy")])) + "\n")
     for run in wanted_runs(args):
         # The system frees the lock of a process that ends in whatever way.
         claim = FileLock(claims / f"{'-'.join(map(str, run))}.lock")
@@ -344,11 +342,22 @@ class Curve(NamedTuple):
     scores: np.ndarray
     iqm: np.ndarray
     interval: np.ndarray | None
+    machines: list[str]
+
+    @property
+    def fastest(self) -> int:
+        """The seed with the shortest wall-clock: what else the machine does only ever makes runs longer."""
+        return int(self.all_seconds[:, -1].argmin())
 
     @property
     def seconds(self) -> np.ndarray:
-        """Wall-clock (evaluations,) of the fastest seed: what else the machine does only ever makes runs longer."""
-        return self.all_seconds[self.all_seconds[:, -1].argmin()]
+        """Wall-clock (evaluations,) of the fastest seed."""
+        return self.all_seconds[self.fastest]
+
+    @property
+    def machine(self) -> str:
+        """Where those seconds passed."""
+        return self.machines[self.fastest]
 
 
 Curves = dict[tuple[str, int], dict[str, Curve]]
@@ -376,7 +385,8 @@ def make_curve(rows: list[dict[str, str]]) -> Curve:
     value, interval = interquartile_mean(scores[:, None]), None
     if len(scores) >= MIN_SEEDS:
         value, interval = bootstrap(scores[:, None], interquartile_mean)
-    return Curve(column("steps"), column("wall_clock_s"), column("cpu_s"), scores, value, interval)
+    machines = [row["machine"] for row in rows[::EVALUATIONS]]
+    return Curve(column("steps"), column("wall_clock_s"), column("cpu_s"), scores, value, interval, machines)
 
 
 def read_curves(path: Path, args: argparse.Namespace) -> Curves:
@@ -416,8 +426,14 @@ def number(x: float) -> str:
     return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.1f}"
 
 
-def table_row(side: str, sides: dict[str, Curve]) -> list[str]:
-    curve, peer = sides[side], sides.get(PEERS.get(side, ""))
+def machines_of(curves: Curves) -> list[str]:
+    """The machine of most runs first."""
+    machines = [name for sides in curves.values() for curve in sides.values() for name in curve.machines]
+    return [name for name, _ in Counter(machines).most_common()]
+
+
+def score_cells(side: str, curve: Curve) -> list[str]:
+    """Side, seeds, final return, worst to best seed."""
     final = curve.scores[:, -1]
     bounds = "" if curve.interval is None else " [{}, {}]".format(*map(number, curve.interval[:, -1]))
     return [
@@ -425,19 +441,21 @@ def table_row(side: str, sides: dict[str, Curve]) -> list[str]:
         str(len(final)),
         number(curve.iqm[-1]) + bounds,
         f"{number(final.min())} to {number(final.max())}",
-        f"{curve.seconds[-1]:,.0f}",
-        improvement([(curve, peer)]) if peer else "",
     ]
 
 
 def make_table(curves: Curves) -> list[str]:
+    machines = machines_of(curves)
     lines = [
         "| task | steps | side | seeds | final return | worst to best seed | seconds of training | above its peer |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for (task, steps), sides in curves.items():
-        for side in sides:
-            lines.append("| " + " | ".join([task, f"{steps:,}", *table_row(side, sides)]) + " |")
+        for side, curve in sides.items():
+            n, peer = machines.index(curve.machine) + 1, sides.get(PEERS.get(side, ""))
+            seconds = f"{curve.seconds[-1]:,.0f}" + (f" ({n})" if n > 1 else "")
+            above = improvement([(curve, peer)]) if peer else ""
+            lines.append("| " + " | ".join([task, f"{steps:,}", *score_cells(side, curve), seconds, above]) + " |")
     for ours, peer in PEERS.items():
         pairs: dict[str, tuple[Curve, Curve]] = {}  # a task counts once, with its shortest runs
         for (task, _), sides in curves.items():
@@ -455,7 +473,7 @@ def published_tables(curves: Curves) -> list[str]:
     for side, sources in PUBLISHED.items():
         rows = [
             f"| {task} | " + " | ".join(number(its[task]) if task in its else "" for its in sources.values()) + " | "
-            f"{steps:,} | " + " | ".join(table_row(side, sides)[1:4]) + " |"
+            f"{steps:,} | " + " | ".join(score_cells(side, sides[side])[1:]) + " |"
             for (task, steps), sides in curves.items()
             if side in sides and any(task in its for its in sources.values())
         ]
@@ -478,7 +496,7 @@ def disturbed(curves: Curves) -> str:
 
 
 def write_table(curves: Curves, folder: Path) -> None:
-    machines = ", and ".join((folder / "machine.txt").read_text().splitlines())
+    machines = ", and ".join(f"({i}) {name}" for i, name in enumerate(machines_of(curves), 1))
     pairs = ", ".join(f"{SIDES[ours]} above {SIDES[peer]}" for ours, peer in PEERS.items())
     text = [
         "# Learning",
@@ -487,7 +505,8 @@ def write_table(curves: Curves, folder: Path) -> None:
         "",
         f"- Final return: the mean of {EPISODES} episodes with deterministic actions after training; of the seeds the",
         f"  interquartile mean, with its 95 % bootstrap interval from {MIN_SEEDS} seeds on.",
-        f"- Seconds of training: of the fastest seed, without evaluations. {disturbed(curves)}",
+        "- Seconds of training: of the fastest seed, without evaluations; on machine (1) where no other is named, and",
+        f"  seconds of two machines are not to be compared. {disturbed(curves)}",
         f"- Above its peer: how probably a run of ours ends above one of its peer's, 0.5 being a draw ({pairs});",
         "  in the last rows the average over the tasks, with as many seeds of each as every side has. A dash is for",
         "  too few seeds, nothing for no peer. Ten seeds are where five did not decide.",
@@ -509,7 +528,7 @@ def draw_panel(axis: Any, side: str, x: np.ndarray, curve: Curve) -> None:
 
 
 def draw(curves: Curves, folder: Path) -> None:
-    """Panels in rows of four: above against steps, below against wall-clock."""
+    """Panels in rows of four: above against steps, below against wall-clock, of one machine."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -517,7 +536,7 @@ def draw(curves: Curves, folder: Path) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-    n_columns = min(len(curves), 4)
+    machine, n_columns = machines_of(curves)[0], min(len(curves), 4)
     n_rows = 2 * -(-len(curves) // n_columns)
     figure, axes = plt.subplots(
         n_rows, n_columns, figsize=(3.3 * n_columns + 0.5, 2.7 * n_rows + 0.8), layout="constrained", squeeze=False
@@ -529,7 +548,8 @@ def draw(curves: Curves, folder: Path) -> None:
         above, below = axes[2 * block : 2 * block + 2, column]
         for side, curve in sides.items():
             draw_panel(above, side, np.median(curve.steps, axis=0), curve)
-            draw_panel(below, side, curve.seconds, curve)
+            if curve.machine == machine:
+                draw_panel(below, side, curve.seconds, curve)
         above.set_title(f"{task}, {EngFormatter(sep='')(steps)} steps", fontsize=11)
         above.set(xlabel="environment steps", xlim=0)
         above.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -546,7 +566,7 @@ def draw(curves: Curves, folder: Path) -> None:
     handles = [Line2D([], [], lw=1.9, label=SIDES[side], **STYLES[side]) for side in SIDES]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(6, 2 * n_columns), frameon=False, fontsize=11)
     explanation = "Thick: mean of the middle half of the seeds. Band: its 95 % interval. Thin: single seeds."
-    figure.supxlabel(f"{explanation} Dashed: the peers.", fontsize=11)
+    figure.supxlabel(f"{explanation} Dashed: the peers. Seconds: on the first machine only.", fontsize=11)
     figure.savefig(folder / "curves.png", dpi=100)
 
 

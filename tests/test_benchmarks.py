@@ -54,6 +54,7 @@ def folder(tmp_path_factory):
 
 
 def test_every_run_is_there_once(folder):
+    machine = importlib.import_module("processes").machine
     rows = results(folder)
     runs = [(row["side"], row["seed"]) for row in rows]
     assert len(rows) == 40
@@ -61,6 +62,7 @@ def test_every_run_is_there_once(folder):
     for row in rows:
         assert float(row["min"]) <= float(row["mean"]) <= float(row["max"])
         assert float(row["wall_clock_s"]) > 0
+        assert row["machine"] == machine("NumPy")
     assert [int(row["steps"]) for row in rows[:10]] == [104, 200, 304, 400, 504, 600, 704, 800, 904, 1024]
 
 
@@ -88,17 +90,18 @@ def test_report_of_incomplete_results(folder, tmp_path):
     ours = [row for row in rows if (row["side"], row["seed"]) == ("ppo", "1")]
     rows += [row | {"seed": seed} for seed in "234" for row in ours]  # seeds that the peer has not
     rows += [row | {"seed": "5", "settings": "of old"} for row in ours]
+    rows = [row | {"machine": "a slower one"} if row["side"] == "sb3_ppo" else row for row in rows]
     with (tmp_path / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    shutil.copy(folder / "machine.txt", tmp_path)
     assert learning("report", tmp_path).startswith("10 rows are left out")
     lines = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| CartPole-v1")]
     ours, peer = ([cell.strip() for cell in line.split("|")[3:]] for line in lines)
     assert (ours[:2], peer[:2]) == (["PPO", "5"], ["SB3 PPO", "2"])
     assert "[" in ours[2]  # an interval from five seeds on
     assert "[" not in peer[2]
+    assert ours[4].isdigit() and peer[4].endswith(" (2)")  # seconds of another machine are marked
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
@@ -175,7 +178,13 @@ def plain(settings):
 
 def test_ours_are_set_beside_the_published_returns(module):
     rows = [
-        {"steps": "1000", "wall_clock_s": "2", "cpu_s": "2", "mean": str(500 + 100 * (n // 10) + n % 10)}
+        {
+            "machine": "a",
+            "steps": "1000",
+            "wall_clock_s": "2",
+            "cpu_s": "2",
+            "mean": str(500 + 100 * (n // 10) + n % 10),
+        }
         for n in range(5 * module.EVALUATIONS)
     ]
     curves = {
@@ -195,14 +204,15 @@ def test_ours_are_set_beside_the_published_returns(module):
 
 def test_the_time_of_training_is_that_of_the_fastest_seed(module):
     rows = [
-        {"steps": f"{n}", "wall_clock_s": f"{n * factor}", "cpu_s": f"{n * 3}", "mean": "1"}
+        {"machine": "a", "steps": f"{n}", "wall_clock_s": f"{n * factor}", "cpu_s": f"{n * 3}", "mean": "1"}
         for factor in (5, 3, 4)
         for n in range(1, module.EVALUATIONS + 1)
     ]
     curve = module.make_curve(rows)
     assert curve.seconds.tolist() == [3.0 * n for n in range(1, module.EVALUATIONS + 1)]
-    assert module.table_row("ppo", {"ppo": curve})[4] == "30"
-    assert module.disturbed({("Hopper-v5", 10): {"ppo": curve}}).startswith("2 of 3 ")
+    curves = {("Hopper-v5", 10): {"ppo": curve}}
+    assert [cell.strip() for cell in module.make_table(curves)[-1].split("|")][7] == "30"
+    assert module.disturbed(curves).startswith("2 of 3 ")
 
 
 def test_a_peer_without_published_settings_does_not_run(module):
@@ -212,7 +222,7 @@ def test_a_peer_without_published_settings_does_not_run(module):
 
 def test_a_task_counts_once_in_the_average_of_all(module):
     def curve(score):
-        row = {"steps": "1", "wall_clock_s": "1", "cpu_s": "1", "mean": str(score)}
+        row = {"machine": "a", "steps": "1", "wall_clock_s": "1", "cpu_s": "1", "mean": str(score)}
         return module.make_curve([row] * module.MIN_SEEDS * module.EVALUATIONS)
 
     won, lost = {"ppo": curve(2), "sb3_ppo": curve(1)}, {"ppo": curve(1), "sb3_ppo": curve(2)}
