@@ -525,9 +525,10 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def repeats_of(results: list[dict[str, Any]], groups: Iterable[str]) -> int:
-    """Of the row with the fewest."""
-    return min((len(r["seconds_per_step"]["ours"]) for r in results if r["group"] in groups), default=0)
+def repeats_of(results: list[dict[str, Any]], groups: Iterable[str]) -> str:
+    """Of the row with the fewest, and where they differ of the one with the most."""
+    repeats = {len(r["seconds_per_step"]["ours"]) for r in results if r["group"] in groups}
+    return " to ".join(map(str, sorted({min(repeats, default=0), max(repeats, default=0)})))
 
 
 def memory_table(results: list[dict[str, Any]]) -> str:
