@@ -536,7 +536,7 @@ def draw(curves: Curves, folder: Path) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-    machine, n_columns = machines_of(curves)[0], min(len(curves), 4)
+    first, n_columns = machines_of(curves)[0], min(len(curves), 4)
     n_rows = 2 * -(-len(curves) // n_columns)
     figure, axes = plt.subplots(
         n_rows, n_columns, figsize=(3.3 * n_columns + 0.5, 2.7 * n_rows + 0.8), layout="constrained", squeeze=False
@@ -548,7 +548,7 @@ def draw(curves: Curves, folder: Path) -> None:
         above, below = axes[2 * block : 2 * block + 2, column]
         for side, curve in sides.items():
             draw_panel(above, side, np.median(curve.steps, axis=0), curve)
-            if curve.machine == machine:
+            if curve.machine == first:
                 draw_panel(below, side, curve.seconds, curve)
         above.set_title(f"{task}, {EngFormatter(sep='')(steps)} steps", fontsize=11)
         above.set(xlabel="environment steps", xlim=0)
