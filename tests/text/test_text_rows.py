@@ -221,7 +221,7 @@ def test_judging_reads_each_response_once(shape, monkeypatch):
     np.testing.assert_array_equal(judged.log_probs, log_probs)
     unfinished = ~model.rollout.last_dones
     final = model.policy.predict_values(model.rollout.last_observations).detach().numpy()[:, 0]
-    np.testing.assert_allclose(judged.final_values[:4][unfinished], final[unfinished], atol=1e-6)
+    np.testing.assert_allclose(judged.final_values[:4][unfinished], final[unfinished], rtol=1e-5, atol=1e-6)
     assert unfinished.any()
 
 

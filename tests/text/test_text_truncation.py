@@ -77,7 +77,7 @@ def test_acting_has_the_probabilities_that_are_judged(name):
         assert np.isfinite(log_prob).all()
         assert np.exp(log_prob[kept]).sum() == pytest.approx(1.0, abs=1e-5)
         probs = model.policy.get_distribution(rows[:1]).distribution.probs[0].numpy()
-    np.testing.assert_allclose(probs[kept], np.exp(log_prob[kept]), atol=1e-6)
+    np.testing.assert_allclose(probs[kept], np.exp(log_prob[kept]), rtol=1e-5, atol=1e-6)
     assert not found[~kept].any()
     assert not probs[~kept].any()
     assert np.abs(found - probs).max() < 0.03
