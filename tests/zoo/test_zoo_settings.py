@@ -1,5 +1,6 @@
 """The settings of zoo_configs/, and what becomes of settings on their way to the algorithms."""
 
+import csv
 import re
 import shutil
 import subprocess
@@ -92,6 +93,18 @@ def test_every_task_has_an_entry_that_says_whether_it_was_run(algo):
     ran = r"Not run\.|Run on \d{4}-\d\d-\d\d with seed \d+ for [\d,]+ steps(?: of [\w-]+)?: -?[\d.e+]+ \+/- [\d.e+]+\."
     for name in set(settings) - {"default"}:
         assert re.search(rf"^# (?:{ran}).*\n(?:# .*\n)*{re.escape(name)}:", text, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("algo", sorted(ALGORITHMS))
+def test_the_returns_of_the_general_settings_are_recorded_ones(algo):
+    """As benchmarks/tuning.py wrote them, rounded; numbers of three digits that begin with 10 are seeds."""
+    text = (CONFIGS / f"{algo}.yml").read_text()
+    comment = text.split("# For environments without an entry")[1].split("\ndefault:")[0]
+    with (ROOT / "benchmarks" / "learning" / "tuning.csv").open(newline="") as file:
+        recorded = {f"{float(row['mean']):.0f}" for row in csv.DictReader(file) if row["side"] == algo}
+    said = re.findall(r"(?<![\w.,-])(?!10\d\b|20\d\d-)\d{3,}(?![\d,]*\d|-)", comment)
+    assert said
+    assert set(said) <= recorded
 
 
 @pytest.mark.parametrize("algo, name", list(entries()))
